@@ -1,0 +1,144 @@
+"""The contract between operations and backends, and the choice between them.
+
+The step's data flow is ``loss -> update -> sample``. Each operation has one module per backend that
+implements it, named ``{backend}_{operation}``, and all modules of a column have the same functions
+with the same signatures:
+
+==========  ==================  ====================  ====================
+backend     loss                update                sample
+==========  ==================  ====================  ====================
+reference   reference_loss      reference_update      reference_sample
+cpu         cpu_loss            cpu_update            cpu_sample
+==========  ==================  ====================  ====================
+
+``reference`` is plain PyTorch and runs on every device: the oracle of the tests and the fall-back
+where nothing faster was built. The fastest backend installed for a device is chosen once and
+remembered; :func:`backend` forces one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+try:
+    from fastis import _C
+except ImportError as error:  # a source tree that was never built, or a wheel for another machine
+    _C = None
+    _C_MISSING = f"the compiled extension fastis._C could not be imported ({error})"
+else:
+    _C_MISSING = ""
+
+BACKENDS = ("reference", "cpu")
+OPERATIONS = ("loss", "update", "sample")
+# Backends in order of speed, by the device of the tensors and the operation.
+_FASTEST_FIRST = {
+    "cpu": {"loss": ("cpu",), "update": ("cpu",), "sample": ("cpu",)},
+}
+
+_forced: str | None = None
+_chosen: dict[tuple[str, str], ModuleType] = {}
+
+
+def missing(name: str, operation: str, device_type: str) -> str:
+    """Why backend ``name`` can't do ``operation`` on ``device_type``; empty when it can."""
+    if name == "reference":
+        return ""
+    if name not in _FASTEST_FIRST.get(device_type, {}).get(operation, ()):
+        return f"backend {name!r} has no {operation} kernels for {device_type} tensors"
+    return _C_MISSING
+
+
+def kernels_for(operation: str, device_type: str) -> ModuleType:
+    """The module of kernels for ``operation`` on tensors of ``device_type`` ("cpu", "cuda", ...).
+
+    Raises
+    ------
+    RuntimeError
+        when a forced backend can't serve it, naming what is missing.
+    """
+    try:
+        return _chosen[operation, device_type]
+    except KeyError:
+        pass
+    if _forced is None:
+        candidates = (*_FASTEST_FIRST.get(device_type, {}).get(operation, ()), "reference")
+        name = next(c for c in candidates if not missing(c, operation, device_type))
+    else:
+        name = _forced
+        why = missing(name, operation, device_type)
+        if why:
+            raise RuntimeError(f"backend {name!r} was asked for, but {why}")
+    module = importlib.import_module(f"fastis.kernels.{name}_{operation}")
+    _chosen[operation, device_type] = module
+    return module
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Forces one backend inside a ``with`` block, for the whole process.
+
+    ``fastis.backend("reference")`` runs plain PyTorch everywhere: slow, and the truth that every
+    other backend is tested against.
+
+    Parameters
+    ----------
+    name : str
+        one of :data:`fastis.kernels.BACKENDS`.
+
+    Raises
+    ------
+    ValueError
+        for an unknown name.
+    RuntimeError
+        for a backend that is not installed, naming what is missing; later, inside the block, for an
+        operation that the backend lacks on the tensors' device. Never a silent fall-back.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"name must be one of {', '.join(BACKENDS)}, got {name!r}")
+    if name != "reference" and _C_MISSING:
+        raise RuntimeError(f"backend {name!r} was asked for, but {_C_MISSING}")
+    before, _forced = _forced, name
+    _chosen.clear()
+    try:
+        yield
+    finally:
+        _forced = before
+        _chosen.clear()
+
+
+def show_config() -> None:
+    """Prints versions, devices, and which backend serves which operation (or why it can't)."""
+    import platform
+
+    import numpy
+
+    from fastis import __version__
+
+    print(f"fastis {__version__}, python {platform.python_version()}, {platform.platform()}")
+    print(f"torch {torch.__version__}, numpy {numpy.__version__}")
+    if _C is None:
+        print(f"compiled extension: missing: {_C_MISSING}")
+    else:
+        print(f"compiled extension: {_C.build_info()}, instruction set in use: {_C.isa()}")
+    print(f"threads: {torch.get_num_threads()}")
+    devices = ["cpu"]
+    if torch.cuda.is_available():
+        devices.append("cuda")
+        for index in range(torch.cuda.device_count()):
+            print(f"cuda:{index}: {torch.cuda.get_device_name(index)}")
+    else:
+        reason = "torch was built without CUDA" if torch.version.cuda is None else "no device found"
+        print(f"cuda: not available ({reason})")
+    for device_type in devices:
+        for operation in OPERATIONS:
+            served = [b for b in reversed(BACKENDS) if not missing(b, operation, device_type)]
+            lacking = [
+                f"{b}: {why}" for b in BACKENDS if (why := missing(b, operation, device_type))
+            ]
+            print(f"{operation} on {device_type}: {', '.join(served)}", *lacking, sep="; ")
