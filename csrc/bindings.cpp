@@ -76,6 +76,39 @@ std::string build_info() {
   return info;
 }
 
+// From the tensors' addresses and the constants of fastis/table.py, both by name.
+fastis::Table make_table(const py::dict& tensors, const py::dict& constants) {
+  const auto address = [&](const char* name) { return tensors[name].cast<uintptr_t>(); };
+  const auto integer = [&](const char* name) { return constants[name].cast<int64_t>(); };
+  fastis::Table t;
+  t.records = reinterpret_cast<fastis::Record*>(address("records"));
+  t.scalars = reinterpret_cast<fastis::Scalars*>(address("scalars"));
+  t.variance = reinterpret_cast<fastis::Variance*>(address("variance"));
+  t.sums = reinterpret_cast<uint64_t*>(address("sums"));
+  t.unseen = reinterpret_cast<uint32_t*>(address("unseen"));
+  t.peaks = reinterpret_cast<uint32_t*>(address("peaks"));
+  t.heavy = reinterpret_cast<int64_t*>(address("heavy"));
+  t.heavy_weights = reinterpret_cast<uint64_t*>(address("heavy_weights"));
+  t.num_samples = integer("num_samples");
+  t.batch_size = integer("batch_size");
+  t.warmup_draws = integer("warmup_draws");
+  t.batches_per_epoch = integer("batches_per_epoch");
+  t.seed = constants["seed"].cast<uint64_t>();
+  t.cap_numerator = constants["cap_numerator"].cast<uint64_t>();
+  t.cap_denominator = constants["cap_denominator"].cast<uint64_t>();
+  t.total_limit = integer("total_limit");
+  t.headroom = static_cast<int>(integer("headroom"));
+  t.floor = constants["floor"].cast<double>();
+  t.smoothing = constants["smoothing"].cast<double>();
+  t.tau = constants["tau"].cast<float>();
+  t.unbiased = constants["unbiased"].cast<bool>();
+  t.importance = static_cast<fastis::Importance>(integer("importance"));
+  t.flatten = static_cast<fastis::Flatten>(integer("flatten"));
+  t.scheme = static_cast<fastis::Scheme>(integer("scheme"));
+  t.levels = fastis::Levels(t.num_samples);
+  return t;
+}
+
 }  // namespace
 
 #ifdef FASTIS_X86
@@ -93,4 +126,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [isa] { return name(isa); });
   m.def("build_info", &build_info);
   m.def("lanes", FASTIS_CPU(lanes));
+
+  py::class_<fastis::Table>(m, "Table").def(py::init(&make_table));
+  m.def("structure_nodes", [](int64_t n) { return fastis::Levels(n).total(); });
+  m.def("in_range", FASTIS_CPU(in_range));
+  m.def("update", FASTIS_CPU(update));
+  m.def("draw", FASTIS_CPU(draw));
+  m.def("alias_build", FASTIS_CPU(alias_build));
+  m.def("alias_draw", FASTIS_CPU(alias_draw));
+  m.def("draw_points", FASTIS_CPU(draw_points));
 }

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "table.h"
+
 namespace fastis {
 
 // A raw device or host address that arrives from Python as an integer (0: no such tensor).

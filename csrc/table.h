@@ -1,0 +1,99 @@
+// A sampler's memory as the kernels see it: addresses of tensors that Python owns, and constants.
+#pragma once
+
+#include <cstdint>
+
+#include "weights.h"
+
+namespace fastis {
+
+// One int64 each, on the sampler's device; fastis/table.py names the same positions.
+struct Scalars {
+  int64_t draws;         // minibatches issued: the clock of the randomness and of the warm-up
+  int64_t updates;       // minibatches observed: the clock of the moving averages
+  int64_t skipped;       // non-finite scores left out
+  int64_t exponent;      // e0 of weights.h; kNoExponent while nothing has been seen
+  int64_t total;         // sum of the integer weights of the seen samples
+  int64_t seen;          // how many those are
+  int64_t valid;         // does the sampling structure below match the codes?
+  int64_t light;         // sum of the structure: the total less the heavy items
+  int64_t num_heavy;     // items above theta, kept outside the structure
+  int64_t theta;         // the weight that heavy items are drawn with (2^62: no cap)
+  int64_t unseen;        // the weight that unseen items are drawn with
+  int64_t offset;        // added to every weight (flattening by "mix")
+  int64_t reserved[4];
+};
+static_assert(sizeof(Scalars) == 16 * 8);
+
+// Moving averages of the minibatch moments and what follows from them (math: variance traces).
+struct Variance {
+  double weight, second, uniform, first_squared, mean_squared;  // 1, A, U, O^2, |G|^2
+  double trace_is, trace_uniform, trace_optimal, effective_batch_size, efficiency, factor;
+};
+static_assert(sizeof(Variance) == 11 * 8);
+
+enum class Flatten : int { none = 0, cap = 1, mix = 2 };
+enum class Scheme : int { multinomial = 0, stratified = 1, systematic = 2 };
+
+constexpr int kRadix = 16;
+constexpr int kMaxLevels = 10;
+constexpr int64_t kNoCap = int64_t{1} << 62;
+
+// The radix-16 tree over the records: level 0 has one node per 16 records, the top at most 16 nodes.
+struct Levels {
+  int depth = 0;
+  int64_t first[kMaxLevels], size[kMaxLevels];  // nodes; a level starts on a multiple of 16
+
+  FASTIS_HD explicit Levels(int64_t num_samples) {
+    int64_t nodes = num_samples, start = 0;
+    do {
+      nodes = (nodes + kRadix - 1) / kRadix;
+      first[depth] = start;
+      size[depth] = nodes;
+      start += (nodes + kRadix - 1) / kRadix * kRadix;
+      ++depth;
+    } while (nodes > kRadix);
+    total_ = start;
+  }
+  FASTIS_HD int64_t total() const { return total_; }
+
+ private:
+  int64_t total_ = 0;
+};
+
+struct Table {
+  // Tensors. N: num_samples, K: levels.total().
+  Record* records = nullptr;        // [N], null for the uniform methods
+  Scalars* scalars = nullptr;       // [1]
+  Variance* variance = nullptr;     // [1]
+  uint64_t* sums = nullptr;         // [K] weights of the seen light items below a node
+  uint32_t* unseen = nullptr;       // [K] how many unseen items are below a node
+  uint32_t* peaks = nullptr;        // [K] the largest code of a light item below a node
+  int64_t* heavy = nullptr;         // [ceil(B/D) - 1] indices, ascending
+  uint64_t* heavy_weights = nullptr;  // [ceil(B/D) - 1]
+
+  // Constants.
+  int64_t num_samples = 0, batch_size = 0, warmup_draws = 0, batches_per_epoch = 0;
+  uint64_t seed = 0;
+  uint64_t cap_numerator = 0, cap_denominator = 1;  // D of math: flattening, as a ratio
+  int64_t total_limit = 0;                          // rescale above this total
+  int headroom = 0;                                 // see exponent_for()
+  double floor = 0, smoothing = 0;
+  float tau = 0;  // 0: linear
+  bool unbiased = true;
+  Importance importance = Importance::rms;
+  Flatten flatten = Flatten::none;
+  Scheme scheme = Scheme::multinomial;
+  Levels levels{1};
+};
+
+// Rescaling puts the floor's exponent `headroom` above e0, so that the mean may fall by that many
+// powers of two (and rise by about as many) before the next one.
+FASTIS_HD inline int exponent_for(float floor, int headroom) {
+  return exponent_of(code_of(floor, 0.0f)) - headroom;
+}
+
+// The largest shift of a mantissa that n new weights can have without overflowing a sum.
+FASTIS_HD inline int max_shift(int64_t n) { return 61 - 16 - ceil_log2(static_cast<uint64_t>(n)); }
+
+}  // namespace fastis

@@ -1,0 +1,54 @@
+"""Checks of arguments: an error names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
+    """``value`` as an int in [least, most]; bool and float are refused."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    number = int(value.__index__())
+    if number < least or (most is not None and number > most):
+        span = f"at least {least}" if most is None else f"in [{least}, {most}]"
+        raise ValueError(f"{name} must be {span}, got {number}")
+    return number
+
+
+def number(name: str, value: Any, least: float, most: float = float("inf")) -> float:
+    """``value`` as a float in [least, most]; NaN is refused."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be in [{least:g}, {most:g}], got {value!r}")
+    return float(value)
+
+
+def choice(name: str, value: Any, choices: Iterable[str]) -> str:
+    """``value``, one of the strings ``choices``."""
+    known = list(choices)
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+    return value
+
+
+def vector(
+    name: str, value: Any, length: int | None, dtypes: tuple[torch.dtype, ...], device: torch.device
+) -> Tensor:
+    """``value`` as a contiguous 1-D tensor of one of ``dtypes`` on ``device``."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.dim() != 1 or (length is not None and value.shape[0] != length):
+        expected = "[n]" if length is None else f"[{length}]"
+        raise ValueError(f"{name} must have shape {expected}, got {list(value.shape)}")
+    if value.dtype not in dtypes:
+        wanted = " or ".join(str(d) for d in dtypes)
+        raise TypeError(f"{name} must have dtype {wanted}, got {value.dtype}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device}, got {value.device}")
+    return value.contiguous()

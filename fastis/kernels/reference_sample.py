@@ -1,0 +1,120 @@
+"""Draws in plain PyTorch: integer cumulative sums and searchsorted. O(N), obvious, the oracle."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastis.kernels.reference_random import (
+    STREAM_DRAW,
+    STREAM_WEIGHTS,
+    permute,
+    random_words,
+    scale,
+)
+from fastis.kernels.reference_weights import distribution
+from fastis.table import DRAWS, SCHEMES, Table
+
+
+def draw(table: Table, indices: Tensor, weights: Tensor) -> None:
+    """The next minibatch, into ``indices`` int64 [B] and ``weights`` float32 [B]; ticks DRAWS."""
+    constants = table.constants
+    iteration = int(table.scalars[DRAWS])
+    table.scalars[DRAWS] += 1
+    positions = torch.arange(constants.batch_size, device=indices.device)
+    if iteration < constants.warmup_draws:
+        epoch, batch = divmod(iteration, constants.batches_per_epoch)
+        first = batch * constants.batch_size
+        indices.copy_(permute(constants.seed, epoch, constants.num_samples, first + positions))
+        weights.fill_(1.0)
+    elif table.records is None:
+        words = random_words(constants.seed, STREAM_DRAW, iteration, positions)
+        indices.copy_(scale(words, constants.num_samples))
+        weights.fill_(1.0)
+    else:
+        _draw_by_importance(table, iteration, positions, indices, weights)
+
+
+def _draw_by_importance(
+    table: Table, iteration: int, positions: Tensor, indices: Tensor, weights: Tensor
+) -> None:
+    constants = table.constants
+    drawn, total, heavy = distribution(table)
+    if constants.scheme == SCHEMES["systematic"]:
+        words = random_words(constants.seed, STREAM_DRAW, iteration, torch.zeros_like(positions))
+    else:
+        words = random_words(constants.seed, STREAM_DRAW, iteration, positions)
+    points = scale(words, total)
+    if constants.scheme != SCHEMES["multinomial"]:
+        points = slice_points(positions, points, total, constants.batch_size)
+    # Heavy items first, then all others in the order of their indices.
+    light = torch.ones_like(drawn, dtype=torch.bool)
+    light[heavy] = False
+    order = torch.cat([heavy, torch.nonzero(light).flatten()])
+    ends = torch.cumsum(drawn[order], 0)
+    indices.copy_(order[torch.searchsorted(ends, points, right=True)])
+    weights.copy_(coefficients(drawn, total, indices))
+
+
+def slice_points(positions: Tensor, offsets: Tensor, total: int, batch_size: int) -> Tensor:
+    """floor((b total + u_b) / B): one point in every slice of the cumulative distribution."""
+    quotient, remainder = divmod(total, batch_size)
+    return positions * quotient + (positions * remainder + offsets) // batch_size
+
+
+def coefficients(weights: Tensor, total: int, indices: Tensor) -> Tensor:
+    """r = 1 / (N p) = total / (N W), float32 [n], for the drawn ``indices`` int64 [n]."""
+    return (float(total) / (float(weights.numel()) * weights[indices].double())).float()
+
+
+def draw_points(total: int, seed: int, first: int, count: int, device: torch.device) -> Tensor:
+    """int64 [count]: the points below ``total`` of draws ``first`` ... of the stream of ``seed``."""
+    positions = torch.arange(first, first + count, device=device)
+    return scale(random_words(seed, STREAM_WEIGHTS, 0, positions), total)
+
+
+def capacities(total: int, n: int, device: torch.device) -> Tensor:
+    """int64 [n]: the units of each bucket: the first total mod n hold one more than the others."""
+    return total // n + (torch.arange(n, device=device) < total % n).long()
+
+
+def alias_build(weights: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """The alias table of integer weights (int64 [N], sum ``total``): own and alias, int64 [N] each.
+
+    Huebschle-Schneider & Sanders 2019: sweep light items (weight below their bucket's capacity) and
+    heavy ones in order; the heavy item fills light buckets until what is left of it fits its own.
+    Where the sweep stands follows from prefix sums of deficits and surpluses.
+    """
+    n = weights.numel()
+    capacity = capacities(total, n, weights.device)
+    light = torch.nonzero(weights < capacity).flatten()
+    heavy = torch.nonzero(weights >= capacity).flatten()
+    deficit = torch.cumsum((capacity - weights)[light], 0)
+    surplus = torch.cumsum((weights - capacity)[heavy], 0)
+    own, alias = weights.clone(), torch.arange(n, device=weights.device)
+    before = deficit - (capacity - weights)[light]
+    alias[light] = heavy[torch.searchsorted(surplus, before, right=True)]
+    # A heavy item leaves its own bucket short by what the last light bucket took too much.
+    reached = torch.cat([deficit.new_zeros(1), deficit])
+    given = reached[torch.searchsorted(reached, surplus)]
+    own[heavy] = capacity[heavy] + surplus - given
+    alias[heavy[:-1]] = heavy[1:]
+    return own, alias
+
+
+def alias_draw(
+    weights: Tensor, total: int, own: Tensor, alias: Tensor, seed: int, first: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """Draws number ``first`` ... of the stream of ``seed``: indices int64 and r float32, [count]."""
+    n = weights.numel()
+    points = draw_points(total, seed, first, count, weights.device)
+    larger, capacity = total % n, total // n
+    border = larger * (capacity + 1)
+    in_larger = points < border
+    unit = torch.where(in_larger, capacity + 1, max(capacity, 1))
+    base = torch.where(in_larger, 0, border)
+    bucket = torch.div(points - base, unit, rounding_mode="floor")
+    offset = points - base - bucket * unit
+    bucket = bucket + torch.where(in_larger, 0, larger)
+    indices = torch.where(offset < own[bucket], bucket, alias[bucket])
+    return indices, coefficients(weights, total, indices)

@@ -1,0 +1,214 @@
+"""The update in plain PyTorch: scores of a minibatch into the state table and the variance traces.
+
+The oracle of every other backend, bit for bit in the table: each line is one IEEE operation in
+float32 (float64 for the importance), as in csrc/state.h. Reads counts on the host.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastis.kernels.reference_weights import (
+    code_of,
+    exponent_of,
+    floor_of,
+    mantissa_of,
+    weight_of,
+)
+from fastis.table import (
+    CODE,
+    EFFECTIVE_BATCH_SIZE,
+    EFFICIENCY,
+    EXPONENT,
+    FACTOR,
+    FIRST_SQUARED,
+    LAST,
+    MEAN,
+    MEAN_SQUARED,
+    SECOND,
+    SEEN,
+    SKIPPED,
+    TOTAL,
+    TRACE_IS,
+    TRACE_OPTIMAL,
+    TRACE_UNIFORM,
+    UNIFORM,
+    UPDATES,
+    VALID,
+    VAR,
+    WEIGHT,
+    Table,
+)
+
+LARGEST_SCORE = 2.0**60
+
+
+def in_range(indices: Tensor, num_samples: int) -> bool:
+    """Are all indices (int64 [n]) in [0, num_samples)?"""
+    return bool(((indices >= 0) & (indices < num_samples)).all())
+
+
+def update(
+    table: Table,
+    indices: Tensor,
+    observed: Tensor,
+    weights: Tensor,
+    score: Tensor,
+    mean_grad: Tensor | None,
+) -> None:
+    """One iteration of the sampler's clock of updates.
+
+    Parameters
+    ----------
+    indices : int64 [n], in range; duplicates are legal, the first usable position wins
+    observed : float32 [n], what the table keeps averages of (the score, or the loss)
+    weights, score : float32 [n], for the variance traces
+    mean_grad : float32 [C] or None, minibatch mean of r g
+    """
+    if table.records is not None:
+        update_state(table, indices, observed)
+    update_variance(table, weights, score, mean_grad)
+    table.scalars[UPDATES] += 1
+
+
+def decay(y: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(-y) and 1 - exp(-y), float32, y >= 0: a fixed sequence of single operations."""
+    y = torch.where(y < 80.0, y, 80.0)
+    k = (y * 1.44269504 + 0.5).int()
+    kf = k.float()
+    r = (kf * 0.693359375 - y) + kf * -2.12194440e-4
+    p = r * 1.98412698e-4 + 1.38888889e-3
+    for coefficient in (8.33333333e-3, 4.16666667e-2, 1.66666667e-1, 0.5):
+        p = p * r + coefficient
+    p = p * (r * r) + r
+    two_to_minus_k = ((127 - k) << 23).view(torch.float32)
+    scaled = two_to_minus_k * p
+    return two_to_minus_k + scaled, (1.0 - two_to_minus_k) - scaled
+
+
+def importance_of(mean: Tensor, var: Tensor, kind: int) -> Tensor:
+    """sqrt(m^2 + v) (kind 0) or m + sqrt(v) (kind 1); float32 in and out, float64 within."""
+    m, v = mean.double(), var.double()
+    return ((m * m + v).sqrt() if kind == 0 else m + v.sqrt()).float()
+
+
+def first_positions(indices: Tensor, usable: Tensor) -> Tensor:
+    """Positions (ascending) of the first usable occurrence of every distinct index."""
+    positions = torch.nonzero(usable).flatten()
+    distinct, inverse = torch.unique(indices[positions], return_inverse=True)
+    first = torch.full_like(distinct, indices.numel())
+    first = first.scatter_reduce(0, inverse, positions, "amin")
+    return first.sort().values
+
+
+def update_state(table: Table, indices: Tensor, observed: Tensor) -> None:
+    """Kutsuna 2025, Algorithm 1, with weights as integers (math: state table, exactness)."""
+    constants, scalars = table.constants, table.scalars
+    now = min(int(scalars[UPDATES]), 2**31 - 1)
+    total, seen, e0 = (int(scalars[at]) for at in (TOTAL, SEEN, EXPONENT))
+    tau = constants.tau if constants.tau > 0 else float(max(now, 1))
+    usable = observed.abs() < LARGEST_SCORE
+    scalars[SKIPPED] += (~usable).sum()
+    keep = first_positions(indices, usable)
+    keep = keep[table.column(LAST)[indices[keep]] < now]  # an iteration observes a sample once
+    i, x = indices[keep], observed[keep]
+
+    mean, var, last = (table.column(at)[i] for at in (MEAN, VAR, LAST))
+    fresh = last < 0
+    dt = torch.where(fresh, 1, now - last).float()
+    alpha, one_minus_alpha = decay(dt / torch.tensor(tau, dtype=torch.float32))
+    d = x - mean
+    new_mean = torch.where(fresh, x, mean + one_minus_alpha * d)
+    new_var = torch.where(fresh, 0.0, alpha * (var + one_minus_alpha * d * d))
+    importance = importance_of(new_mean, new_var, constants.importance)
+    codes = code_of(importance, floor_of(total, seen, e0, constants.floor))
+
+    old_codes = table.codes()[i]
+    table.column(MEAN)[i], table.column(VAR)[i] = new_mean, new_var
+    table.column(LAST)[i] = now
+    table.column(CODE)[i] = codes
+    scalars[VALID] = 0
+    shift = exponent_of(codes) - e0
+    if bool(((shift < 0) | (shift > max_shift(indices.numel()))).any()):
+        return rescale(table)
+    total += int(weight_of(codes, e0).sum())
+    total -= int(weight_of(old_codes, e0).sum()) if seen else 0
+    scalars[TOTAL] = total
+    scalars[SEEN] += fresh.sum()
+    if total > constants.total_limit:
+        rescale(table)
+
+
+def max_shift(n: int) -> int:
+    """The largest shift of a mantissa that n new weights can have without overflowing a sum."""
+    return 61 - 16 - (n - 1).bit_length()
+
+
+def rescale(table: Table) -> None:
+    """Codes, e0 and totals anew from the state, with the floor at the present mean."""
+    constants, scalars = table.constants, table.scalars
+    scalars[VALID] = 0
+    is_seen = table.column(LAST) >= 0
+    seen = int(is_seen.sum())
+    scalars[SEEN] = seen
+    if seen == 0:
+        return
+    mean, var = table.column(MEAN)[is_seen], table.column(VAR)[is_seen]
+    importance = importance_of(mean, var, constants.importance)
+    codes = code_of(importance, 0.0)
+    # The mean, in integers relative to the largest weight: the same on every backend.
+    largest = int(exponent_of(codes).max())
+    spare = 62 - 16 - (constants.num_samples - 1).bit_length()
+    below = (largest - exponent_of(codes)).clamp(max=63)
+    relative_total = int(((mantissa_of(codes) << spare) >> below).sum())
+    floor = floor_of(relative_total, seen, largest - spare, constants.floor)
+    floor_code = code_of(torch.tensor(floor, dtype=torch.float32), 0.0)
+    e0 = int(exponent_of(floor_code)) - constants.headroom
+    codes = code_of(importance, floor)
+    table.column(CODE)[is_seen] = codes
+    scalars[EXPONENT] = e0
+    scalars[TOTAL] = weight_of(codes, e0).sum()
+
+
+def update_variance(
+    table: Table, weights: Tensor, score: Tensor, mean_grad: Tensor | None
+) -> None:
+    """Kutsuna 2025, Proposition 4.1: moments of one minibatch, smoothed before any ratio."""
+    r, x = weights.double(), score.double()
+    moments = {
+        SECOND: (r * x).square().mean(),
+        UNIFORM: (r * x * x).mean(),
+        FIRST_SQUARED: (r * x).mean().square(),
+        MEAN_SQUARED: torch.zeros_like(r[:1]).sum()
+        if mean_grad is None
+        else mean_grad.double().square().sum(),
+    }
+    if score.numel() == 0 or not bool(torch.isfinite(sum(moments.values()))):
+        return
+    v, constants = table.variance, table.constants
+    if int(table.scalars[UPDATES]) == constants.warmup_draws:
+        v[:TRACE_IS] = 0.0  # another distribution from here on
+    keep = constants.smoothing
+    v[WEIGHT] = keep * v[WEIGHT] + (1 - keep)
+    for at, moment in moments.items():
+        v[at] = keep * v[at] + (1 - keep) * moment
+    derive(table, score.numel())
+
+
+def derive(table: Table, n: int) -> None:
+    """Traces, effective minibatch size, efficiency and factor from the smoothed moments."""
+    v, unbiased = table.variance, table.constants.unbiased
+    A, U, O2, G2 = (v[SECOND:TRACE_IS] / v[WEIGHT]).unbind()
+    bessel = n / (n - 1) if n > 1 else float("inf")
+    mu2 = (n * G2 - A) / (n - 1) if unbiased else G2
+    o2 = (n * O2 - A) / (n - 1) if unbiased else O2
+    v[TRACE_IS] = bessel * (A - G2) if unbiased else A - G2
+    v[TRACE_UNIFORM] = U - mu2
+    v[TRACE_OPTIMAL] = bessel * (O2 - G2) if unbiased else O2 - G2
+    v[EFFECTIVE_BATCH_SIZE] = n * v[TRACE_UNIFORM] / v[TRACE_IS]
+    v[EFFICIENCY] = torch.where(U - o2 > 0, (A - o2) / (U - o2), torch.nan)
+    factor = v[EFFECTIVE_BATCH_SIZE] / n
+    adjust = int(table.scalars[UPDATES]) >= table.constants.warmup_draws
+    good = torch.isfinite(factor) & (factor > 0)
+    v[FACTOR] = torch.where(good, factor, 1.0) if adjust else 1.0

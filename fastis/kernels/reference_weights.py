@@ -1,0 +1,145 @@
+"""Integer weights and flattening in plain PyTorch: what csrc/weights.h and structure.cpp compute."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastis.table import (
+    EXPONENT,
+    FLATTEN,
+    LAST,
+    NO_EXPONENT,
+    SEEN,
+    TOTAL,
+    UNIFORM_WEIGHT,
+    Constants,
+    Table,
+)
+
+TINIEST = 2.0**-100
+
+
+def exponent_of(code: Tensor) -> Tensor:
+    """Binary exponent of a code (int32 or int64) as int64."""
+    return ((code.long() >> 23) & 0xFF) - 127
+
+
+def mantissa_of(code: Tensor) -> Tensor:
+    """The 16 significant bits of a code as int64."""
+    return ((code.long() >> 8) & 0x7FFF) | 0x8000
+
+
+def code_of(importance: Tensor, floor: float) -> Tensor:
+    """float32 -> int32: floored, and rounded half-even to 16 significant bits."""
+    floored = importance.clamp(min=max(floor, TINIEST))
+    bits = floored.view(torch.int32)
+    return (bits + 0x7F + ((bits >> 8) & 1)) & ~0xFF
+
+
+def weight_of(code: Tensor, e0: int) -> Tensor:
+    """mantissa16 << (exponent - e0) as int64; 0 for code 0 (unseen)."""
+    shift = torch.where(code == 0, 0, exponent_of(code) - e0)
+    return torch.where(code == 0, 0, mantissa_of(code) << shift)
+
+
+def floor_of(total: int, seen: int, e0: int, eps: float) -> float:
+    """eps times the mean importance of the seen samples, as a float32 value."""
+    if seen == 0 or total == 0:
+        return 0.0
+    value = float(total) / float(seen) * 2.0 ** (e0 - 15) * eps
+    return float(torch.tensor(value, dtype=torch.float64).float())
+
+
+class Distribution(NamedTuple):
+    """What the next importance draw is made from."""
+
+    weights: Tensor  # int64 [N]: every item's integer weight as drawn
+    total: int  # their sum
+    heavy: Tensor  # int64 [k]: the seen items at the cap, ascending; first in the order of a draw
+
+
+def distribution(table: Table) -> Distribution:
+    """The flattened integer weights of all N items. O(N)."""
+    constants = table.constants
+    seen, total = int(table.scalars[SEEN]), int(table.scalars[TOTAL])
+    e0 = int(table.scalars[EXPONENT])
+    mean_weight = UNIFORM_WEIGHT if seen == 0 else total // seen
+    is_seen = table.column(LAST) >= 0
+    codes = table.codes()
+    weights = torch.where(is_seen, weight_of(codes, e0 if e0 != NO_EXPONENT else 0), mean_weight)
+    if constants.flatten == FLATTEN["power"]:
+        weights = power(weights, constants)
+    if constants.flatten == FLATTEN["mix"]:
+        weights = weights + mix_offset(weights, constants)
+    heavy = torch.zeros(0, dtype=torch.int64, device=weights.device)
+    if constants.flatten in (FLATTEN["cap"], FLATTEN["power"]):
+        theta = water_level(
+            weights, constants.batch_size, constants.cap_numerator, constants.cap_denominator
+        )
+        heavy = torch.nonzero(is_seen & (weights > theta)).flatten()
+        weights = weights.clamp(max=theta)
+    return Distribution(weights, int(weights.sum()), heavy)
+
+
+def water_level(weights: Tensor, batch_size: int, numerator: int, denominator: int) -> int:
+    """theta, such that p = min(W, theta) / sum min(W, theta) meets B p <= numerator / denominator.
+
+    With k capped, theta = floor(D T_rest / (B - k D)); k the smallest with W_(k+1) <= theta
+    (math: flattening). Python's integers: exact.
+    """
+    most = max(0, -(-batch_size * denominator // numerator) - 1)
+    largest = torch.topk(weights, min(most + 1, weights.numel())).values.tolist()
+    rest = int(weights.sum())
+    for capped, largest_uncapped in enumerate(largest):
+        theta = numerator * rest // (batch_size * denominator - capped * numerator)
+        if largest_uncapped <= theta:
+            break
+        rest -= largest_uncapped
+    return min(theta, 1 << 62)
+
+
+def mix_offset(weights: Tensor, constants: Constants) -> int:
+    """c >= 0 such that p = (W + c) / (T + N c) meets the cap: mixing with the uniform distribution."""
+    batch = constants.batch_size * constants.cap_denominator
+    over = batch * int(weights.max()) - constants.cap_numerator * int(weights.sum())
+    divisor = constants.cap_numerator * constants.num_samples - batch
+    return max(0, -(-over // divisor))
+
+
+def power(weights: Tensor, constants: Constants) -> Tensor:
+    """W^gamma in integers, gamma <= 1 the largest that meets the cap (to rounding).
+
+    log sum (W/Wmax)^gamma is convex and falling in gamma, so Newton's steps from gamma = 0 stay on
+    the side where the cap holds.
+    """
+    logs = weights.double().log()
+    logs = logs - logs.max()
+    least = math.log(constants.batch_size * constants.cap_denominator / constants.cap_numerator)
+    gamma = 0.0
+    for _ in range(30):
+        powered = (gamma * logs).exp()
+        value, slope = powered.sum(), (powered * logs).sum()
+        step = float((least - value.log()) * value / slope) if slope != 0 else 1.0
+        gamma = min(1.0, gamma + max(0.0, step))
+        if step < 1e-12 or gamma == 1.0:
+            break
+    return quantise((gamma * logs).exp())
+
+
+def quantise(weights: Tensor) -> Tensor:
+    """float64 [N], not all 0 -> int64 [N] with a sum of about 2^61; 0 only where the weight is 0.
+
+    Scaled by powers of two alone, so that every backend gets the same integers.
+    """
+    bits = (weights.numel() - 1).bit_length()
+    _, exponent = math.frexp(float(weights.max()))  # max < 2^exponent
+    half = exponent // 2  # in two factors, since 2^-exponent itself may overflow
+    weights = weights * 2.0**-half * 2.0 ** (half - exponent)
+    first_try = (weights * 2.0 ** (61 - bits)).long().sum()  # exact, and tells what is spare
+    spare = 61 - int(first_try).bit_length()
+    integers = (weights * 2.0 ** (61 - bits + spare)).long()
+    return torch.where(weights > 0, integers.clamp(min=1), 0)

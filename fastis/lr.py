@@ -1,0 +1,150 @@
+"""The learning rate that goes with the effective minibatch size (Kutsuna 2025, eq. 8).
+
+A wrapper around any torch scheduler; it needs of the sampler only ``lr_factor(optimizer)``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+_LINEAR = {"SGD", "ASGD"}
+_SQUARE_ROOT = {
+    *("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "SparseAdam"),
+    *("Adagrad", "Adadelta", "RMSprop", "Adafactor"),
+}
+
+
+class HasFactor(Protocol):
+    """What the scheduler needs of a sampler."""
+
+    def lr_factor(self, optimizer: str = "sgd") -> Tensor: ...
+
+
+class EffectiveBatchLR:
+    """Multiplies a scheduler's learning rate by the sampler's factor, N_ems / B or its root.
+
+    Parameters
+    ----------
+    scheduler : torch.optim.lr_scheduler.LRScheduler
+        any, also a chained or recursive one: it always sees the learning rate without the factor.
+    sampler : fastis.Sampler
+        or anything with ``lr_factor(optimizer) -> 0-d tensor``.
+    optimizer : "sgd", "adam" or None
+        the rule: N_ems / B for SGD, its square root for Adam and its family. None: by the class of
+        the scheduler's optimizer.
+    max_factor : float, optional
+        an upper limit of the factor.
+
+    Raises
+    ------
+    TypeError, ValueError
+        for an optimizer whose rule is not known (name it), or a bad argument.
+
+    The factor is read on the host, or, where a parameter group's lr is a tensor (capturable
+    optimizers), applied on the device without synchronisation.
+
+    Equivalent to::
+
+        for group, lr in zip(optimizer.param_groups, unscaled): group["lr"] = lr
+        scheduler.step()
+        unscaled = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups: group["lr"] *= sampler.lr_factor()
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        sampler: HasFactor,
+        optimizer: str | None = None,
+        *,
+        max_factor: float | None = None,
+    ) -> None:
+        if not hasattr(scheduler, "optimizer") or not hasattr(scheduler, "step"):
+            raise TypeError(
+                f"scheduler must be a torch LR scheduler, got {type(scheduler).__name__}"
+            )
+        if not hasattr(sampler, "lr_factor"):
+            raise TypeError(f"sampler must be a fastis.Sampler, got {type(sampler).__name__}")
+        if max_factor is not None and not max_factor > 0:
+            raise ValueError(f"max_factor must be positive, got {max_factor!r}")
+        self.scheduler = scheduler
+        self.sampler = sampler
+        self.optimizer = scheduler.optimizer
+        self.rule = _rule(self.optimizer) if optimizer is None else optimizer
+        if self.rule not in ("sgd", "adam"):
+            raise ValueError(f"optimizer must be 'sgd', 'adam' or None, got {optimizer!r}")
+        self.max_factor = max_factor
+        self._unscaled = [_copy(group["lr"]) for group in self.optimizer.param_groups]
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """The inner scheduler's step, on unscaled rates; then the present factor."""
+        groups = self.optimizer.param_groups
+        for group, lr in zip(groups, self._unscaled, strict=False):
+            _put(group, lr)
+        self.scheduler.step(*args, **kwargs)
+        self._unscaled = [_copy(group["lr"]) for group in groups]
+        self._scale()
+
+    def _scale(self) -> None:
+        factor = self.sampler.lr_factor(self.rule)
+        on_host = None
+        for group, lr in zip(self.optimizer.param_groups, self._unscaled, strict=True):
+            if isinstance(lr, Tensor):
+                limited = factor if self.max_factor is None else factor.clamp(max=self.max_factor)
+                _put(group, lr * limited.to(lr))
+                continue
+            if on_host is None:
+                on_host = min(float(factor), self.max_factor or float("inf"))
+            group["lr"] = lr * on_host
+
+    def get_last_lr(self) -> list[float]:
+        """The rates in force, factor included."""
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    def get_unscaled_lr(self) -> list[float]:
+        """The inner scheduler's rates, without the factor."""
+        return [float(lr) for lr in self._unscaled]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner scheduler's state and the unscaled rates."""
+        unscaled = [_copy(lr) for lr in self._unscaled]
+        return {"scheduler": self.scheduler.state_dict(), "unscaled": unscaled}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes :meth:`state_dict` over, and applies the sampler's present factor."""
+        if len(state["unscaled"]) != len(self.optimizer.param_groups):
+            raise ValueError(
+                f"state_dict must have {len(self.optimizer.param_groups)} parameter groups, "
+                f"got {len(state['unscaled'])}"
+            )
+        self.scheduler.load_state_dict(state["scheduler"])
+        self._unscaled = [_copy(lr) for lr in state["unscaled"]]
+        self._scale()
+
+
+def _rule(optimizer: torch.optim.Optimizer) -> str:
+    """The rule for an optimizer's class, or for the nearest torch class that it derives from."""
+    for cls in type(optimizer).__mro__:
+        if cls.__name__ in _LINEAR:
+            return "sgd"
+        if cls.__name__ in _SQUARE_ROOT:
+            return "adam"
+    raise ValueError(
+        "optimizer must be given as 'sgd' (factor N_ems/B) or 'adam' (its square root) for a "
+        f"{type(optimizer).__name__}, whose rule is not known"
+    )
+
+
+def _copy(lr: float | Tensor) -> float | Tensor:
+    return lr.clone() if isinstance(lr, Tensor) else lr
+
+
+def _put(group: dict[str, Any], lr: float | Tensor) -> None:
+    """Sets a group's rate; a tensor in place, since captured graphs hold its address."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].copy_(lr)
+    else:
+        group["lr"] = lr

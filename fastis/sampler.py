@@ -1,0 +1,396 @@
+"""The sampler: which samples come next, with which coefficients, and what was learnt of them.
+
+It sits at both ends of a training step: ``sample()`` before the forward pass, ``update()`` with the
+scored loss after it. Between the two it knows neither the model nor the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastis import check
+from fastis.kernels import kernels_for
+from fastis.kernels.reference_weights import distribution
+from fastis.methods import Method, from_name
+from fastis.methods.base import Scored
+from fastis.sampling import Batch, MinibatchSource
+from fastis.table import (
+    DRAWS,
+    FACTOR,
+    FLATTEN,
+    LAST,
+    MEAN,
+    SCHEMES,
+    SEEN,
+    SKIPPED,
+    UPDATES,
+    VAR,
+    Constants,
+    Table,
+)
+from fastis.variance import Variance
+
+_STATE_VERSION = 1
+
+
+class Sampler(MinibatchSource):
+    """Draws minibatches in proportion to how much each sample matters, and learns it as it goes.
+
+    Parameters
+    ----------
+    num_samples : int
+        N, the size of the training set; below 2^32.
+    batch_size : int
+        B, indices per minibatch; at most N for methods that start or stay without replacement.
+    method : str or fastis.methods.Method
+        "emais" (Kutsuna 2025), "scan" (uniform without replacement), "uniform" (with), or an object
+        that carries options, e.g. ``fastis.methods.EMAIS(tau=1000, warmup_epochs=1)``.
+    max_duplicates : float
+        D: at most so many expected copies of any sample in a minibatch, B max p <= D; at least B/N
+        (which is uniform); B or more: no flattening.
+    flatten : "cap", "mix" or "power"
+        how: p = min(c w, D/B) (the least variance under the cap), p = (1 - a) p + a/N, or p ~ w^a
+        ("power" costs O(N) at every draw).
+    scheme : "multinomial", "stratified" or "systematic"
+        independent draws; one draw per equal slice of the cumulative distribution; one uniform
+        shifted to all slices. The same expectation, falling variance.
+    device : torch.device or str, optional
+        where state and batches live; None: torch's default device. Data may live anywhere.
+    seed : int
+        64 bits: the key of all randomness. Draw b of iteration t depends on (seed, t, b) and the
+        scores alone, on every backend and after any resume.
+
+    Raises
+    ------
+    TypeError, ValueError
+        naming the argument, what was expected and what came.
+
+    Equivalent, for method="scan", to ``DataLoader(..., shuffle=True, drop_last=True)`` over indices.
+
+    Example
+    -------
+    >>> sampler = Sampler(num_samples=60000, batch_size=128)
+    >>> batch = sampler.sample()
+    >>> out = fastis.cross_entropy(model(x[batch.indices]), y[batch.indices], batch.weights)
+    >>> sampler.update(batch, out)
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        *,
+        method: str | Method = "emais",
+        max_duplicates: float = 2.0,
+        flatten: str = "cap",
+        scheme: str = "multinomial",
+        device: torch.device | str | None = None,
+        seed: int = 0,
+    ) -> None:
+        n = check.integer("num_samples", num_samples, 1, 2**32 - 1)
+        b = check.integer("batch_size", batch_size, 1, 2**31 - 1)
+        self._method = from_name(method)
+        warmup_draws = self._method.warmup_draws(n // b)
+        if b > n and (warmup_draws > 0 or getattr(self._method, "warmup_epochs", 0) > 0):
+            raise ValueError(
+                f"batch_size must be at most num_samples={n}, since method "
+                f"{self._method.name!r} draws without replacement, got {b}"
+            )
+        self._arguments = {
+            "num_samples": n,
+            "batch_size": b,
+            "method": self._method,
+            "max_duplicates": _duplicates(max_duplicates, n, b),
+            "flatten": check.choice("flatten", flatten, ["cap", "mix", "power"]),
+            "scheme": check.choice("scheme", scheme, SCHEMES),
+            "seed": check.integer("seed", seed, 0, 2**64 - 1),
+        }
+        device = torch.get_default_device() if device is None else torch.device(device)
+        self._table = Table(self._constants(warmup_draws), torch.empty(0, device=device).device)
+        self._variance = Variance(self._table)
+
+    def _constants(self, warmup_draws: int) -> Constants:
+        a = self._arguments
+        n, b, duplicates = a["num_samples"], a["batch_size"], a["max_duplicates"]
+        flatten = a["flatten"]
+        if duplicates >= b:
+            flatten = "none"
+        elif duplicates * n == b:
+            flatten = "cap"  # which is then exactly uniform; "mix" would need an infinite constant
+        return Constants(
+            num_samples=n,
+            batch_size=b,
+            seed=a["seed"],
+            warmup_draws=warmup_draws,
+            batches_per_epoch=max(1, n // b),
+            max_duplicates=min(duplicates, b),
+            flatten=FLATTEN[flatten],
+            scheme=SCHEMES[a["scheme"]],
+            has_records=self._method.has_records,
+            **self._method.constants(),
+        )
+
+    # The step ------------------------------------------------------------------------------------
+
+    def sample(self) -> Batch:
+        """The next minibatch: new tensors on the sampler's device, ready to index with.
+
+        May run ahead of :meth:`update` (prefetching): coefficients stay those of the draw.
+        """
+        table = self._table
+        size, device = table.constants.batch_size, table.device
+        indices = torch.empty(size, dtype=torch.int64, device=device)
+        weights = torch.empty(size, dtype=torch.float32, device=device)
+        kernels_for("sample", device.type).draw(table, indices, weights)
+        return Batch(indices, weights)
+
+    def update(self, batch: Batch, out: Scored | Sequence[Scored]) -> None:
+        """Learns from one minibatch, once its scores are known: one iteration of ``.step``.
+
+        Parameters
+        ----------
+        batch : Batch
+            as drawn (any length n, in fact: also an evaluation sweep's, with weights of 1).
+        out : ScoredLoss or a sequence of them
+            of the whole minibatch, or its parts in order (gradient accumulation).
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            before anything has changed.
+
+        Non-finite scores leave their samples' states unchanged and are counted in ``.skipped``. A
+        sample drawn twice is observed once: its first position wins.
+        """
+        table = self._table
+        if isinstance(out, (list, tuple)) and not hasattr(out, "score"):
+            observed, score, mean_grad = _join([_read(self._method, part) for part in out])
+        else:
+            observed, score, mean_grad = _read(self._method, out)
+        indices, weights = batch
+        n = indices.shape[0]
+        _check_update(table, indices, weights, observed, score)
+        kernels = kernels_for("update", table.device.type)
+        if table.device.type == "cpu" and not kernels.in_range(indices, table.constants.num_samples):
+            raise IndexError(
+                f"batch.indices must be in [0, {table.constants.num_samples}), got values from "
+                f"{int(indices.min())} to {int(indices.max())}"
+            )
+        if n:
+            kernels.update(table, indices, observed, weights, score, mean_grad)
+
+    # What can be read ----------------------------------------------------------------------------
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return self._table.constants.num_samples
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self._table.constants.batch_size
+
+    @property
+    def method(self) -> Method:
+        """The method with its options."""
+        return self._method
+
+    @property
+    def device(self) -> torch.device:
+        """Where the state and the batches live."""
+        return self._table.device
+
+    @property
+    def step(self) -> int:
+        """Updates applied: the time of the moving averages. Synchronises with a CUDA device."""
+        return int(self._table.scalars[UPDATES])
+
+    @property
+    def skipped(self) -> int:
+        """Non-finite scores left out so far. Synchronises with a CUDA device."""
+        return int(self._table.scalars[SKIPPED])
+
+    @property
+    def variance(self) -> Variance:
+        """Smoothed variance traces, effective minibatch size and efficiency."""
+        return self._variance
+
+    def lr_factor(self, optimizer: str = "sgd") -> Tensor:
+        """What to multiply the learning rate with, a 0-d float64 tensor on the device.
+
+        N_ems / B for "sgd" (Kutsuna 2025, eq. 8), its square root for "adam" (and its family); 1
+        while draws are uniform.
+        """
+        factor = self._table.variance[FACTOR]
+        if optimizer == "sgd":
+            return factor.clone()
+        check.choice("optimizer", optimizer, ["sgd", "adam"])
+        return factor.sqrt()
+
+    def probabilities(self) -> Tensor:
+        """float64 [N]: the probabilities of each draw of the next minibatch, exactly. O(N)."""
+        n = self.num_samples
+        if self._in_uniform_phase():
+            return torch.full((n,), 1 / n, dtype=torch.float64, device=self.device)
+        drawn = distribution(self._table)
+        return drawn.weights.double() / float(drawn.total)
+
+    def _in_uniform_phase(self) -> bool:
+        table = self._table
+        return table.records is None or int(table.scalars[DRAWS]) < table.constants.warmup_draws
+
+    @property
+    def mean(self) -> Tensor:
+        """float32 [N]: moving mean of each sample's score; 0 if unseen. A copy."""
+        return self._column(MEAN)
+
+    @property
+    def var(self) -> Tensor:
+        """float32 [N]: moving variance of each sample's score; 0 if unseen. A copy."""
+        return self._column(VAR)
+
+    @property
+    def last_seen(self) -> Tensor:
+        """int64 [N]: iteration of each sample's last observation; -1 if unseen. A copy."""
+        return self._column(LAST).long()
+
+    @property
+    def importance(self) -> Tensor:
+        """float32 [N]: each sample's weight, floored and rounded to 16 bits, before flattening.
+
+        Unseen samples have the mean of the seen ones; all are 1 while nothing has been seen.
+        """
+        if self._table.records is None or int(self._table.scalars[SEEN]) == 0:
+            return torch.ones(self.num_samples, device=self.device)
+        weights = self._table.codes().view(torch.float32)
+        seen = self._column(LAST) >= 0
+        return torch.where(seen, weights, weights[seen].double().mean().float())
+
+    def _column(self, position: int) -> Tensor:
+        if self._table.records is None:
+            raise AttributeError(f"method {self._method.name!r} keeps no state of the samples")
+        return self._table.column(position).clone()
+
+    def __repr__(self) -> str:
+        a = self._arguments
+        return (
+            f"Sampler(num_samples={a['num_samples']}, batch_size={a['batch_size']}, "
+            f"method={self._method!r}, max_duplicates={a['max_duplicates']:g}, "
+            f"flatten={a['flatten']!r}, scheme={a['scheme']!r}, device={str(self.device)!r}, "
+            f"seed={a['seed']})"
+        )
+
+    # Saving --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs to go on bit for bit, as new tensors.
+
+        Tensors, numbers and strings only: fit for ``torch.save`` and ``weights_only=True``.
+        """
+        settings = {k: v for k, v in self._arguments.items() if k != "method"}
+        settings.update(method=self._method.name, options=self._method.options())
+        return {"version": _STATE_VERSION, "settings": settings, **self._table.state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over :meth:`state_dict` of a sampler with the same arguments, from any device.
+
+        The seed is part of the state: it is taken over too.
+
+        Raises
+        ------
+        ValueError
+            naming what differs; nothing has changed then.
+        """
+        mine, theirs = self.state_dict(), state
+        if theirs.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"state_dict must have version {_STATE_VERSION}, got {theirs.get('version')!r}"
+            )
+        for name, value in mine["settings"].items():
+            other = theirs["settings"].get(name)
+            if name != "seed" and other != value:
+                raise ValueError(f"state_dict must have {name}={value!r}, got {other!r}")
+        for name, value in mine.items():
+            if isinstance(value, Tensor) and theirs[name].shape != value.shape:
+                raise ValueError(
+                    f"state_dict[{name!r}] must have shape {list(value.shape)}, "
+                    f"got {list(theirs[name].shape)}"
+                )
+        self._arguments["seed"] = theirs["settings"]["seed"]
+        table = Table(self._constants(self._table.constants.warmup_draws), self.device)
+        table.load(theirs)
+        self._table, self._variance = table, Variance(table)
+
+    def __getstate__(self) -> dict[str, Any]:
+        arguments = {**self._arguments, "device": str(self.device)}
+        return {"arguments": arguments, "state": self.state_dict()}
+
+    def __setstate__(self, pickled: dict[str, Any]) -> None:
+        self.__init__(**pickled["arguments"])  # type: ignore[misc]
+        self.load_state_dict(pickled["state"])
+
+
+def _duplicates(max_duplicates: float, num_samples: int, batch_size: int) -> float:
+    value = check.number("max_duplicates", max_duplicates, 0.0)
+    if value * num_samples < batch_size:
+        raise ValueError(
+            "max_duplicates must be at least batch_size / num_samples = "
+            f"{batch_size / num_samples:.6g} (which is uniform), got {max_duplicates!r}"
+        )
+    return value
+
+
+def _read(method: Method, out: Scored) -> tuple[Tensor, Tensor, Tensor | None]:
+    try:
+        observed, score, mean_grad = method.observed(out), out.score, out.mean_grad
+    except AttributeError:
+        raise TypeError(
+            "out must be a ScoredLoss (of fastis.cross_entropy and the like) or a sequence of "
+            f"them, got {type(out).__name__}"
+        ) from None
+    if score.dtype != torch.float32:
+        observed, score = observed.float(), score.float()
+        mean_grad = None if mean_grad is None else mean_grad.float()
+    return observed, score, mean_grad
+
+
+def _join(
+    parts: list[tuple[Tensor, Tensor, Tensor | None]],
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Parts of one minibatch, in order: concatenated, mean gradients weighted by their sizes."""
+    if not parts:
+        raise ValueError("out must have at least one part, got an empty sequence")
+    observed = torch.cat([p[0] for p in parts])
+    score = torch.cat([p[1] for p in parts])
+    grads = [p[2] for p in parts]
+    if any(g is None for g in grads):
+        return observed, score, None
+    total = sum(g * (p[1].numel() / score.numel()) for g, p in zip(grads, parts, strict=True))
+    return observed, score, total  # type: ignore[return-value]
+
+
+def _check_update(
+    table: Table, indices: Tensor, weights: Tensor, observed: Tensor, score: Tensor
+) -> None:
+    """Shapes, dtypes, devices; the happy path is a handful of comparisons."""
+    n, device = indices.shape[0], table.device
+    for tensor, name in (
+        (indices, "batch.indices"),
+        (weights, "batch.weights"),
+        (score, "out.score"),
+        (observed, "out.losses"),
+    ):
+        dtype = torch.int64 if tensor is indices else torch.float32
+        if (
+            tensor.shape != (n,)
+            or tensor.dtype != dtype
+            or tensor.device != device
+            or not tensor.is_contiguous()
+        ):
+            check.vector(name, tensor, n, (dtype,), device)
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")

@@ -1,0 +1,192 @@
+"""A sampler's memory: the state of every sample, two clocks, the variance averages.
+
+It owns tensors and constants and does no arithmetic; the kernels of ``fastis.kernels`` do. The
+layout is that of csrc/table.h, position by position.
+
+=============  ==============  =================================================================
+``records``    int32 [N, 4]    mean (float32 bits), variance (float32 bits), iteration of the last
+                               observation (-1: unseen), code of the importance (see math in
+                               csrc/weights.h). One record is 16 bytes: one cache line a sample.
+``scalars``    int64 [16]      clocks and totals, named below
+``variance``   float64 [11]    minibatch moments, smoothed, and what follows from them
+``sums`` ...                   the sampling structure of the compiled backends; always rebuilt from
+                               the records, never saved
+=============  ==============  =================================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastis.kernels import _C
+
+# Positions in `scalars`.
+DRAWS, UPDATES, SKIPPED, EXPONENT, TOTAL, SEEN, VALID = range(7)
+NUM_SCALARS = 16
+DURABLE_SCALARS = VALID  # the rest describes the structure and is rebuilt
+# Positions in `variance`.
+(
+    WEIGHT,
+    SECOND,
+    UNIFORM,
+    FIRST_SQUARED,
+    MEAN_SQUARED,
+    TRACE_IS,
+    TRACE_UNIFORM,
+    TRACE_OPTIMAL,
+    EFFECTIVE_BATCH_SIZE,
+    EFFICIENCY,
+    FACTOR,
+) = range(11)
+# Columns of `records`.
+MEAN, VAR, LAST, CODE = range(4)
+
+NO_EXPONENT = -1000  # e0 of a table that has seen nothing
+UNIFORM_WEIGHT = 1 << 15  # every item's integer weight in such a table
+MANTISSA_BITS = 16
+FLATTEN = {"none": 0, "cap": 1, "mix": 2, "power": 3}
+SCHEMES = {"multinomial": 0, "stratified": 1, "systematic": 2}
+IMPORTANCE = {"rms": 0, "sum": 1}
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What stays the same for a sampler's life. Names and meanings are those of csrc/table.h."""
+
+    num_samples: int
+    batch_size: int
+    seed: int
+    warmup_draws: int
+    batches_per_epoch: int
+    max_duplicates: float
+    flatten: int
+    scheme: int
+    has_records: bool
+    floor: float = 1e-3
+    tau: float = 0.0  # 0: linear
+    importance: int = 0
+    smoothing: float = 0.99
+    unbiased: bool = True
+    cap_numerator: int = field(init=False)
+    cap_denominator: int = field(init=False)
+    total_limit: int = field(init=False)
+    headroom: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        ratio = Fraction(self.max_duplicates).limit_denominator(1024)
+        object.__setattr__(self, "cap_numerator", ratio.numerator)
+        object.__setattr__(self, "cap_denominator", ratio.denominator)
+        limit = self._limit_bits()
+        object.__setattr__(self, "total_limit", 1 << limit)
+        # Half of the spare bits below the floor, half above the present total.
+        spread = MANTISSA_BITS + _bits(ceil(1 / self.floor)) + _bits(self.num_samples)
+        object.__setattr__(self, "headroom", (limit - spread) // 2)
+        if self.has_records and limit < spread:
+            raise ValueError(
+                f"num_samples={self.num_samples} with batch_size={self.batch_size}, "
+                f"max_duplicates={self.max_duplicates}, floor={self.floor} needs sums of {spread} "
+                f"bits, but {limit} can be had; raise floor or max_duplicates, or use flatten='cap'"
+            )
+
+    def _limit_bits(self) -> int:
+        """log2 of the largest total whose products stay below 2^62 in the draw."""
+        if self.flatten != FLATTEN["mix"]:
+            return 62 - _bits(ceil(self.max_duplicates))
+        batch = self.batch_size * self.cap_denominator
+        room = self.cap_numerator * self.num_samples - batch
+        return 61 - _bits(batch) - _bits(ceil(self.cap_numerator * self.num_samples / room))
+
+    @property
+    def max_heavy(self) -> int:
+        """How many items can be above the cap at once: ceil(B/D) - 1."""
+        ratio = Fraction(self.batch_size * self.cap_denominator, self.cap_numerator)
+        return max(0, ceil(ratio) - 1)
+
+
+def _bits(n: int) -> int:
+    """ceil(log2 n)."""
+    return (n - 1).bit_length()
+
+
+class Table:
+    """The tensors of one sampler on one device. See the module's docstring."""
+
+    def __init__(self, constants: Constants, device: torch.device) -> None:
+        self.constants = constants
+        self.device = device
+        self.scalars = torch.zeros(NUM_SCALARS, dtype=torch.int64, device=device)
+        self.scalars[EXPONENT] = NO_EXPONENT
+        self.variance = torch.full((11,), torch.nan, dtype=torch.float64, device=device)
+        self.variance[:TRACE_IS] = 0.0
+        self.variance[FACTOR] = 1.0
+        self.records: Tensor | None = None
+        if constants.has_records:
+            self.records = torch.zeros(constants.num_samples, 4, dtype=torch.int32, device=device)
+            self.records[:, LAST] = -1
+        self._handle: Any = None
+        self._structure: dict[str, Tensor] = {}
+
+    @property
+    def handle(self) -> Any:
+        """The compiled kernels' view of this table; the structure is allocated on first use."""
+        if self._handle is None:
+            self._handle = self._make_handle()
+        return self._handle
+
+    def _make_handle(self) -> Any:
+        tensors: dict[str, Tensor | None] = {
+            "records": self.records,
+            "scalars": self.scalars,
+            "variance": self.variance,
+            **dict.fromkeys(("sums", "unseen", "peaks", "heavy", "heavy_weights")),
+        }
+        if self.records is not None:
+            nodes = _C.structure_nodes(self.constants.num_samples)
+            max_heavy = max(1, self.constants.max_heavy)
+            for name, size, dtype in (
+                ("sums", nodes, torch.int64),
+                ("unseen", nodes, torch.int32),
+                ("peaks", nodes, torch.int32),
+                ("heavy", max_heavy, torch.int64),
+                ("heavy_weights", max_heavy, torch.int64),
+            ):
+                self._structure[name] = torch.zeros(size, dtype=dtype, device=self.device)
+        tensors.update(self._structure)
+        addresses = {name: 0 if t is None else t.data_ptr() for name, t in tensors.items()}
+        return _C.Table(addresses, asdict(self.constants))
+
+    def column(self, position: int) -> Tensor:
+        """A view of one column of the records, float32 for mean and variance."""
+        assert self.records is not None
+        if position in (MEAN, VAR):
+            return self.records.view(torch.float32)[:, position]
+        return self.records[:, position]
+
+    def codes(self) -> Tensor:
+        """int32 [N]: the codes without the flag of heavy items; 0 for unseen samples."""
+        return self.column(CODE) & 0x7FFFFFFF
+
+    def state(self) -> dict[str, Tensor]:
+        """What a resumed run needs, as new tensors."""
+        state = {
+            "scalars": self.scalars[:DURABLE_SCALARS].clone(),
+            "variance": self.variance.clone(),
+        }
+        if self.records is not None:
+            state["records"] = self.records.clone()
+            state["records"][:, CODE] = self.codes()
+        return state
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Takes :meth:`state` over, from any device. The caller has checked the shapes."""
+        self.scalars.zero_()
+        self.scalars[:DURABLE_SCALARS].copy_(state["scalars"])
+        self.variance.copy_(state["variance"])
+        if self.records is not None:
+            self.records.copy_(state["records"])
