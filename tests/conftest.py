@@ -1,0 +1,50 @@
+"""Shared fixtures: the backends, a stand-in for a scored loss, and one thread for everything."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastis
+
+torch.set_num_threads(1)
+
+
+class Observation(NamedTuple):
+    """What the sampler reads of a ScoredLoss."""
+
+    losses: Tensor
+    score: Tensor
+    mean_grad: Tensor | None = None
+
+
+def observe(score: Tensor, mean_grad: Tensor | None = None) -> Observation:
+    return Observation(score, score, mean_grad)
+
+
+def drive(sampler: fastis.Sampler, steps: int, seed: int = 0, decay: float = 0.0) -> list:
+    """Runs the loop on lognormal scores (falling as exp(-decay t)); returns the minibatches."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for step in range(steps):
+        batch = sampler.sample()
+        score = torch.empty(len(batch.indices)).log_normal_(0, 2, generator=generator)
+        mean_grad = 0.1 * torch.randn(10, generator=generator)
+        sampler.update(batch, observe(score * float(torch.tensor(-decay * step).exp()), mean_grad))
+        batches.append(batch)
+    return batches
+
+
+def sweep(sampler: fastis.Sampler, score: Tensor) -> None:
+    """Observes every sample once, outside the draws."""
+    n = sampler.num_samples
+    sampler.update(fastis.Batch(torch.arange(n), torch.ones(n)), observe(score))
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def any_backend(request):
+    with fastis.backend(request.param):
+        yield request.param

@@ -1,0 +1,162 @@
+"""The sampling structure: rebuilt and compared integer by integer, the cap to the unit."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from conftest import drive, observe, sweep
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastis
+from fastis.kernels.reference_weights import distribution, power, water_level
+from fastis.methods import EMAIS
+from fastis.table import LAST
+
+
+def structure(sampler):
+    """What the compiled draw sees: per item (weight, heavy?), and the nodes' own sums."""
+    table = sampler._table
+    scalars = table.scalars.tolist()
+    names = ("exponent", "total", "seen", "valid", "light", "num_heavy", "theta", "unseen", "offset")
+    return table._structure, dict(zip(names, scalars[3:12], strict=True)), table
+
+
+@pytest.mark.parametrize("n", [17, 300, 5000])
+@pytest.mark.parametrize("batch_size", [8, 17])
+def test_nodes_hold_the_integer_weights_after_many_updates(n, batch_size):
+    sampler = fastis.Sampler(n, batch_size, method=EMAIS(warmup_epochs=0), max_duplicates=2)
+    for epoch in range(3):
+        drive(sampler, 200, seed=epoch, decay=0.02)
+        sampler.sample()  # settles the structure
+        nodes, s, table = structure(sampler)
+        expected = distribution(table)
+        assert s["valid"] == 1
+        heavy = nodes["heavy"][: s["num_heavy"]]
+        assert torch.equal(heavy, expected.heavy)
+        seen = table.column(LAST) >= 0
+        light = torch.where(seen, expected.weights, 0)
+        light[heavy] = 0
+        below = torch.zeros(-(-n // 16) * 16, dtype=torch.int64)
+        below[:n] = light
+        first = 0
+        while below.numel() > 16 or first == 0:
+            below = below.view(-1, 16).sum(1)
+            assert torch.equal(nodes["sums"][first : first + below.numel()], below)
+            padded = -(-below.numel() // 16) * 16
+            first += padded
+            below = torch.nn.functional.pad(below, (0, padded - below.numel()))
+            if padded == 16:
+                break
+        assert s["light"] == int(light.sum())
+        total = s["light"] + s["num_heavy"] * s["theta"] * (s["num_heavy"] > 0)
+        assert total + s["unseen"] * int((~seen).sum()) == expected.total
+
+
+weights = st.lists(st.integers(1, 2**40), min_size=4, max_size=40)
+
+
+@given(weights, st.integers(1, 64), st.fractions(Fraction(1, 8), 8, max_denominator=64))
+@settings(max_examples=300, deadline=None)
+def test_water_level_is_the_largest_that_meets_the_cap(values, batch_size, duplicates):
+    n = len(values)
+    if duplicates * n < batch_size or duplicates >= batch_size:
+        return
+    w = torch.tensor(values)
+    theta = water_level(w, batch_size, duplicates.numerator, duplicates.denominator)
+
+    def meets(level):
+        capped = [min(v, level) for v in values]
+        return batch_size * max(capped) <= duplicates * sum(capped)
+
+    if theta < max(values):
+        assert meets(theta)
+        # One unit more is too much unless rounding down made room: the cap is then tight to a unit.
+        assert not meets(theta + 1) or theta + 1 >= max(values)
+    else:
+        assert meets(max(values))
+
+
+@pytest.mark.parametrize("flatten", ["cap", "mix", "power"])
+@pytest.mark.parametrize("duplicates", [0.2, 1, 1.1, 2, 5])
+def test_cap_holds_exactly(flatten, duplicates):
+    sampler = fastis.Sampler(
+        500, 50, method=EMAIS(warmup_epochs=0), max_duplicates=duplicates, flatten=flatten
+    )
+    generator = torch.Generator().manual_seed(2)
+    sweep(sampler, torch.empty(500).log_normal_(0, 3, generator=generator))
+    drawn = distribution(sampler._table)
+    ratio = Fraction(duplicates).limit_denominator(1024)
+    assert 50 * int(drawn.weights.max()) <= ratio * drawn.total
+    # ... and is used: flattening more than needed would waste variance.
+    assert 50 * int(drawn.weights.max()) >= 0.999 * ratio * drawn.total
+    assert float(sampler.probabilities().sum()) == pytest.approx(1, abs=1e-12)
+
+
+def test_cap_has_the_least_second_moment():
+    generator = torch.Generator().manual_seed(3)
+    score = torch.empty(2000).log_normal_(0, 3, generator=generator)
+    second = {}
+    for flatten in ("cap", "mix", "power"):
+        sampler = fastis.Sampler(2000, 128, method=EMAIS(warmup_epochs=0), flatten=flatten)
+        sweep(sampler, score)
+        second[flatten] = float((score.double() ** 2 / sampler.probabilities()).sum())
+    assert second["cap"] < second["power"] < second["mix"]
+
+
+def test_smallest_cap_is_uniform(any_backend):
+    for flatten in ("cap", "mix"):
+        sampler = fastis.Sampler(
+            64, 8, method=EMAIS(warmup_epochs=0), max_duplicates=0.125, flatten=flatten
+        )
+        sweep(sampler, torch.arange(1.0, 65))
+        assert torch.equal(sampler.probabilities(), torch.full((64,), 1 / 64).double())
+        batch = sampler.sample()
+        assert (batch.weights == 1).all()
+
+
+def test_unseen_items_above_the_cap_share_it(any_backend):
+    # One giant among the seen makes the mean weight, and so every unseen item, exceed the cap.
+    sampler = fastis.Sampler(100, 50, method=EMAIS(warmup_epochs=0), max_duplicates=1)
+    sampler.update(
+        fastis.Batch(torch.arange(90), torch.ones(90)),
+        observe(torch.tensor([1e6] + [1.0] * 89)),
+    )
+    p = sampler.probabilities()
+    assert p.max() * 50 <= 1
+    assert float(p[0]) == float(p[99]) == pytest.approx(0.02, rel=1e-9)
+    for _ in range(20):
+        batch = sampler.sample()
+        torch.testing.assert_close(
+            batch.weights.double(), 1 / (100 * p[batch.indices]), rtol=1e-6, atol=0
+        )
+
+
+def test_power_finds_gamma():
+    constants = fastis.Sampler(1000, 100, flatten="power")._table.constants
+    generator = torch.Generator().manual_seed(4)
+    w = (torch.empty(1000).log_normal_(0, 3, generator=generator) * 1e9).long().sort().values
+    powered = power(w, constants).double()
+    gamma = (powered[-1] / powered[0]).log() / (w[-1] / w[0]).double().log()
+    assert 0 < gamma < 1
+    # 100 draws, two copies at most: the largest probability is 2/100.
+    assert float(100 * powered.max() / powered.sum()) == pytest.approx(2, rel=1e-6)
+    expected = w.double() ** gamma
+    torch.testing.assert_close(powered / powered.sum(), expected / expected.sum())
+
+
+def test_backends_can_take_turns():
+    samplers = [fastis.Sampler(200, 8, method=EMAIS(warmup_epochs=0), seed=1) for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    for step in range(60):
+        score = torch.empty(8).log_normal_(0, 2, generator=generator)
+        with fastis.backend("reference"):
+            expected = samplers[0].sample()
+            samplers[0].update(expected, observe(score))
+        with fastis.backend(("cpu", "reference")[step % 3 == 0]):
+            batch = samplers[1].sample()
+        with fastis.backend(("cpu", "reference")[step % 5 == 0]):
+            samplers[1].update(batch, observe(score))
+        assert torch.equal(batch.indices, expected.indices)
