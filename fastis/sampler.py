@@ -69,7 +69,7 @@ class Sampler(MinibatchSource):
     TypeError, ValueError
         naming the argument, what was expected and what came.
 
-    Equivalent, for method="scan", to ``DataLoader(..., shuffle=True, drop_last=True)`` over indices.
+    Equivalent, for method="scan", to the indices of ``DataLoader(shuffle=True, drop_last=True)``.
 
     Example
     -------
@@ -100,11 +100,11 @@ class Sampler(MinibatchSource):
                 f"batch_size must be at most num_samples={n}, since method "
                 f"{self._method.name!r} draws without replacement, got {b}"
             )
-        self._arguments = {
+        self._arguments: dict[str, Any] = {
             "num_samples": n,
             "batch_size": b,
             "method": self._method,
-            "max_duplicates": _duplicates(max_duplicates, n, b),
+            "max_duplicates": _duplicates(max_duplicates, n, b, self._method.has_records),
             "flatten": check.choice("flatten", flatten, ["cap", "mix", "power"]),
             "scheme": check.choice("scheme", scheme, SCHEMES),
             "seed": check.integer("seed", seed, 0, 2**64 - 1),
@@ -167,17 +167,17 @@ class Sampler(MinibatchSource):
         sample drawn twice is observed once: its first position wins.
         """
         table = self._table
-        if isinstance(out, (list, tuple)) and not hasattr(out, "score"):
+        if isinstance(out, Sequence) and not hasattr(out, "score"):
             observed, score, mean_grad = _join([_read(self._method, part) for part in out])
         else:
             observed, score, mean_grad = _read(self._method, out)
         indices, weights = batch
         n = indices.shape[0]
         _check_update(table, indices, weights, observed, score)
-        kernels = kernels_for("update", table.device.type)
-        if table.device.type == "cpu" and not kernels.in_range(indices, table.constants.num_samples):
+        kernels, num_samples = kernels_for("update", table.device.type), table.constants.num_samples
+        if table.device.type == "cpu" and not kernels.in_range(indices, num_samples):
             raise IndexError(
-                f"batch.indices must be in [0, {table.constants.num_samples}), got values from "
+                f"batch.indices must be in [0, {num_samples}), got values from "
                 f"{int(indices.min())} to {int(indices.max())}"
             )
         if n:
@@ -335,8 +335,10 @@ class Sampler(MinibatchSource):
         self.load_state_dict(pickled["state"])
 
 
-def _duplicates(max_duplicates: float, num_samples: int, batch_size: int) -> float:
+def _duplicates(max_duplicates: float, num_samples: int, batch_size: int, used: bool) -> float:
     value = check.number("max_duplicates", max_duplicates, 0.0)
+    if not used:
+        return max(value, batch_size / num_samples)  # uniform draws can't go below, and needn't
     if value * num_samples < batch_size:
         raise ValueError(
             "max_duplicates must be at least batch_size / num_samples = "
@@ -367,11 +369,9 @@ def _join(
         raise ValueError("out must have at least one part, got an empty sequence")
     observed = torch.cat([p[0] for p in parts])
     score = torch.cat([p[1] for p in parts])
-    grads = [p[2] for p in parts]
-    if any(g is None for g in grads):
-        return observed, score, None
-    total = sum(g * (p[1].numel() / score.numel()) for g, p in zip(grads, parts, strict=True))
-    return observed, score, total  # type: ignore[return-value]
+    shares = [p[2] * (p[1].numel() / score.numel()) for p in parts if p[2] is not None]
+    mean_grad = torch.stack(shares).sum(0) if len(shares) == len(parts) else None
+    return observed, score, mean_grad
 
 
 def _check_update(

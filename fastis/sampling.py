@@ -1,8 +1,8 @@
 """Draws from given weights: ``sample``, the drop-in for ``torch.multinomial``, and ``AliasTable``.
 
-Weights become integers (relative error about N / 2^61 of the mean weight, an error of at most one
-unit), a draw is floor(R T / 2^128) of 128 random bits R and the integer total T: so there is no limit
-of 2^24 categories, a zero weight is never drawn, and the probability reported is the one drawn.
+Weights become integers with a total T of about 2^61 (each is off by at most one unit); a draw is
+floor(R T / 2^128) of 128 random bits R. So there is no limit of 2^24 categories, a zero weight is
+never drawn, and the probability reported is the one drawn.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 class Batch(NamedTuple):
-    """A minibatch: ``indices`` int64 [B], and ``weights`` float32 [B], the coefficients r = 1/(N p)."""
+    """A minibatch: ``indices`` int64 [B]; ``weights`` float32 [B], the coefficients 1/(N p)."""
 
     indices: Tensor
     weights: Tensor
@@ -119,7 +119,7 @@ def sample(
         ``indices`` int64 [num_samples]; ``weights`` float32 [num_samples]: 1/(N p) with
         replacement. Without replacement 1/(N pi), pi the probability that the index is among those
         drawn: exact where all weights are equal or all indices are drawn; otherwise pi given the
-        race's threshold, the (n+1)-th arrival (as in priority sampling, Duffield et al. 2007), which
+        race's threshold, the next arrival (as in priority sampling, Duffield et al. 2007), which
         makes ``(weights * x[indices]).sum()`` an unbiased estimate of ``x.mean()`` all the same.
 
     Raises

@@ -20,7 +20,17 @@ def structure(sampler):
     """What the compiled draw sees: per item (weight, heavy?), and the nodes' own sums."""
     table = sampler._table
     scalars = table.scalars.tolist()
-    names = ("exponent", "total", "seen", "valid", "light", "num_heavy", "theta", "unseen", "offset")
+    names = (
+        "exponent",
+        "total",
+        "seen",
+        "valid",
+        "light",
+        "num_heavy",
+        "theta",
+        "unseen",
+        "offset",
+    )
     return table._structure, dict(zip(names, scalars[3:12], strict=True)), table
 
 

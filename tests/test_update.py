@@ -1,4 +1,4 @@
-"""The state table: the formulas against float64, bits between backends, odd observations by name."""
+"""The state table: formulas against float64, bits between backends, odd observations by name."""
 
 from __future__ import annotations
 

@@ -26,9 +26,9 @@ from types import ModuleType
 import torch
 
 try:
-    from fastis import _C
+    from fastis import _C as _C
 except ImportError as error:  # a source tree that was never built, or a wheel for another machine
-    _C = None
+    _C = None  # type: ignore[assignment]
     _C_MISSING = f"the compiled extension fastis._C could not be imported ({error})"
 else:
     _C_MISSING = ""

@@ -36,7 +36,7 @@ def random_words(seed: int, stream: int, iteration: int, positions: Tensor) -> l
 
 
 def scale(words: list[Tensor], total: int) -> Tensor:
-    """floor(R total / 2^128), R the 128 bits of ``words``, total at most 2^62: schoolbook, in 32 bits."""
+    """floor(R total / 2^128), R the bits of ``words``, total <= 2^62: schoolbook, in 32 bits."""
     columns = [torch.zeros_like(words[0]) for _ in range(7)]
     for i, word in enumerate(words):
         for j, limb in enumerate((total & MASK32, total >> 32)):
@@ -50,7 +50,7 @@ def scale(words: list[Tensor], total: int) -> Tensor:
 
 
 def permute(seed: int, epoch: int, n: int, positions: Tensor) -> Tensor:
-    """The images of ``positions`` (int64, below n) under the permutation of [0, n) of this epoch."""
+    """The images of ``positions`` (int64, below n) under this epoch's permutation of [0, n)."""
     half = 1
     while half < 32 and 1 << (2 * half) < n:
         half += 1

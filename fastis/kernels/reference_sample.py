@@ -68,7 +68,7 @@ def coefficients(weights: Tensor, total: int, indices: Tensor) -> Tensor:
 
 
 def draw_points(total: int, seed: int, first: int, count: int, device: torch.device) -> Tensor:
-    """int64 [count]: the points below ``total`` of draws ``first`` ... of the stream of ``seed``."""
+    """int64 [count]: points below ``total`` of draws ``first`` ... of the stream of ``seed``."""
     positions = torch.arange(first, first + count, device=device)
     return scale(random_words(seed, STREAM_WEIGHTS, 0, positions), total)
 
@@ -105,7 +105,7 @@ def alias_build(weights: Tensor, total: int) -> tuple[Tensor, Tensor]:
 def alias_draw(
     weights: Tensor, total: int, own: Tensor, alias: Tensor, seed: int, first: int, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Draws number ``first`` ... of the stream of ``seed``: indices int64 and r float32, [count]."""
+    """Draws ``first`` ... of the stream of ``seed``: indices int64 and r float32, [count]."""
     n = weights.numel()
     points = draw_points(total, seed, first, count, weights.device)
     larger, capacity = total % n, total // n

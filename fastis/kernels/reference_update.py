@@ -171,9 +171,7 @@ def rescale(table: Table) -> None:
     scalars[TOTAL] = weight_of(codes, e0).sum()
 
 
-def update_variance(
-    table: Table, weights: Tensor, score: Tensor, mean_grad: Tensor | None
-) -> None:
+def update_variance(table: Table, weights: Tensor, score: Tensor, mean_grad: Tensor | None) -> None:
     """Kutsuna 2025, Proposition 4.1: moments of one minibatch, smoothed before any ratio."""
     r, x = weights.double(), score.double()
     moments = {
@@ -184,7 +182,7 @@ def update_variance(
         if mean_grad is None
         else mean_grad.double().square().sum(),
     }
-    if score.numel() == 0 or not bool(torch.isfinite(sum(moments.values()))):
+    if score.numel() == 0 or not bool(torch.stack(list(moments.values())).isfinite().all()):
         return
     v, constants = table.variance, table.constants
     if int(table.scalars[UPDATES]) == constants.warmup_draws:

@@ -1,4 +1,4 @@
-"""Integer weights and flattening in plain PyTorch: what csrc/weights.h and structure.cpp compute."""
+"""Integer weights and flattening in PyTorch: what csrc/weights.h and structure.cpp compute."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def water_level(weights: Tensor, batch_size: int, numerator: int, denominator: i
 
 
 def mix_offset(weights: Tensor, constants: Constants) -> int:
-    """c >= 0 such that p = (W + c) / (T + N c) meets the cap: mixing with the uniform distribution."""
+    """c >= 0 such that p = (W + c) / (T + N c) meets the cap: a mixture with uniform draws."""
     batch = constants.batch_size * constants.cap_denominator
     over = batch * int(weights.max()) - constants.cap_numerator * int(weights.sum())
     divisor = constants.cap_numerator * constants.num_samples - batch

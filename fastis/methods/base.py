@@ -1,8 +1,8 @@
 """What a sampling method is: options, and how a minibatch is observed.
 
 A method is a small frozen dataclass of options. The :class:`fastis.Sampler` owns what changes (the
-clocks, the table of states, the variance averages) and asks the method three things: which constants
-its table has, what it observes of a scored loss, and whether its draws come with coefficients.
+clocks, the table of states, the variance averages) and asks the method three things: how long draws
+are without replacement, which constants its table has, and what it observes of a scored loss.
 """
 
 from __future__ import annotations

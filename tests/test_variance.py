@@ -1,0 +1,228 @@
+"""Variance traces against brute force, and the learning rate that follows from them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import observe, sweep
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau, StepLR
+
+import fastis
+from fastis.methods import EMAIS
+
+
+class Problem:
+    """Fixed gradients g [N, C], so that every trace is known exactly."""
+
+    def __init__(self, n=64, c=5):
+        generator = torch.Generator().manual_seed(0)
+        sizes = torch.empty(n, 1).log_normal_(0, 1, generator=generator)
+        self.g = sizes * torch.randn(n, c, generator=generator) + 0.3
+        self.score = self.g.norm(dim=1)
+
+    def exact(self, p):
+        n = len(self.g)
+        g, x = self.g.double(), self.score.double()
+        mu2 = g.mean(0).square().sum()
+        return {
+            "trace_is": (x**2 / (n**2 * p)).sum() - mu2,
+            "trace_uniform": (x**2).mean() - mu2,
+            "trace_optimal": x.mean() ** 2 - mu2,
+        }
+
+    def observe(self, batch):
+        mean_grad = (batch.weights[:, None] * self.g[batch.indices]).mean(0)
+        return observe(self.score[batch.indices], mean_grad)
+
+
+@pytest.mark.parametrize("estimator", ["unbiased", "plugin"])
+def test_traces_against_exact_ones(estimator):
+    problem = Problem()
+    # Scores never change and tau is huge, so that p stays near where the sweep puts it.
+    method = EMAIS(warmup_epochs=0, tau=1e9, smoothing=0.9999, estimator=estimator)
+    sampler = fastis.Sampler(64, 8, method=method, max_duplicates=1.5)
+    sweep(sampler, problem.score.sqrt())  # not the optimal weights
+    exact = problem.exact(sampler.probabilities())
+    for _ in range(20_000):
+        batch = sampler.sample()
+        sampler.update(batch, problem.observe(batch))
+        if sampler.step == 2:  # the sweep's own moments are not of these draws
+            sampler._table.variance[:5] = 0.0
+    measured = {name: float(getattr(sampler.variance, name)) for name in exact}
+    relative = {name: measured[name] / float(exact[name]) - 1 for name in exact}
+    if estimator == "unbiased":
+        assert max(map(abs, relative.values())) < 0.06  # about 1,700 effective minibatches
+    else:
+        assert relative["trace_is"] < -0.06  # the plug-in misses the factor B/(B-1) = 8/7
+    ems = 8 * measured["trace_uniform"] / measured["trace_is"]
+    assert float(sampler.variance.effective_batch_size) == pytest.approx(ems)
+
+
+def test_optimal_probabilities_have_efficiency_zero_and_uniform_ones_one():
+    problem = Problem()
+    for method, expected, tolerance in (
+        (EMAIS(warmup_epochs=0, tau=1e9, smoothing=0.999), 0.0, 0.1),
+        (fastis.methods.Uniform(smoothing=0.999), 1.0, 1e-9),
+    ):
+        sampler = fastis.Sampler(64, 16, method=method, max_duplicates=16)
+        if method.has_records:
+            sweep(sampler, problem.score)
+        for _ in range(3000):
+            batch = sampler.sample()
+            sampler.update(batch, problem.observe(batch))
+        assert float(sampler.variance.efficiency) == pytest.approx(expected, abs=tolerance)
+
+
+def test_without_mean_grad_the_mean_counts_as_zero(any_backend):
+    sampler = fastis.Sampler(8, 4, method="uniform")
+    batch = fastis.Batch(torch.arange(4), torch.ones(4))
+    sampler.update(batch, observe(torch.tensor([1.0, 2, 3, 4])))
+    second, first = 7.5, 2.5
+    assert float(sampler.variance.trace_is) == pytest.approx(4 / 3 * second)
+    assert float(sampler.variance.trace_uniform) == pytest.approx(second + second / 3)
+    assert float(sampler.variance.trace_optimal) == pytest.approx(4 / 3 * first**2)
+
+
+def test_nothing_is_claimed_before_the_first_update():
+    variance = fastis.Sampler(8, 4).variance
+    for name in (
+        "trace_is",
+        "trace_uniform",
+        "trace_optimal",
+        "effective_batch_size",
+        "efficiency",
+    ):
+        value = getattr(variance, name)
+        assert value.shape == ()
+        assert torch.isnan(value)
+    assert fastis.Sampler(8, 4).lr_factor() == 1
+
+
+def test_a_batch_of_one_says_nothing_about_variance(any_backend):
+    sampler = fastis.Sampler(8, 1, method=EMAIS(warmup_epochs=0))
+    batch = sampler.sample()
+    sampler.update(batch, observe(torch.tensor([2.0])))
+    assert sampler.lr_factor() == 1
+
+
+class FakeSampler:
+    factor = 1.0
+
+    def lr_factor(self, optimizer="sgd"):
+        value = torch.tensor(self.factor, dtype=torch.float64)
+        return value if optimizer == "sgd" else value.sqrt()
+
+
+def parameters():
+    return [torch.nn.Parameter(torch.zeros(2))]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda o: CosineAnnealingLR(o, 20),
+        lambda o: StepLR(o, 5),
+        lambda o: LambdaLR(o, lambda t: 1 / (1 + t)),
+    ],
+)
+def test_recursive_schedulers_see_their_own_rate(schedule):
+    plain, wrapped = (torch.optim.SGD(parameters(), lr=0.5) for _ in range(2))
+    alone, inner = schedule(plain), schedule(wrapped)
+    sampler = FakeSampler()
+    scheduler = fastis.EffectiveBatchLR(inner, sampler)
+    for step in range(20):
+        sampler.factor = 1.0 + step
+        for optimizer in (plain, wrapped):
+            optimizer.step()
+        alone.step()
+        scheduler.step()
+        unscaled = plain.param_groups[0]["lr"]
+        assert wrapped.param_groups[0]["lr"] == pytest.approx(unscaled * sampler.factor)
+        assert scheduler.get_unscaled_lr() == pytest.approx([unscaled])
+        assert scheduler.get_last_lr() == [wrapped.param_groups[0]["lr"]]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "expected"), [(torch.optim.SGD, 4.0), (torch.optim.AdamW, 2.0)]
+)
+def test_the_rule_follows_the_optimizer(optimizer, expected):
+    made = optimizer(parameters(), lr=1.0)
+    sampler = FakeSampler()
+    sampler.factor = 4.0
+    scheduler = fastis.EffectiveBatchLR(LambdaLR(made, lambda t: 1.0), sampler)
+    made.step()
+    scheduler.step()
+    assert made.param_groups[0]["lr"] == expected
+    limited = fastis.EffectiveBatchLR(LambdaLR(made, lambda t: 1.0), sampler, max_factor=1.5)
+    made.step()
+    limited.step()
+    assert made.param_groups[0]["lr"] == pytest.approx(1.5 * limited.get_unscaled_lr()[0])
+
+
+def test_tensor_rates_are_scaled_in_place():
+    rate = torch.tensor(0.5)
+    optimizer = torch.optim.Adam(parameters(), lr=rate, capturable=False)
+    sampler = FakeSampler()
+    sampler.factor = 9.0
+    scheduler = fastis.EffectiveBatchLR(StepLR(optimizer, 1, gamma=0.5), sampler)
+    held = optimizer.param_groups[0]["lr"]
+    for step in range(3):
+        optimizer.step()
+        scheduler.step()
+        assert optimizer.param_groups[0]["lr"] is held
+        assert float(held) == pytest.approx(0.5 ** (step + 2) * 3)
+
+
+def test_plateau_scheduler_takes_its_metric():
+    optimizer = torch.optim.SGD(parameters(), lr=1.0)
+    sampler = FakeSampler()
+    sampler.factor = 2.0
+    scheduler = fastis.EffectiveBatchLR(ReduceLROnPlateau(optimizer, patience=0), sampler)
+    for metric in (1.0, 2.0):
+        scheduler.step(metric)
+    assert scheduler.get_last_lr() == pytest.approx([0.2])
+
+
+def test_scheduler_state_resumes():
+    def make():
+        optimizer = torch.optim.SGD(parameters(), lr=0.5)
+        sampler = FakeSampler()
+        sampler.factor = 3.0
+        return optimizer, fastis.EffectiveBatchLR(CosineAnnealingLR(optimizer, 10), sampler)
+
+    (first, a), (second, b) = make(), make()
+    for _ in range(4):
+        first.step()
+        a.step()
+    second.load_state_dict(first.state_dict())
+    b.load_state_dict(a.state_dict())
+    for _ in range(4):
+        assert a.get_last_lr() == b.get_last_lr()
+        for optimizer, scheduler in ((first, a), (second, b)):
+            optimizer.step()
+            scheduler.step()
+
+
+class Lion(torch.optim.Optimizer):
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.1})
+
+
+def test_lr_errors():
+    sampler = FakeSampler()
+    sgd = LambdaLR(torch.optim.SGD(parameters(), lr=1.0), lambda t: 1.0)
+    with pytest.raises(TypeError, match="scheduler must be a torch LR scheduler, got int"):
+        fastis.EffectiveBatchLR(3, sampler)
+    with pytest.raises(TypeError, match=r"sampler must be a fastis.Sampler, got str"):
+        fastis.EffectiveBatchLR(sgd, "emais")
+    with pytest.raises(ValueError, match="optimizer must be 'sgd', 'adam' or None, got 'lion'"):
+        fastis.EffectiveBatchLR(sgd, sampler, optimizer="lion")
+    with pytest.raises(ValueError, match="max_factor must be positive"):
+        fastis.EffectiveBatchLR(sgd, sampler, max_factor=0)
+    unknown = LambdaLR(Lion(parameters()), lambda t: 1.0)
+    with pytest.raises(ValueError, match=r"optimizer must be given as 'sgd' .* for a Lion"):
+        fastis.EffectiveBatchLR(unknown, sampler)
+    state = fastis.EffectiveBatchLR(sgd, sampler).state_dict()
+    state["unscaled"] = [1.0, 2.0]
+    with pytest.raises(ValueError, match="must have 1 parameter groups, got 2"):
+        fastis.EffectiveBatchLR(sgd, sampler).load_state_dict(state)
