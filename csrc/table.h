@@ -66,9 +66,10 @@ struct Table {
   Record* records = nullptr;        // [N], null for the uniform methods
   Scalars* scalars = nullptr;       // [1]
   Variance* variance = nullptr;     // [1]
-  uint64_t* sums = nullptr;         // [K] weights of the seen light items below a node
-  uint32_t* unseen = nullptr;       // [K] how many unseen items are below a node
-  uint32_t* peaks = nullptr;        // [K] the largest code of a light item below a node
+  // Sums over siblings 0..j of a group of 16, so that finding a child is 16 comparisons at once.
+  uint64_t* sums = nullptr;         // [K] weights of the seen light items
+  uint32_t* unseen = nullptr;       // [K] how many items are unseen
+  uint32_t* peaks = nullptr;        // [K] not summed: the largest code of a light item below a node
   int64_t* heavy = nullptr;         // [ceil(B/D) - 1] indices, ascending
   uint64_t* heavy_weights = nullptr;  // [ceil(B/D) - 1]
 

@@ -145,6 +145,6 @@ def _copy(lr: float | Tensor) -> float | Tensor:
 def _put(group: dict[str, Any], lr: float | Tensor) -> None:
     """Sets a group's rate; a tensor in place, since captured graphs hold its address."""
     if isinstance(group["lr"], Tensor):
-        group["lr"].copy_(lr)
+        group["lr"].fill_(lr)
     else:
         group["lr"] = lr

@@ -7,7 +7,7 @@ scored loss after it. Between the two it knows neither the model nor the data.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -170,7 +170,7 @@ class Sampler(MinibatchSource):
         if isinstance(out, Sequence) and not hasattr(out, "score"):
             observed, score, mean_grad = _join([_read(self._method, part) for part in out])
         else:
-            observed, score, mean_grad = _read(self._method, out)
+            observed, score, mean_grad = _read(self._method, cast(Scored, out))
         indices, weights = batch
         n = indices.shape[0]
         _check_update(table, indices, weights, observed, score)

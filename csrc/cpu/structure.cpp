@@ -42,11 +42,12 @@ uint32_t top_peak(const Table& t) {
 }
 
 void make_heavy(const Table& t, int64_t index) {
-  const uint64_t weight = weight_of(t.records[index].code, e0(t));
+  const uint32_t code = t.records[index].code;
+  const uint64_t weight = weight_of(code, e0(t));
   t.records[index].code |= kHeavyFlag;
   add_to_sums(t, index, ~weight + 1);
   t.scalars->light -= static_cast<int64_t>(weight);
-  refresh_peaks(t, index);
+  refresh_peaks(t, index, code, 0);
   int64_t at = t.scalars->num_heavy++;
   for (; at > 0 && t.heavy[at - 1] > index; --at) {
     t.heavy[at] = t.heavy[at - 1];
@@ -67,7 +68,7 @@ void make_light(const Table& t, int64_t at) {
   t.records[index].code &= ~kHeavyFlag;
   add_to_sums(t, index, weight);
   t.scalars->light += static_cast<int64_t>(weight);
-  refresh_peaks(t, index);
+  refresh_peaks(t, index, 0, t.records[index].code);
 }
 
 // Water filling. A set of heavy items is right when it holds exactly the items above theta, and
@@ -141,17 +142,34 @@ void flatten_by_mix(const Table& t, uint64_t mean_weight) {
 void add_to_sums(const Table& t, int64_t index, uint64_t delta) {
   for (int level = 0; level < t.levels.depth; ++level) {
     index /= kRadix;
-    t.sums[t.levels.first[level] + index] += delta;
+    const int64_t child = index % kRadix;
+    uint64_t* group = t.sums + t.levels.first[level] + (index - child);
+    for (int64_t j = 0; j < kRadix; ++j) group[j] += j >= child ? delta : 0;
   }
 }
 
-void refresh_peaks(const Table& t, int64_t index) {
+void count_seen(const Table& t, int64_t index) {
+  for (int level = 0; level < t.levels.depth; ++level) {
+    index /= kRadix;
+    const int child = static_cast<int>(index % kRadix);
+    uint32_t* group = t.unseen + t.levels.first[level] + (index - child);
+    for (int j = 0; j < kRadix; ++j) group[j] -= j >= child ? 1 : 0;
+  }
+}
+
+void refresh_peaks(const Table& t, int64_t index, uint32_t old_code, uint32_t new_code) {
   for (int level = 0; level < t.levels.depth; ++level) {
     index /= kRadix;
     uint32_t& peak = t.peaks[t.levels.first[level] + index];
-    const uint32_t now = level == 0 ? peak_of_records(t, index) : peak_of_children(t, level, index);
-    if (now == peak) return;
-    peak = now;
+    const uint32_t before = peak;
+    if (new_code >= before) {
+      peak = new_code;
+    } else if (old_code == before) {
+      peak = level == 0 ? peak_of_records(t, index) : peak_of_children(t, level, index);
+    }
+    if (peak == before) return;
+    old_code = before;
+    new_code = peak;
   }
 }
 
@@ -169,13 +187,19 @@ void rebuild(const Table& t) {
     t.unseen[node] += record.last < 0;
     t.peaks[node] = std::max(t.peaks[node], record.code);
   }
-  for (int level = 1; level < levels.depth; ++level) {
-    for (int64_t child = 0; child < levels.size[level - 1]; ++child) {
-      const int64_t from = levels.first[level - 1] + child;
-      const int64_t to = levels.first[level] + child / kRadix;
-      t.sums[to] += t.sums[from];
-      t.unseen[to] += t.unseen[from];
-      t.peaks[to] = std::max(t.peaks[to], t.peaks[from]);
+  for (int level = 0; level < levels.depth; ++level) {
+    const bool is_top = level + 1 == levels.depth;
+    for (int64_t begin = 0; begin < levels.size[level]; begin += kRadix) {
+      const int64_t group = levels.first[level] + begin;
+      for (int j = 1; j < kRadix; ++j) {
+        t.sums[group + j] += t.sums[group + j - 1];
+        t.unseen[group + j] += t.unseen[group + j - 1];
+      }
+      if (is_top) continue;
+      const int64_t parent = levels.first[level + 1] + begin / kRadix;
+      t.sums[parent] = t.sums[group + kRadix - 1];
+      t.unseen[parent] = t.unseen[group + kRadix - 1];
+      t.peaks[parent] = *std::max_element(t.peaks + group, t.peaks + group + kRadix);
     }
   }
   s.light = s.total;

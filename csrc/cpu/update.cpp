@@ -67,12 +67,8 @@ void replace_in_structure(const Table& t, int64_t index, uint32_t old_code, uint
   }
   add_to_sums(t, index, new_weight - old_weight);
   t.scalars->light += static_cast<int64_t>(new_weight - old_weight);
-  refresh_peaks(t, index);
-  if (!fresh) return;
-  for (int level = 0; level < t.levels.depth; ++level) {
-    index /= kRadix;
-    --t.unseen[t.levels.first[level] + index];
-  }
+  refresh_peaks(t, index, old_code, t.records[index].code);
+  if (fresh) count_seen(t, index);
 }
 
 // Writes a block back. Clears in_range when a new weight lies outside the range of e0: sums are then
