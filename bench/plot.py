@@ -18,7 +18,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from bench import report
 
@@ -90,11 +90,24 @@ def draw_curves(axes: Axes, groups: dict[str, list[report.Row]], name: str) -> N
 
 
 def log_axis(axes: Axes) -> None:
-    """A log axis labelled in plain numbers at 1, 2 and 5 of each decade."""
+    """A log axis labelled in plain numbers: the fewer decades it spans, the more of them."""
+    low, high = axes.get_ylim()
+    ticks = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if high < 6 * low else (1, 2, 5)
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.set_ylim(low, high)
+    axes.yaxis.set_major_locator(LogLocator(subs=ticks, numticks=20))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def fit_log_axis(axes: Axes, groups: dict[str, list[report.Row]], name: str, span: float) -> None:
+    """A log axis from just under the lowest value to ``span`` times it at most, so that the first
+    evaluations of an untrained network don't flatten the part that matters."""
+    values = np.concatenate([curve(group, name)[1].ravel() for group in groups.values()])
+    values = values[np.isfinite(values) & (values > 0)]
+    if len(values):
+        axes.set_ylim(values.min() / 1.08, min(values.max() * 1.08, values.min() * span))
+        log_axis(axes)
 
 
 def reference_line(axes: Axes, value: float, text: str) -> None:
@@ -175,8 +188,8 @@ def draw(rows: list[report.Row], out: Path) -> None:
         for name, (axes, title) in panels.items():
             draw_curves(axes, best, name)
             axes.set_title(title)
-        log_axis(loss)
-        log_axis(error)
+        fit_log_axis(loss, best, "train_loss", span=30)
+        fit_log_axis(error, best, "test_error", span=3)
         reference_line(effective, batch_size, f"minibatch of {batch_size}")
         reference_line(efficiency, 1.0, "uniform sampling")
         for axes in (effective, efficiency, lr):
@@ -184,7 +197,9 @@ def draw(rows: list[report.Row], out: Path) -> None:
         efficiency.set_ylim(top=clipped_top(best))
         draw_grid(last, rows) if is_grid else draw_finals(last, best)
         add_legend(figure, best)
-        figure.suptitle(heading(rows), x=0.01, ha="left", fontsize=12, color="#333333")
+        # A second, empty line: air between the heading and the panels' titles.
+        heading_style = {"fontsize": 12, "color": "#333333"}
+        figure.suptitle(heading(rows) + "\n", x=0.01, ha="left", **heading_style)
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(out, dpi=130, facecolor="white")
         plt.close(figure)
