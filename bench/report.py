@@ -67,6 +67,8 @@ def finals(rows: Iterable[Row], name: str) -> list[float]:
 
 
 def mean_sd(values: list[float], digits: int) -> str:
+    if not all(map(math.isfinite, values)):
+        return "nan"  # one run diverged: the others' mean would hide it
     text = f"{fmean(values):.{digits}f}"
     return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
 
