@@ -39,7 +39,7 @@ class RunConfig:
     data: str = "embedded"  # or the file's name
     model: str = "lenet5"
     optimizer: str = "sgd"
-    iterations: int = 2500
+    iterations: int = 2000
     batch_size: int = 128
     momentum: float = 0.9
     weight_decay: float = 1e-3
