@@ -8,9 +8,10 @@ the blocks only: evaluation and reading are not in the time per step.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from dataclasses import asdict, dataclass
-from statistics import fmean, median
+from statistics import fmean
 
 import torch
 import torch.nn.functional as F
@@ -93,7 +94,8 @@ class Run:
         start = time.perf_counter()
         loss = self.train(steps)
         synchronize(self.device)
-        return loss.item(), 1e3 * (time.perf_counter() - start) / steps
+        seconds = time.perf_counter() - start
+        return loss.item(), 1e3 * seconds / steps
 
     def reading(self) -> dict[str, float]:
         """What the sampler and the scheduler say now."""
@@ -149,19 +151,27 @@ def run(config: RunConfig, dataset: Dataset, position: int = 0, leave: bool = Tr
     block = min(STEPS_PER_READING, max(1, config.iterations // CURVE_POINTS))
     evaluate_every = block * max(1, round(config.iterations / block / CURVE_POINTS))
     readings, milliseconds, curve = [], [], []
-    bar = tqdm(total=config.iterations, desc=config.label, position=position, leave=leave)
-    with bar:
+    # A log file gets a line now and then; a terminal shows every reading.
+    interval = 0.1 if sys.stderr.isatty() else 20
+    with tqdm(
+        total=config.iterations,
+        desc=config.label,
+        position=position,
+        leave=leave,
+        mininterval=interval,
+    ) as bar:
         while bar.n < config.iterations:
             steps = min(block, config.iterations - bar.n)
             loss, ms = state.timed_train(steps)
             milliseconds.append(ms)
             readings.append({"step": bar.n + steps, **state.reading()})
-            bar.update(steps)
             now = readings[-1]
             bar.set_postfix_str(
                 f"loss {loss:.3f}, S {now['efficiency']:.2f}, "
-                f"N_ems {now['effective_batch_size']:.0f}"
+                f"N_ems {now['effective_batch_size']:.0f}",
+                refresh=False,
             )
+            bar.update(steps)
             if bar.n % evaluate_every == 0 or bar.n == config.iterations:
                 train_loss, _ = evaluate(state.model, x_some, y_some)
                 _, test_error = evaluate(state.model, dataset.x_test, dataset.y_test)
@@ -176,16 +186,16 @@ def result_row(
     dataset, batch_size = state.dataset, state.config.batch_size
     train_loss, train_error = evaluate(state.model, dataset.x_train, dataset.y_train)
     test_loss, test_error = evaluate(state.model, dataset.x_test, dataset.y_test)
-    second_half = readings[len(readings) // 2 :]
+    late = readings[len(readings) // 2 :]
     final = {
         "test_error": test_error,
         "test_loss": test_loss,
         "train_error": train_error,
         "train_loss": train_loss,
-        "efficiency": fmean(r["efficiency"] for r in second_half),
-        "relative_batch_size": fmean(r["effective_batch_size"] for r in second_half) / batch_size,
-        "lr_factor": fmean(r["lr_factor"] for r in second_half),
-        "ms_per_step": median(milliseconds),
+        "efficiency": mean_of(late, "efficiency"),
+        "relative_batch_size": mean_of(late, "effective_batch_size") / batch_size,
+        "lr_factor": mean_of(late, "lr_factor"),
+        "ms_per_step": lower_quartile(milliseconds[len(milliseconds) // 2 :]),
     }
     names = [name for name in curve[0] if name != "step"]
     curves = {name: [json_number(point[name]) for point in curve] for name in names}
@@ -195,6 +205,17 @@ def result_row(
         "final": {name: json_number(value) for name, value in final.items()},
         "curves": {"step": [point["step"] for point in curve], **curves},
     }
+
+
+def lower_quartile(times: list[float]) -> float:
+    """A time that other load on the machine, which only ever adds, spoils less than the median."""
+    return sorted(times)[len(times) // 4]
+
+
+def mean_of(readings: list[dict], name: str) -> float:
+    """The mean of the readings that are defined (S is not while its estimate has no sign)."""
+    values = [reading[name] for reading in readings if math.isfinite(reading[name])]
+    return fmean(values) if values else math.nan
 
 
 def json_number(value: float) -> float | None:

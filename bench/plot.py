@@ -18,7 +18,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from bench import report
 
@@ -35,6 +35,8 @@ COLOURS = {
     "online_batch": "#7B4EA3",
     "prioritized": "#B8A800",
 }
+# Methods without coefficients share N_ems, S and lr: dashes on top let the other show through.
+DASHED = ("uniform",)
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -54,6 +56,10 @@ STYLE = {
 
 def colour_of(method: str) -> str:
     return COLOURS.get(method, "black")
+
+
+def dashes_of(method: str) -> object:
+    return (0, (4, 2)) if method in DASHED else "-"
 
 
 def best_lr(rows: list[report.Row]) -> dict[str, list[report.Row]]:
@@ -79,7 +85,9 @@ def draw_curves(axes: Axes, groups: dict[str, list[report.Row]], name: str) -> N
     for height, (method, group) in enumerate(reversed(groups.items())):
         steps, values = curve(group, name)
         mean = values.mean(0)
-        axes.plot(steps, mean, color=colour_of(method), zorder=3 + height)
+        on_top = len(groups) if method in DASHED and height + 1 < len(groups) else 0
+        line = {"color": colour_of(method), "linestyle": dashes_of(method)}
+        axes.plot(steps, mean, **line, zorder=3 + height + on_top)
         if len(values) > 1:
             sd = values.std(0, ddof=1)
             low = np.maximum(mean - sd, 0.5 * mean)  # stays above zero on a log axis
@@ -154,7 +162,7 @@ def draw_grid(axes: Axes, rows: list[report.Row]) -> None:
     axes.set_xscale("log")
     ticks = sorted({row["config"]["lr"] for row in rows})
     axes.set_xticks(ticks, [f"{lr:g}" for lr in ticks])
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("learning rate")
     axes.set_title("final test error against learning rate (%)")
 
@@ -188,7 +196,7 @@ def draw(rows: list[report.Row], out: Path) -> None:
         for name, (axes, title) in panels.items():
             draw_curves(axes, best, name)
             axes.set_title(title)
-        fit_log_axis(loss, best, "train_loss", span=30)
+        fit_log_axis(loss, best, "train_loss", span=300)
         fit_log_axis(error, best, "test_error", span=3)
         reference_line(effective, batch_size, f"minibatch of {batch_size}")
         reference_line(efficiency, 1.0, "uniform sampling")
@@ -214,7 +222,10 @@ def clipped_top(groups: dict[str, list[report.Row]]) -> float:
 
 
 def add_legend(figure: plt.Figure, best: dict[str, list[report.Row]]) -> None:
-    lines = [plt.Line2D([], [], color=colour_of(method), linewidth=3) for method in best]
+    lines = [
+        plt.Line2D([], [], color=colour_of(method), linestyle=dashes_of(method), linewidth=2.5)
+        for method in best
+    ]
     labels = [f"{method}, lr {group[0]['config']['lr']:g}" for method, group in best.items()]
     figure.legend(lines, labels, loc="outside lower center", ncols=min(len(best), 5), frameon=False)
 

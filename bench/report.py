@@ -77,7 +77,8 @@ def table(rows: Iterable[Row]) -> str:
     """Mean and standard deviation over seeds for each method and learning rate of one setting.
 
     S, N_ems/B and the factor of the learning rate are averages over the second half of training;
-    the overhead is that of the time per step against uniform's.
+    the overhead is that of the time per step against uniform's. Runs follow each other, so other
+    load on the machine shows in it: ``bench_step.py`` measures it properly, interleaved.
     """
     groups = by_method_and_lr(rows)
     uniform = [row for (method, _), group in groups.items() if method == "uniform" for row in group]

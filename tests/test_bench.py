@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import bench_step, datasets, make_subset, plot, report, train
+from bench import bench_step, datasets, loop, make_subset, plot, report, train
 from bench.loop import RunConfig
 from bench.models import build_model
 
@@ -263,6 +264,14 @@ def test_table_means_deviations_and_overhead():
     assert emais.endswith("+10.0 %")
     assert "nan" in uniform
     assert uniform.endswith("+0.0 %")
+
+
+def test_averages_of_a_run_leave_out_what_is_undefined():
+    readings = [{"efficiency": value} for value in (0.5, math.nan, 0.7)]
+    assert loop.mean_of(readings, "efficiency") == pytest.approx(0.6)
+    assert math.isnan(loop.mean_of(readings[1:2], "efficiency"))
+    assert loop.lower_quartile([9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 90.0, 7.0]) == 3.0
+    assert loop.json_number(math.nan) is None
 
 
 def test_latest_row_of_a_configuration_wins():
