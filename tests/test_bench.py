@@ -1,0 +1,301 @@
+"""The benchmarks' own parts: data, models, one short training comparison, table and plot."""
+
+import io
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from bench import bench_step, datasets, loop, make_subset, plot, report, train
+from bench.loop import RunConfig
+from bench.models import build_model
+
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(autouse=True)
+def _threads_and_data(monkeypatch):
+    """The jobs set the number of threads of the process; FASTIS_DATA is the user's."""
+    monkeypatch.delenv("FASTIS_DATA", raising=False)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def fashion_file(path: Path, **changes) -> Path:
+    """A data set of 40 and 20 random images with the keys of Fashion-MNIST's file."""
+    generator = np.random.default_rng(0)
+    arrays = {
+        "x_train": generator.integers(0, 256, (40, 28, 28), dtype=np.uint8),
+        "y_train": np.arange(40, dtype=np.uint8) % 10,
+        "x_test": generator.integers(0, 256, (20, 28, 28), dtype=np.uint8),
+        "y_test": np.arange(20, dtype=np.uint8) % 10,
+    } | changes
+    np.savez(path, **{key: value for key, value in arrays.items() if value is not None})
+    return path
+
+
+def cifar_file(path: Path, images: np.ndarray) -> Path:
+    """Both parts hold ``images`` ``[N, H, W, 3]`` as JPEG bytes end to end."""
+    image = pytest.importorskip("PIL.Image")
+    files = []
+    for pixels in images:
+        buffer = io.BytesIO()
+        image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+        files.append(buffer.getvalue())
+    arrays = {"class_names": np.array(["a", "b"])}
+    for part in ("train", "test"):
+        arrays[f"jpeg_{part}"] = np.frombuffer(b"".join(files), np.uint8)
+        arrays[f"offsets_{part}"] = np.cumsum([0, *map(len, files)])
+        arrays[f"y_{part}"] = np.arange(len(images), dtype=np.uint8) % 2
+    np.savez(path, **arrays)
+    return path
+
+
+# ---- data
+
+
+def test_subset_is_stratified_and_small():
+    assert datasets.EMBEDDED.stat().st_size <= 6e6
+    with np.load(datasets.EMBEDDED) as subset:
+        assert subset["x_train"].shape == (10_000, 28, 28)
+        assert subset["x_test"].shape == (2_000, 28, 28)
+        assert subset["x_train"].dtype == subset["y_train"].dtype == np.uint8
+        assert np.bincount(subset["y_train"]).tolist() == [1000] * 10
+        assert np.bincount(subset["y_test"]).tolist() == [200] * 10
+
+
+def test_stratified_draws_distinct_rows_of_every_class():
+    labels = np.random.default_rng(1).permutation(np.repeat(np.arange(4), 50))
+    rows = make_subset.stratified(labels, 7, np.random.default_rng(2))
+    assert len(np.unique(rows)) == 28
+    assert np.bincount(labels[rows]).tolist() == [7] * 4
+
+
+def test_embedded_data_set_is_normalised():
+    data = datasets.load_dataset()
+    assert data.x_train.shape == (10_000, 1, 28, 28)
+    assert data.image_shape == (1, 28, 28)
+    assert data.x_train.dtype == torch.float32
+    assert data.y_train.dtype == torch.int64
+    assert abs(data.x_train.mean()) < 1e-4
+    assert abs(data.x_train.std() - 1) < 1e-4
+    # The test set has the training set's statistics applied, not its own.
+    assert 1e-4 < abs(data.x_test.mean()) < 0.1
+
+
+def test_environment_names_the_data_and_the_argument_wins(tmp_path, monkeypatch):
+    path = fashion_file(tmp_path / "whole.npz")
+    monkeypatch.setenv("FASTIS_DATA", str(path))
+    assert len(datasets.load_dataset().y_train) == 40
+    assert datasets.data_name(None) == "whole.npz"
+    assert len(datasets.load_dataset(data=datasets.EMBEDDED).y_train) == 10_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"y_test": None}, ["--data", "y_test missing"]),
+        ({"x_train": np.zeros((40, 28, 28), np.float32)}, ["x_train", "uint8", "float32"]),
+        ({"x_test": np.zeros((0, 28, 28), np.uint8)}, ["x_test", "N > 0"]),
+        ({"y_train": np.zeros(39, np.uint8)}, ["y_train", "40 integers", "[39]"]),
+        ({"y_train": np.full(40, -1)}, ["y_train", "from 0"]),
+    ],
+)
+def test_bad_arrays_are_named(tmp_path, changes, words):
+    path = fashion_file(tmp_path / "bad.npz", **changes)
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (the words below are the match)
+        datasets.load_dataset(data=path)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_bad_sources_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"--dataset must be one of .*got 'mnist'"):
+        datasets.load_dataset("mnist")
+    with pytest.raises(ValueError, match="--dataset cifar10 needs --data"):
+        datasets.load_dataset("cifar10")
+    with pytest.raises(FileNotFoundError, match=r"--data must name an \.npz file"):
+        datasets.load_dataset(data=tmp_path / "absent.npz")
+    (tmp_path / "text.npz").write_text("not a zip")
+    with pytest.raises(ValueError, match=r"--data must name an \.npz file"):
+        datasets.load_dataset(data=tmp_path / "text.npz")
+
+
+def test_cifar_jpegs_are_decoded_in_order(tmp_path):
+    flat = np.array([[250, 20, 30], [10, 240, 20], [5, 10, 200]], np.uint8)
+    pixels = np.broadcast_to(flat[:, None, None], (3, 32, 32, 3))
+    data = datasets.load_dataset("cifar10", cifar_file(tmp_path / "c.npz", pixels))
+    assert data.x_train.shape == (3, 3, 32, 32)
+    assert data.augment is datasets.random_crop_flip
+    # The brightest image of channel c is image c, before and after normalisation.
+    assert data.x_train.mean(dim=(2, 3)).argmax(0).tolist() == [0, 1, 2]
+
+
+def test_augmentation_crops_and_flips():
+    torch.manual_seed(0)
+    images = torch.randn(64, 3, 8, 8)
+    padded = F.pad(images, (2, 2, 2, 2))
+    out = datasets.random_crop_flip(images, padding=2)
+    found = set()
+    for image, source in zip(out, padded, strict=True):
+        matches = [
+            (dy, dx, flip)
+            for dy in range(5)
+            for dx in range(5)
+            for flip in (False, True)
+            if torch.equal(image.flip(2) if flip else image, source[:, dy : dy + 8, dx : dx + 8])
+        ]
+        assert len(matches) == 1
+        found.add(matches[0])
+    assert {dy for dy, _, _ in found} == {dx for _, dx, _ in found} == set(range(5))
+    assert {flip for _, _, flip in found} == {False, True}
+
+
+# ---- models
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "parameters"),
+    [
+        ("lenet5", (1, 28, 28), 61_706),
+        ("lenet5", (3, 32, 32), 83_126),
+        ("mlp", (1, 28, 28), 203_530),
+        ("resnet18", (3, 32, 32), 11_173_962),
+    ],
+)
+def test_models(name, shape, parameters):
+    model = build_model(name, shape, 10)
+    assert model(torch.randn(2, *shape)).shape == (2, 10)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+# ---- the comparison
+
+
+def run_train(out: Path, *more: str) -> list[dict]:
+    data = out.parent / "small.npz"
+    if not data.exists():
+        fashion_file(data)
+    arguments = ["--out", str(out), "--data", str(data), "--model", "mlp"]
+    assert train.main([*arguments, "--iterations", "12", "--batch-size", "8", *more]) == 0
+    return report.read_rows(out / train.RESULTS)
+
+
+def test_train_writes_rows_table_and_plot_and_resumes(tmp_path, capsys):
+    out = tmp_path / "out"
+    rows = run_train(out, "--seeds", "2")
+    table = capsys.readouterr().out
+    assert len(rows) == 6
+    assert table.count("±") >= 3 * 4
+    for method in ("emais", "scan", "uniform"):
+        assert f"\n{method} " in table
+    (png,) = out.glob("*.png")
+    assert png.read_bytes().startswith(PNG_SIGNATURE)
+    row = rows[0]
+    assert row["config"]["data"] == "small.npz"
+    assert row["curves"]["step"][-1] == 12
+    assert set(row["curves"]) >= {"train_loss", "test_error", "efficiency", "lr"}
+    assert {"cpu", "threads"} <= set(row["machine"])
+    assert {"torch", "fastis"} <= set(row["versions"])
+    assert row["final"]["ms_per_step"] > 0
+
+    # The same again: nothing runs. A third seed: only that one runs. --force: it runs again.
+    assert len(run_train(out, "--seeds", "2")) == 6
+    assert "6 of 6 runs" in capsys.readouterr().out
+    assert len(run_train(out, "--seeds", "3", "--method", "scan", "--no-plot")) == 7
+    again = run_train(out, "--seeds", "1", "--method", "scan", "--force", "--no-plot")
+    assert len(again) == 8
+    first = next(row for row in rows if row["config"]["method"] == "scan")
+    assert again[-1]["final"]["train_loss"] == first["final"]["train_loss"]
+
+
+def test_train_adam_grid_with_two_jobs(tmp_path, capsys):
+    options = ["--optimizer", "adam", "--lr", "0.001", "0.002", "--lr-factor", "1.5"]
+    options += ["--method", "emais", "uniform", "--seeds", "1", "--jobs", "2"]
+    rows = run_train(tmp_path / "out", *options)
+    lrs = {(row["config"]["method"], row["config"]["lr"]) for row in rows}
+    assert lrs == {("emais", 0.001), ("emais", 0.002), ("uniform", 0.0015), ("uniform", 0.003)}
+    assert str(tmp_path) not in (tmp_path / "out" / train.RESULTS).read_text()
+    capsys.readouterr()
+    png = tmp_path / "again.png"
+    assert plot.main([str(tmp_path / "out" / train.RESULTS), "--out", str(png)]) == 0
+    assert png.read_bytes().startswith(PNG_SIGNATURE)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--method", "nonsense"], "nonsense"),
+        (["--data", "absent.npz"], "absent.npz"),
+        (["--lr", "-1"], "above 0"),
+        (["--dataset", "cifar10"], "--data"),
+    ],
+)
+def test_train_refuses_before_it_runs(tmp_path, capsys, options, words):
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--out", str(tmp_path), *options])
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+# ---- table and step time
+
+
+def made_up_row(method: str, seed: int, error: float | None, ms: float) -> dict:
+    final = dict.fromkeys(("train_loss", "efficiency", "relative_batch_size", "lr_factor"), 1.0)
+    config = vars(RunConfig(method=method, lr=0.01, seed=seed))
+    return {"config": config, "final": final | {"test_error": error, "ms_per_step": ms}}
+
+
+def test_table_means_deviations_and_overhead():
+    rows = [made_up_row("emais", 0, 10.0, 2.2), made_up_row("emais", 1, 12.0, 2.2)]
+    rows += [made_up_row("uniform", 0, 13.0, 2.0), made_up_row("uniform", 1, None, 2.0)]
+    _, _, emais, uniform = report.table(rows).splitlines()
+    assert "11.00 ± 1.41" in emais
+    assert emais.endswith("+10.0 %")
+    assert "nan" in uniform
+    assert uniform.endswith("+0.0 %")
+
+
+def test_averages_of_a_run_leave_out_what_is_undefined():
+    readings = [{"efficiency": value} for value in (0.5, math.nan, 0.7)]
+    assert loop.mean_of(readings, "efficiency") == pytest.approx(0.6)
+    assert math.isnan(loop.mean_of(readings[1:2], "efficiency"))
+    assert loop.lower_quartile([9.0, 1.0, 2.0, 3.0, 4.0, 5.0, 90.0, 7.0]) == 3.0
+    assert loop.json_number(math.nan) is None
+
+
+def test_latest_row_of_a_configuration_wins():
+    rows = [made_up_row("emais", 0, 10.0, 2.0), made_up_row("scan", 0, 9.0, 2.0)]
+    rows.append(made_up_row("emais", 0, 8.0, 2.0))
+    assert [row["final"]["test_error"] for row in report.latest(rows)] == [8.0, 9.0]
+
+
+def test_broken_results_file_is_named(tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"config": {}}\n{"conf')
+    with pytest.raises(ValueError, match=r"results.jsonl, line 2"):
+        report.read_rows(tmp_path / "results.jsonl")
+
+
+def test_step_benchmark_writes_a_row(tmp_path, capsys):
+    rows = tmp_path / "step.jsonl"
+    options = ["--model", "mlp", "--num-samples", "2000", "--pairs", "4", "--seconds", "0.01"]
+    assert bench_step.main([*options, "--json", str(rows)]) == 0
+    assert "mlp" in capsys.readouterr().out
+    row = json.loads(rows.read_text())
+    assert row["ratio"] > 0
+    assert row["num_samples"] == 2000
+    assert {"machine", "versions", "date"} <= set(row)
+
+
+def test_tile_repeats_in_order():
+    assert bench_step.tile(torch.arange(3), 7).tolist() == [0, 1, 2, 0, 1, 2, 0]
