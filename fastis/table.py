@@ -114,6 +114,14 @@ def _bits(n: int) -> int:
     return (n - 1).bit_length()
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Like ``torch.zeros``, on huge pages where the CPU has them: accesses will be random."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu" and _C is not None:
+        _C.advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
+    return tensor.zero_()
+
+
 class Table:
     """The tensors of one sampler on one device. See the module's docstring."""
 
@@ -127,7 +135,7 @@ class Table:
         self.variance[FACTOR] = 1.0
         self.records: Tensor | None = None
         if constants.has_records:
-            self.records = torch.zeros(constants.num_samples, 4, dtype=torch.int32, device=device)
+            self.records = _zeros((constants.num_samples, 4), torch.int32, device)
             self.records[:, LAST] = -1
         self._handle: Any = None
         self._structure: dict[str, Tensor] = {}
@@ -156,7 +164,7 @@ class Table:
                 ("heavy", max_heavy, torch.int64),
                 ("heavy_weights", max_heavy, torch.int64),
             ):
-                self._structure[name] = torch.zeros(size, dtype=dtype, device=self.device)
+                self._structure[name] = _zeros((size,), dtype, self.device)
         tensors.update(self._structure)
         addresses = {name: 0 if t is None else t.data_ptr() for name, t in tensors.items()}
         return _C.Table(addresses, asdict(self.constants))

@@ -24,11 +24,21 @@ struct Block {
   uint32_t code[kBlock];
 };
 
+// The record, and the lowest level of the structure above it.
+void prefetch(const Table& t, int64_t index) {
+  __builtin_prefetch(t.records + index, 1);
+  if (!t.scalars->valid) return;
+  const int64_t node = index / kRadix, group = node / kRadix * kRadix;
+  __builtin_prefetch(t.sums + group, 1);
+  __builtin_prefetch(t.sums + group + kRadix / 2, 1);
+  __builtin_prefetch(t.peaks + group, 1);
+}
+
 void gather(const Table& t, const int64_t* indices, const float* observed, int64_t n, int32_t now,
             Block& block) {
   block.size = 0;
   for (int64_t b = 0; b < n; ++b) {
-    if (b + kPrefetch < n) __builtin_prefetch(t.records + indices[b + kPrefetch], 1);
+    if (b + kPrefetch < n) prefetch(t, indices[b + kPrefetch]);
     if (!usable(observed[b])) {
       ++t.scalars->skipped;
       continue;
@@ -36,22 +46,20 @@ void gather(const Table& t, const int64_t* indices, const float* observed, int64
     Record& record = t.records[indices[b]];
     if (record.last >= now) continue;
     const int at = block.size++;
+    const bool fresh = record.last < 0;
     block.index[at] = indices[b];
-    block.mean[at] = record.mean;
-    block.var[at] = record.var;
+    block.mean[at] = fresh ? observed[b] : record.mean;  // d = 0: the mean is x and the variance 0
+    block.var[at] = fresh ? 0.0f : record.var;
     block.x[at] = observed[b];
-    block.fresh[at] = record.last < 0;
-    block.dt[at] = record.last < 0 ? 1.0f : static_cast<float>(now - record.last);
+    block.fresh[at] = fresh;
+    block.dt[at] = fresh ? 1.0f : static_cast<float>(now - record.last);
     record.last = now;
   }
 }
 
 void compute(Block& block, float tau, float floor, Importance kind) {
   for (int at = 0; at < block.size; ++at) {
-    float mean = block.mean[at], var = block.var[at];
-    observe(mean, var, block.x[at], block.dt[at], tau);
-    block.mean[at] = block.fresh[at] ? block.x[at] : mean;
-    block.var[at] = block.fresh[at] ? 0.0f : var;
+    observe(block.mean[at], block.var[at], block.x[at], block.dt[at], tau);
   }
   for (int at = 0; at < block.size; ++at) {
     block.code[at] = code_of(importance_of(block.mean[at], block.var[at], kind), floor);
@@ -135,12 +143,26 @@ void derive(const Table& t, double n) {
 void update_variance(const Table& t, const float* weights, const float* score, int64_t n,
                      const float* mean_grad, int64_t num_classes) {
   Variance& v = *t.variance;
-  double A = 0, U = 0, O = 0, G2 = 0;
-  for (int64_t b = 0; b < n; ++b) {
+  constexpr int kLanes = 8;
+  double a[kLanes] = {}, u[kLanes] = {}, o[kLanes] = {}, A = 0, U = 0, O = 0, G2 = 0;
+  for (int64_t b = 0; b + kLanes <= n; b += kLanes) {
+    for (int j = 0; j < kLanes; ++j) {
+      const double r = weights[b + j], x = score[b + j], rx = r * x;
+      a[j] += rx * rx;
+      u[j] += rx * x;
+      o[j] += rx;
+    }
+  }
+  for (int64_t b = n - n % kLanes; b < n; ++b) {
     const double r = weights[b], x = score[b], rx = r * x;
     A += rx * rx;
     U += rx * x;
     O += rx;
+  }
+  for (int j = 0; j < kLanes; ++j) {
+    A += a[j];
+    U += u[j];
+    O += o[j];
   }
   for (int64_t c = 0; c < num_classes; ++c) G2 += double(mean_grad[c]) * double(mean_grad[c]);
   A /= n;
