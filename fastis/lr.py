@@ -90,15 +90,15 @@ class EffectiveBatchLR:
 
     def _scale(self) -> None:
         factor = self.sampler.lr_factor(self.rule)
+        if self.max_factor is not None:
+            factor = factor.clamp(max=self.max_factor)
         on_host = None
         for group, lr in zip(self.optimizer.param_groups, self._unscaled, strict=True):
-            if isinstance(lr, Tensor):
-                limited = factor if self.max_factor is None else factor.clamp(max=self.max_factor)
-                _put(group, lr * limited.to(lr))
-                continue
-            if on_host is None:
-                on_host = min(float(factor), self.max_factor or float("inf"))
-            group["lr"] = lr * on_host
+            if isinstance(lr, float):  # asked first: asking for a Tensor takes ten times as long
+                on_host = factor.item() if on_host is None else on_host
+                group["lr"] = lr * on_host
+            else:
+                _put(group, lr * factor.to(lr))
 
     def get_last_lr(self) -> list[float]:
         """The rates in force, factor included."""
@@ -139,12 +139,12 @@ def _rule(optimizer: torch.optim.Optimizer) -> str:
 
 
 def _copy(lr: float | Tensor) -> float | Tensor:
-    return lr.clone() if isinstance(lr, Tensor) else lr
+    return lr.clone() if not isinstance(lr, (float, int)) else float(lr)
 
 
 def _put(group: dict[str, Any], lr: float | Tensor) -> None:
     """Sets a group's rate; a tensor in place, since captured graphs hold its address."""
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(lr)
-    else:
+    if isinstance(group["lr"], (float, int)):
         group["lr"] = lr
+    else:
+        group["lr"].fill_(lr)

@@ -110,8 +110,7 @@ class Sampler(MinibatchSource):
             "seed": check.integer("seed", seed, 0, 2**64 - 1),
         }
         device = torch.get_default_device() if device is None else torch.device(device)
-        self._table = Table(self._constants(warmup_draws), torch.empty(0, device=device).device)
-        self._variance = Variance(self._table)
+        self._use(Table(self._constants(warmup_draws), torch.empty(0, device=device).device))
 
     def _constants(self, warmup_draws: int) -> Constants:
         a = self._arguments
@@ -133,6 +132,10 @@ class Sampler(MinibatchSource):
             has_records=self._method.has_records,
             **self._method.constants(),
         )
+
+    def _use(self, table: Table) -> None:
+        self._table, self._variance = table, Variance(table)
+        self._factor = table.variance[FACTOR]
 
     # The step ------------------------------------------------------------------------------------
 
@@ -226,11 +229,10 @@ class Sampler(MinibatchSource):
         N_ems / B for "sgd" (Kutsuna 2025, eq. 8), its square root for "adam" (and its family); 1
         while draws are uniform.
         """
-        factor = self._table.variance[FACTOR]
         if optimizer == "sgd":
-            return factor.clone()
+            return self._factor.clone()
         check.choice("optimizer", optimizer, ["sgd", "adam"])
-        return factor.sqrt()
+        return self._factor.sqrt()
 
     def probabilities(self) -> Tensor:
         """float64 [N]: the probabilities of each draw of the next minibatch, exactly. O(N)."""
@@ -324,7 +326,7 @@ class Sampler(MinibatchSource):
         self._arguments["seed"] = theirs["settings"]["seed"]
         table = Table(self._constants(self._table.constants.warmup_draws), self.device)
         table.load(theirs)
-        self._table, self._variance = table, Variance(table)
+        self._use(table)
 
     def __getstate__(self) -> dict[str, Any]:
         arguments = {**self._arguments, "device": str(self.device)}
