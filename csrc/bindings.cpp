@@ -93,4 +93,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [isa] { return name(isa); });
   m.def("build_info", &build_info);
   m.def("lanes", FASTIS_CPU(lanes));
+  m.def("cross_entropy", FASTIS_CPU(cross_entropy));
+  m.def("label_loss", FASTIS_CPU(label_loss));
 }
