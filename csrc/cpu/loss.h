@@ -11,19 +11,20 @@ template <class S>
 struct Problem {
   using F = Compute<S>;
   using G = typename Format<S>::Grad;
-  const S* logits;         // [R, C], rows row_stride apart
+  const S* logits;  // [R, C], rows row_stride apart
   int64_t row_stride;
   const int64_t* target;   // [R], or null with soft
   const F* soft;           // [R, C] probabilities, or null
   const F* weights;        // [B] coefficients r_i, or null (1)
   const F* class_weights;  // [C], or null (1)
   int64_t T, R, C, ignore_index;
+  bool any_ignored;
   F smoothing, inverse_denominator;
   G* grad;      // [R, C] or null
   F* row_loss;  // [R] unweighted by weights
   F* row_norm;  // [R] |g|
 
-  bool ignored(int64_t row) const { return target != nullptr && target[row] == ignore_index; }
+  bool ignored(int64_t row) const { return any_ignored && target[row] == ignore_index; }
   F coefficient(int64_t row) const { return weights != nullptr ? weights[row / T] : F(1); }
   F class_weight(int64_t c) const { return class_weights != nullptr ? class_weights[c] : F(1); }
 };
@@ -44,7 +45,7 @@ inline RowResult<Vec<F>> finish_rows(Vec<F> z_y, Vec<F> m, Vec<F> s, Vec<F> q) {
   const Vec<F> inverse = F(1) / fma<F>(s, a, select<F>(leads, splat<F>(1), x));
   const Vec<F> excess = select<F>(leads, s * x, (s - F(1)) + x);
   const Vec<F> p_scale = a * inverse;
-  RowResult<Vec<F>> row{log1p(excess) + select<F>(leads, splat<F>(0), -d),
+  RowResult<Vec<F>> row{log1p(excess, inverse) + select<F>(leads, splat<F>(0), -d),
                         sqrt<F>(fma<F>(s, s, q)) * p_scale, p_scale};
   // +inf at the label would look like certainty; torch has NaN there.
   const auto invalid = z_y == F(__builtin_inf());
@@ -86,8 +87,8 @@ inline int64_t rows_per_chunk(int64_t rows, int64_t columns) {
   return at_most_64_chunks > at_least_16k_elements ? at_most_64_chunks : at_least_16k_elements;
 }
 
-// Runs kernel(begin, end, column_sum) over all chunks; mean_grad [columns] (or null) gets the column
-// sums times `scale`.
+// Runs kernel(begin, end, column_sum) over all chunks; mean_grad [columns] (or null) gets the
+// column sums times `scale`.
 template <class F, class Kernel>
 void for_chunks(int64_t rows, int64_t columns, int threads, F* mean_grad, double scale,
                 const Kernel& kernel) {
@@ -110,29 +111,42 @@ void for_chunks(int64_t rows, int64_t columns, int threads, F* mean_grad, double
   }
 }
 
-// losses, score [B] from the rows (already there when T = 1); loss: a scalar when `reduce`, else [B].
+// losses, score [B] of the samples from their rows (tokens).
 template <class F>
-void reduce_rows(const F* row_loss, const F* row_norm, const F* weights, int64_t B, int64_t T,
-                 double inverse_denominator, bool reduce, F* loss, F* losses, F* score) {
-  double total = 0;
+void sum_tokens(const F* row_loss, const F* row_norm, int64_t B, int64_t T, F* losses, F* score) {
   for (int64_t b = 0; b < B; ++b) {
-    if (T != 1) {
-      double sum = 0, squares = 0;
-      for (int64_t t = b * T; t < (b + 1) * T; ++t) {
-        sum += row_loss[t];
-        squares += double(row_norm[t]) * row_norm[t];
-      }
-      losses[b] = static_cast<F>(sum);
-      score[b] = static_cast<F>(__builtin_sqrt(squares));
+    double sum = 0, squares = 0;
+    for (int64_t t = b * T; t < (b + 1) * T; ++t) {
+      sum += row_loss[t];
+      squares += double(row_norm[t]) * row_norm[t];
     }
-    const double weighted = weights != nullptr ? double(weights[b]) * losses[b] : losses[b];
-    if (reduce) {
-      total += weighted;
-    } else {
-      loss[b] = static_cast<F>(weighted);
+    losses[b] = static_cast<F>(sum);
+    score[b] = static_cast<F>(__builtin_sqrt(squares));
+  }
+}
+
+// loss: the weighted sum over the denominator when `reduce`, else [B]. Eight running sums hide the
+// latency of the additions.
+template <class F>
+void reduce_losses(const F* losses, const F* weights, int64_t B, double inverse_denominator,
+                   bool reduce, F* loss) {
+  if (!reduce) {
+    for (int64_t b = 0; b < B; ++b)
+      loss[b] = weights != nullptr ? weights[b] * losses[b] : losses[b];
+    return;
+  }
+  double total[8] = {};
+  int64_t b = 0;
+  for (; b + 8 <= B; b += 8) {
+    for (int i = 0; i < 8; ++i) {
+      total[i] += weights != nullptr ? double(weights[b + i]) * losses[b + i] : losses[b + i];
     }
   }
-  if (reduce) *loss = static_cast<F>(total * inverse_denominator);
+  for (; b < B; ++b)
+    total[b % 8] += weights != nullptr ? double(weights[b]) * losses[b] : losses[b];
+  double sum = 0;
+  for (const double part : total) sum += part;
+  *loss = static_cast<F>(sum * inverse_denominator);
 }
 
 }  // namespace fastis::FASTIS_ISA

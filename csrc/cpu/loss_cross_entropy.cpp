@@ -6,22 +6,31 @@ namespace fastis::FASTIS_ISA {
 
 namespace {
 
-// First row whose label is neither ignored nor a class; -1 when there is none.
-int64_t first_bad_label(const int64_t* target, int64_t rows, int64_t C, int64_t ignore_index) {
-  uint64_t bad = 0;
+struct Labels {
+  int64_t bad_row;  // first with a label that is neither ignored nor a class, or -1
+  bool any_ignored;
+};
+
+Labels check_labels(const int64_t* target, int64_t rows, int64_t C, int64_t ignore_index) {
+  uint64_t outside = 0, bad = 0;
   for (int64_t r = 0; r < rows; ++r) {
-    bad |= uint64_t(target[r] != ignore_index) & uint64_t(uint64_t(target[r]) >= uint64_t(C));
+    const uint64_t is_outside = uint64_t(target[r]) >= uint64_t(C);
+    const uint64_t is_ignored = target[r] == ignore_index;
+    outside |= is_outside | is_ignored;
+    bad |= is_outside & (is_ignored ^ 1);
   }
-  if (bad == 0) return -1;
+  if (bad == 0) return {-1, outside != 0};
   int64_t r = 0;
   while (target[r] == ignore_index || uint64_t(target[r]) < uint64_t(C)) ++r;
-  return r;
+  return {r, true};
 }
 
 // torch's: the class weights of the rows that are not ignored; all rows with probabilities.
 template <class S>
 double batch_denominator(const Problem<S>& p) {
-  if (p.target == nullptr) return static_cast<double>(p.R);
+  if (p.target == nullptr || (!p.any_ignored && p.class_weights == nullptr)) {
+    return static_cast<double>(p.R);
+  }
   double sum = 0;
   for (int64_t r = 0; r < p.R; ++r) {
     if (!p.ignored(r)) sum += p.class_weight(p.target[r]);
@@ -51,8 +60,8 @@ void solve(Problem<S>& p, const Outputs<S>& out, int64_t B, double denominator, 
                   if (p.C <= kFewClasses) return rows_of_few_classes(p, begin, end, column_sum);
                   rows_of_many_classes(p, begin, end, column_sum);
                 });
-  reduce_rows(p.row_loss, p.row_norm, p.weights, B, p.T, 1 / denominator, reduce, out.loss,
-              out.losses, out.score);
+  if (p.T != 1) sum_tokens<F>(p.row_loss, p.row_norm, B, p.T, out.losses, out.score);
+  reduce_losses<F>(out.losses, p.weights, B, 1 / denominator, reduce, out.loss);
 }
 
 }  // namespace
@@ -65,10 +74,9 @@ int64_t cross_entropy_as(const void* logits, int64_t row_stride, const int64_t* 
                          void* score, void* mean_grad, int threads) {
   using F = Compute<S>;
   using G = typename Format<S>::Grad;
-  if (target != nullptr) {
-    const int64_t bad = first_bad_label(target, B * T, C, ignore_index);
-    if (bad >= 0) return bad;
-  }
+  const Labels labels =
+      target != nullptr ? check_labels(target, B * T, C, ignore_index) : Labels{-1, false};
+  if (labels.bad_row >= 0) return labels.bad_row;
   Problem<S> p{static_cast<const S*>(logits),
                row_stride,
                target,
@@ -79,6 +87,7 @@ int64_t cross_entropy_as(const void* logits, int64_t row_stride, const int64_t* 
                B * T,
                C,
                ignore_index,
+               labels.any_ignored,
                static_cast<F>(smoothing),
                F(1),
                static_cast<G*>(grad),

@@ -2,148 +2,149 @@
 // transposed, so that every lane is full whatever C is. Reads and writes each logit once.
 #include "fastis.h"
 #include "loss.h"
+#include "transpose.h"
 
 namespace fastis::FASTIS_ISA {
 
 namespace {
 
-typedef float Quad __attribute__((vector_size(16)));
-
-// A 4 x 4 block: rows src_stride apart in, rows dst_stride apart out.
-inline void transpose_block(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
-  Quad r[4];
-  for (int i = 0; i < 4; ++i) std::memcpy(&r[i], src + i * src_stride, sizeof(Quad));
-  const Quad a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5);
-  const Quad b = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
-  const Quad c = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
-  const Quad d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
-  r[0] = __builtin_shufflevector(a, c, 0, 1, 4, 5);
-  r[1] = __builtin_shufflevector(a, c, 2, 3, 6, 7);
-  r[2] = __builtin_shufflevector(b, d, 0, 1, 4, 5);
-  r[3] = __builtin_shufflevector(b, d, 2, 3, 6, 7);
-  for (int i = 0; i < 4; ++i) std::memcpy(dst + i * dst_stride, &r[i], sizeof(Quad));
-}
-
-// dst[c][r] = src[r][c] for `rows` x `columns`; a multiple of 4 in one of them takes blocks, the
-// last of which overlaps its neighbour where the other is ragged.
+// Several vectors of rows per tile: the long chains of finish_rows overlap.
 template <class F>
-inline void transpose(const F* src, int64_t src_stride, F* dst, int64_t dst_stride, int rows,
-                      int columns) {
-  if constexpr (sizeof(F) == 4) {
-    if (rows >= 4 && columns >= 4) {
-      for (int r = 0; r < rows; r += 4) {
-        const int row = r + 4 <= rows ? r : rows - 4;
-        for (int c = 0; c < columns; c += 4) {
-          const int column = c + 4 <= columns ? c : columns - 4;
-          transpose_block(src + row * src_stride + column, src_stride,
-                          dst + column * dst_stride + row, dst_stride);
-        }
-      }
-      return;
-    }
-  }
-  for (int r = 0; r < rows; ++r) {
-    for (int c = 0; c < columns; ++c) dst[c * dst_stride + r] = src[r * src_stride + c];
-  }
-}
+constexpr int kTile = 4 * kLanes<F>;
 
-// What the lanes need beside their logits: label, r_i w_y (0 where ignored), w_y.
+// Row-wise vectors of a tile of W = kTile rows.
 template <class F>
-struct RowLanes {
-  Mask<F> label;
-  Vec<F> scale, class_weight;
+struct alignas(64) Tile {
+  F z[kFewClasses * kTile<F>];      // [C, W] logits, then exponentials, then gradient
+  F stage[kFewClasses * kTile<F>];  // [W, C] where memory has another format or too few rows
+  F z_label[kTile<F>], scale[kTile<F>], class_weight[kTile<F>], at_label[kTile<F>];
+  F m[kTile<F>], s[kTile<F>], q[kTile<F>];
+  F loss[kTile<F>], norm[kTile<F>];
+  int32_t label[kTile<F>];
 };
 
-template <class S, class F = Compute<S>>
-inline RowLanes<F> row_lanes(const Problem<S>& p, int64_t row, int count) {
-  using Int = typename Simd<F>::Int;
-  RowLanes<F> lanes{};
-  for (int i = 0; i < count; ++i) {
-    if (p.ignored(row + i)) continue;
-    const int64_t y = p.target[row + i];
-    lanes.label[i] = static_cast<Int>(y);
-    lanes.class_weight[i] = p.class_weight(y);
-    lanes.scale[i] = p.coefficient(row + i) * lanes.class_weight[i] * p.inverse_denominator;
-  }
-  return lanes;
-}
-
-// A tile [C, lanes] of logits becomes the scaled gradient.
-template <class F>
-inline RowResult<Vec<F>> solve_tile(F* tile, int C, const RowLanes<F>& lanes, Mask<F> live) {
-  using Int = typename Simd<F>::Int;
-  constexpr int V = kLanes<F>;
-  const Vec<F> lowest = splat<F>(-F(__builtin_inf()));
-  Vec<F> m = lowest, z_y{};
-  for (int c = 0; c < C; ++c) {
-    const Vec<F> z = load(tile + c * V);
-    const auto is_label = lanes.label == static_cast<Int>(c);
-    m = max<F>(select<F>(is_label, lowest, z), m);
-    z_y = select<F>(is_label, z, z_y);
-  }
-  m = safe_max<F>(m, z_y);
-  Vec<F> s{}, q{};
-  for (int c = 0; c < C; ++c) {
-    Vec<F> e = exp_term(load(tile + c * V) - m);
-    e = select<F>(lanes.label == static_cast<Int>(c), splat<F>(0), e);
-    s += e;
-    q = fma<F>(e, e, q);
-    store(tile + c * V, e);
-  }
-  RowResult<Vec<F>> rows = finish_rows<F>(z_y, m, s, q);
-  const Vec<F> zero{};
-  const Vec<F> scale = select<F>(live, rows.p_scale * lanes.scale, zero);
-  const Vec<F> at_label = -s * scale;
-  for (int c = 0; c < C; ++c) {
-    const auto is_label = lanes.label == static_cast<Int>(c);
-    const Vec<F> g = select<F>(is_label, at_label, load(tile + c * V) * scale);
-    store(tile + c * V, select<F>(live, g, zero));
-  }
-  rows.loss = select<F>(live, rows.loss * lanes.class_weight, zero);
-  rows.norm = select<F>(live, rows.norm * max<F>(lanes.class_weight, -lanes.class_weight), zero);
-  return rows;
-}
-
-// Lanes whose row exists and is not ignored.
-template <class S, class F = Compute<S>>
-inline Mask<F> live_lanes(const Problem<S>& p, int64_t row, int count) {
-  Mask<F> live{};
-  for (int i = 0; i < count; ++i) live[i] = p.ignored(row + i) ? 0 : -1;
-  return live;
-}
-
 template <class S, class F>
-inline void read_tile(const Problem<S>& p, int64_t row, int count, F* tile, F* stage) {
+inline void read_tile(const Problem<S>& p, int64_t row, int count, Tile<F>& tile) {
   const S* logits = p.logits + row * p.row_stride;
   const int C = static_cast<int>(p.C);
-  constexpr int V = kLanes<F>;
+  constexpr int V = kLanes<F>, W = kTile<F>;
   if constexpr (sizeof(S) == sizeof(F)) {
-    if (count == V) return transpose(logits, p.row_stride, tile, V, V, C);
+    if (count == W) return rows_to_lanes(logits, p.row_stride, W, C, tile.z, W);
   }
-  std::memset(static_cast<void*>(stage), 0, sizeof(F) * V * C);
   for (int i = 0; i < count; ++i) {
     const S* z = logits + i * p.row_stride;
     int c = 0;
-    for (; c + V <= C; c += V) store(stage + i * C + c, load(z + c));
-    if (c < C) store_some(stage + i * C + c, load_some(z + c, C - c, F(0)), C - c);
+    for (; c + V <= C; c += V) store(tile.stage + i * C + c, load(z + c));
+    if (c < C) store_some(tile.stage + i * C + c, load_some(z + c, C - c, F(0)), C - c);
   }
-  transpose(stage, C, tile, V, V, C);
+  for (int i = count * C; i < W * C; ++i) tile.stage[i] = 0;
+  rows_to_lanes(tile.stage, C, W, C, tile.z, W);
+}
+
+// Takes the label's logit out of the tile and leaves -inf.
+template <class F>
+inline void take_label(Tile<F>& tile, int i, int32_t y) {
+  F& z = tile.z[y * kTile<F> + i];
+  tile.label[i] = y;
+  tile.z_label[i] = z;
+  z = -F(__builtin_inf());
+}
+
+// Labels and scales. Rows that are ignored or do not exist become zero terms.
+template <class S, class F>
+inline void read_rows(const Problem<S>& p, int64_t row, int count, Tile<F>& tile) {
+  constexpr int W = kTile<F>;
+  if (count == W && !p.any_ignored && p.class_weights == nullptr && p.weights == nullptr) {
+    const F scale = p.inverse_denominator;
+    for (int i = 0; i < W; ++i) tile.class_weight[i] = 1;
+    for (int i = 0; i < W; ++i) tile.scale[i] = scale;
+    const int64_t* target = p.target + row;
+    for (int i = 0; i < W; ++i) take_label(tile, i, static_cast<int32_t>(target[i]));
+    return;
+  }
+  for (int i = 0; i < W; ++i) {
+    const bool dead = i >= count || p.ignored(row + i);
+    const int64_t y = dead ? 0 : p.target[row + i];
+    for (int c = 0; dead && c < p.C; ++c) tile.z[c * W + i] = 0;
+    const F w = dead ? F(0) : p.class_weight(y);
+    tile.class_weight[i] = w;
+    tile.scale[i] = dead ? F(0) : p.coefficient(row + i) * w * p.inverse_denominator;
+    take_label(tile, i, static_cast<int32_t>(y));
+  }
+}
+
+// Exponentials and their sums over j != y.
+template <class F>
+inline void sum_tile(Tile<F>& tile, int C) {
+  constexpr int V = kLanes<F>, W = kTile<F>;
+  for (int i = 0; i < W; i += V) {
+    Vec<F> m = load(tile.z + i);
+    for (int c = 1; c < C; ++c) m = max<F>(load(tile.z + c * W + i), m);
+    m = safe_max<F>(m, load(tile.z_label + i));
+    Vec<F> s{}, q{};
+    for (int c = 0; c < C; ++c) {
+      const Vec<F> e = exp_term(load(tile.z + c * W + i) - m);
+      s += e;
+      q = fma<F>(e, e, q);
+      store(tile.z + c * W + i, e);
+    }
+    store(tile.m + i, m);
+    store(tile.s + i, s);
+    store(tile.q + i, q);
+  }
+}
+
+template <class F>
+inline void finish_tile(Tile<F>& tile) {
+  constexpr int V = kLanes<F>, W = kTile<F>;
+  for (int i = 0; i < W; i += V) {
+    const Vec<F> s = load(tile.s + i), w = load(tile.class_weight + i);
+    const RowResult<Vec<F>> rows =
+        finish_rows<F>(load(tile.z_label + i), load(tile.m + i), s, load(tile.q + i));
+    const Vec<F> scale = rows.p_scale * load(tile.scale + i);
+    store(tile.scale + i, scale);
+    store(tile.at_label + i, -s * scale);
+    store(tile.loss + i, rows.loss * w);
+    store(tile.norm + i, rows.norm * max<F>(w, -w));
+  }
+}
+
+// The scaled gradient in the tile, and its column sums in `sums` [C, V].
+template <class F>
+inline void scale_tile(Tile<F>& tile, int C, F* sums) {
+  constexpr int V = kLanes<F>, W = kTile<F>;
+  Vec<F> scale[W / V];
+  for (int i = 0; i < W / V; ++i) scale[i] = load(tile.scale + i * V);
+  for (int c = 0; c < C; ++c) {
+    Vec<F> sum = load(sums + c * V);
+    for (int i = 0; i < W / V; ++i) {
+      F* at = tile.z + c * W + i * V;
+      const Vec<F> g = load(at) * scale[i];
+      sum += g;
+      store(at, g);
+    }
+    store(sums + c * V, sum);
+  }
+  for (int i = 0; i < W; ++i) {
+    tile.z[tile.label[i] * W + i] = tile.at_label[i];
+    sums[tile.label[i] * V + i % V] += tile.at_label[i];
+  }
 }
 
 template <class S, class F>
-inline void write_tile(const Problem<S>& p, int64_t row, int count, const F* tile, F* stage) {
+inline void write_tile(const Problem<S>& p, int64_t row, int count, Tile<F>& tile) {
   using G = typename Format<S>::Grad;
   G* grad = p.grad + row * p.C;
   const int C = static_cast<int>(p.C);
-  constexpr int V = kLanes<F>;
+  constexpr int V = kLanes<F>, W = kTile<F>;
   if constexpr (sizeof(G) == sizeof(F)) {
-    if (count == V) return transpose(tile, V, grad, C, C, V);
+    if (count == W) return lanes_to_rows(tile.z, W, W, C, grad);
   }
-  transpose(tile, V, stage, C, C, V);
+  lanes_to_rows(tile.z, W, W, C, tile.stage);
   const int total = count * C;
   int at = 0;
-  for (; at + V <= total; at += V) store(grad + at, load(stage + at));
-  if (at < total) store_some(grad + at, load(stage + at), total - at);
+  for (; at + V <= total; at += V) store(grad + at, load(tile.stage + at));
+  for (; at < total; ++at) store_some(grad + at, splat<F>(tile.stage[at]), 1);
 }
 
 }  // namespace
@@ -151,21 +152,21 @@ inline void write_tile(const Problem<S>& p, int64_t row, int count, const F* til
 template <class S>
 void rows_of_few_classes(const Problem<S>& p, int64_t begin, int64_t end, Compute<S>* column_sum) {
   using F = Compute<S>;
-  constexpr int V = kLanes<F>;
+  constexpr int V = kLanes<F>, W = kTile<F>;
   const int C = static_cast<int>(p.C);
-  alignas(64) F tile[kFewClasses * V], stage[kFewClasses * V + V], sums[kFewClasses * V];
+  Tile<F> tile;
+  alignas(64) F sums[kFewClasses * V];
   for (int i = 0; i < C * V; ++i) sums[i] = 0;
-  for (int64_t row = begin; row < end; row += V) {
-    const int count = static_cast<int>(end - row < V ? end - row : V);
-    read_tile(p, row, count, tile, stage);
-    const RowResult<Vec<F>> rows =
-        solve_tile<F>(tile, C, row_lanes(p, row, count), live_lanes(p, row, count));
-    store_some(p.row_loss + row, rows.loss, count);
-    store_some(p.row_norm + row, rows.norm, count);
-    if (column_sum != nullptr) {
-      for (int i = 0; i < C * V; i += V) store(sums + i, load(sums + i) + load(tile + i));
-    }
-    if (p.grad != nullptr) write_tile(p, row, count, tile, stage);
+  for (int64_t row = begin; row < end; row += W) {
+    const int count = static_cast<int>(end - row < W ? end - row : W);
+    read_tile(p, row, count, tile);
+    read_rows(p, row, count, tile);
+    sum_tile(tile, C);
+    finish_tile(tile);
+    std::memcpy(p.row_loss + row, tile.loss, sizeof(F) * count);
+    std::memcpy(p.row_norm + row, tile.norm, sizeof(F) * count);
+    if (column_sum != nullptr || p.grad != nullptr) scale_tile(tile, C, sums);
+    if (p.grad != nullptr) write_tile(p, row, count, tile);
   }
   for (int c = 0; column_sum != nullptr && c < C; ++c) {
     column_sum[c] += reduce_add<F>(load(sums + c * V));

@@ -19,13 +19,13 @@ inline Term<F> binary_cross_entropy(Vec<F> z, Vec<F> y, Vec<F> pos_weight) {
   const auto positive = z >= F(0);
   const Vec<F> zero{};
   const Vec<F> x = exp_full(select<F>(positive, -z, z));
-  const Vec<F> tail = log1p(x), inverse = F(1) / (F(1) + x);
+  const Vec<F> inverse = F(1) / (F(1) + x), tail = log1p(x, inverse);
   const Vec<F> large = inverse, small = x * inverse;
   const Vec<F> off = F(1) - y, on = pos_weight * y;
   const Vec<F> up = select<F>(positive, z, zero) + tail;
   const Vec<F> down = select<F>(positive, zero, -z) + tail;
-  return {off * up + on * down, off * select<F>(positive, large, small) -
-                                    on * select<F>(positive, small, large)};
+  return {off * up + on * down,
+          off * select<F>(positive, large, small) - on * select<F>(positive, small, large)};
 }
 
 template <class F>
@@ -66,8 +66,8 @@ inline void elements(const Labels<S>& p, int64_t offset, int64_t count, const Bl
     const Vec<F> z = some == V ? load(z_at) : load_some(z_at, some, F(0));
     const Vec<F> y = some == V ? load(y_at) : load_some(y_at, some, F(0));
     const Vec<F> w = block.pos_weight != nullptr ? load(block.pos_weight + i) : splat<F>(1);
-    const Term<F> term = kind == Kind::squared_error ? squared_error<F>(z, y, w)
-                                                     : binary_cross_entropy<F>(z, y, w);
+    const Term<F> term =
+        kind == Kind::squared_error ? squared_error<F>(z, y, w) : binary_cross_entropy<F>(z, y, w);
     store(block.loss + i, term.loss);
     store(block.grad + i, term.grad);
   }
@@ -102,7 +102,8 @@ template <Kind kind, class S, class F = Compute<S>>
 void label_rows(const Labels<S>& p, int64_t begin, int64_t end, F* column_sum) {
   constexpr int V = kLanes<F>;
   if (p.L == 0) {
-    for (int64_t row = begin; row < end; ++row) p.losses[row] = p.score[row] = 0 * p.inverse_divisor;
+    for (int64_t row = begin; row < end; ++row)
+      p.losses[row] = p.score[row] = 0 * p.inverse_divisor;
     return;
   }
   const int64_t rows = p.L < 1024 ? 1024 / p.L : 1, size = rows * p.L + V;
@@ -149,8 +150,7 @@ void labels_as(Kind kind, const void* logits, const void* target, const void* we
                     label_rows<Kind::binary_cross_entropy>(p, begin, end, column_sum);
                   }
                 });
-  reduce_rows<F>(p.losses, p.score, p.weights, B, 1, 1 / denominator, reduce,
-                 static_cast<F*>(loss), p.losses, p.score);
+  reduce_losses<F>(p.losses, p.weights, B, 1 / denominator, reduce, static_cast<F*>(loss));
 }
 
 }  // namespace
@@ -165,7 +165,8 @@ void label_loss(int kind, int format, Pointer<const void> logits, Pointer<const 
                    : format == 2 ? labels_as<BFloat16>
                                  : labels_as<Float16>;
   run(kind == 0 ? Kind::binary_cross_entropy : Kind::squared_error, logits, target, weights,
-      pos_weight, B, L, divisor, denominator, reduce, grad, loss, losses, score, mean_grad, threads);
+      pos_weight, B, L, divisor, denominator, reduce, grad, loss, losses, score, mean_grad,
+      threads);
 }
 
 }  // namespace fastis::FASTIS_ISA

@@ -134,8 +134,8 @@ inline Targets<F> targets_of(const Problem<S>& p, int64_t row) {
     return {p.soft + row * p.C, p.class_weights, -1, 0, keep, spread};
   }
   const int64_t y = p.target[row];
-  return {nullptr,  p.class_weights, static_cast<typename Simd<F>::Int>(y), keep * p.class_weight(y),
-          keep, spread};
+  return {nullptr, p.class_weights, static_cast<typename Simd<F>::Int>(y), keep * p.class_weight(y),
+          keep,    spread};
 }
 
 }  // namespace
@@ -157,10 +157,10 @@ void rows_of_soft_targets(const Problem<S>& p, int64_t begin, int64_t end, Compu
     const Largest<F> top = find_largest(z, p.C);
     const SoftSums<F> sums = soft_sums(z, p.C, top, targets, static_cast<F*>(e));
     const F total = sums.t + targets(top.at, 1)[0];
-    p.row_loss[row] = sums.cross + total * log1p(splat<F>(sums.s))[0];
+    p.row_loss[row] = sums.cross + total * log1p(splat<F>(sums.s), splat<F>(1 / (1 + sums.s)))[0];
     const F scale = p.coefficient(row) * p.inverse_denominator;
-    p.row_norm[row] = soft_gradient(static_cast<F*>(e), p.C, top, sums, targets, scale, grad,
-                                    column_sum);
+    p.row_norm[row] =
+        soft_gradient(static_cast<F*>(e), p.C, top, sums, targets, scale, grad, column_sum);
   }
 }
 

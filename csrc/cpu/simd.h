@@ -79,6 +79,18 @@ struct Format<BFloat16> {
 template <class S>
 using Compute = typename Format<S>::Compute;
 
+// A vector at any address. GCC copies through the stack what a loop of memcpy moves.
+template <class V, class S>
+inline V load_as(const S* p) {
+  typedef V Unaligned __attribute__((aligned(1), may_alias));
+  return *reinterpret_cast<const Unaligned*>(p);
+}
+template <class V, class S>
+inline void store_as(S* p, V x) {
+  typedef V Unaligned __attribute__((aligned(1), may_alias));
+  *reinterpret_cast<Unaligned*>(p) = x;
+}
+
 template <class F>
 inline Vec<F> splat(F x) {
   return Vec<F>{} + x;
@@ -158,27 +170,16 @@ inline F reduce_add(Vec<F> x) {
   return sum;
 }
 
-inline Vec<float> load(const float* p) {
-  Vec<float> x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
-}
-
-inline Vec<double> load(const double* p) {
-  Vec<double> x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
-}
+inline Vec<float> load(const float* p) { return load_as<Vec<float>>(p); }
+inline Vec<double> load(const double* p) { return load_as<Vec<double>>(p); }
 
 inline Vec<float> load(const BFloat16* p) {
-  Simd<float>::Narrow narrow;
-  std::memcpy(&narrow, p, sizeof narrow);
+  const auto narrow = load_as<Simd<float>::Narrow>(p);
   return bit_cast<Vec<float>>(__builtin_convertvector(narrow, Simd<float>::Bits) << 16);
 }
 
 inline Vec<float> load(const Float16* p) {
-  Simd<float>::Narrow narrow;
-  std::memcpy(&narrow, p, sizeof narrow);
+  const auto narrow = load_as<Simd<float>::Narrow>(p);
   const auto half = __builtin_convertvector(narrow, Simd<float>::Bits);
   const auto magnitude = half & 0x7fffu;
   // Shifted into a float the exponent is 112 too small, for subnormals too; one product mends it.
@@ -188,17 +189,17 @@ inline Vec<float> load(const Float16* p) {
                               (half & 0x8000u) << 16);
 }
 
-inline void store(float* p, Vec<float> x) { std::memcpy(p, &x, sizeof x); }
-inline void store(double* p, Vec<double> x) { std::memcpy(p, &x, sizeof x); }
+inline void store(float* p, Vec<float> x) { store_as(p, x); }
+inline void store(double* p, Vec<double> x) { store_as(p, x); }
 
 // Round half to even; a NaN stays one.
 inline void store(BFloat16* p, Vec<float> x) {
   const auto bits = bit_cast<Simd<float>::Bits>(x);
   const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const auto is_nan = bit_cast<Simd<float>::Bits>(x != x);
-  const auto narrow = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u),
-                                              Simd<float>::Narrow);
-  std::memcpy(p, &narrow, sizeof narrow);
+  const auto narrow =
+      __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), Simd<float>::Narrow);
+  store_as(p, narrow);
 }
 
 // The first count lanes from memory, the others `fill`.
@@ -222,7 +223,8 @@ template <class F>
 class Scratch {
  public:
   explicit Scratch(int64_t count)
-      : data_(static_cast<F*>(std::malloc(static_cast<size_t>(count > 0 ? count : 1) * sizeof(F)))) {
+      : data_(
+            static_cast<F*>(std::malloc(static_cast<size_t>(count > 0 ? count : 1) * sizeof(F)))) {
     if (data_ == nullptr) std::abort();
   }
   ~Scratch() { std::free(data_); }
