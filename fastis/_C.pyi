@@ -1,3 +1,47 @@
 def isa() -> str: ...
 def build_info() -> str: ...
 def lanes() -> int: ...
+def cross_entropy(
+    format: int,
+    logits: int,
+    row_stride: int,
+    target: int,
+    soft: int,
+    weights: int,
+    class_weights: int,
+    B: int,
+    T: int,
+    C: int,
+    ignore_index: int,
+    smoothing: float,
+    denominator: float,
+    reduce: bool,
+    grad: int,
+    loss: int,
+    losses: int,
+    score: int,
+    mean_grad: int,
+    threads: int,
+    /,
+) -> int: ...
+def label_loss(
+    kind: int,
+    format: int,
+    logits: int,
+    target: int,
+    weights: int,
+    pos_weight: int,
+    B: int,
+    L: int,
+    divisor: float,
+    denominator: float,
+    reduce: bool,
+    grad: int,
+    loss: int,
+    losses: int,
+    score: int,
+    mean_grad: int,
+    threads: int,
+    /,
+) -> None: ...
+def is_one(x: int, /) -> bool: ...

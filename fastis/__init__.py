@@ -4,7 +4,22 @@
 import torch as _torch  # noqa: F401
 
 from fastis.kernels import backend, show_config
+from fastis.loss import (
+    ScoredLoss,
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    mse_loss,
+    scored_loss,
+)
 
 __version__ = "0.1.0"
 
-__all__ = ["backend", "show_config"]
+__all__ = [
+    "ScoredLoss",
+    "backend",
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "mse_loss",
+    "scored_loss",
+    "show_config",
+]

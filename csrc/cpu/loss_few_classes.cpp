@@ -15,7 +15,7 @@ constexpr int kTile = 4 * kLanes<F>;
 // Row-wise vectors of a tile of W = kTile rows.
 template <class F>
 struct alignas(64) Tile {
-  F z[kFewClasses * kTile<F>];      // [C, W] logits, then exponentials, then gradient
+  F z[kFewClasses * kTile<F>];      // [C, W] logits, then exponentials
   F stage[kFewClasses * kTile<F>];  // [W, C] where memory has another format or too few rows
   F z_label[kTile<F>], scale[kTile<F>], class_weight[kTile<F>], at_label[kTile<F>];
   F m[kTile<F>], s[kTile<F>], q[kTile<F>];
@@ -109,26 +109,20 @@ inline void finish_tile(Tile<F>& tile) {
   }
 }
 
-// The scaled gradient in the tile, and its column sums in `sums` [C, V].
+// Adds the scaled gradient's columns to `sums` [C, V].
 template <class F>
-inline void scale_tile(Tile<F>& tile, int C, F* sums) {
+inline void sum_columns(const Tile<F>& tile, int C, F* sums) {
   constexpr int V = kLanes<F>, W = kTile<F>;
   Vec<F> scale[W / V];
   for (int i = 0; i < W / V; ++i) scale[i] = load(tile.scale + i * V);
   for (int c = 0; c < C; ++c) {
     Vec<F> sum = load(sums + c * V);
     for (int i = 0; i < W / V; ++i) {
-      F* at = tile.z + c * W + i * V;
-      const Vec<F> g = load(at) * scale[i];
-      sum += g;
-      store(at, g);
+      sum = fma<F>(load(tile.z + c * W + i * V), scale[i], sum);
     }
     store(sums + c * V, sum);
   }
-  for (int i = 0; i < W; ++i) {
-    tile.z[tile.label[i] * W + i] = tile.at_label[i];
-    sums[tile.label[i] * V + i % V] += tile.at_label[i];
-  }
+  for (int i = 0; i < W; ++i) sums[tile.label[i] * V + i % V] += tile.at_label[i];
 }
 
 template <class S, class F>
@@ -138,9 +132,14 @@ inline void write_tile(const Problem<S>& p, int64_t row, int count, Tile<F>& til
   const int C = static_cast<int>(p.C);
   constexpr int V = kLanes<F>, W = kTile<F>;
   if constexpr (sizeof(G) == sizeof(F)) {
-    if (count == W) return lanes_to_rows(tile.z, W, W, C, grad);
+    if (count == W) {
+      lanes_to_rows(tile.z, W, tile.scale, W, C, grad);
+      for (int i = 0; i < W; ++i) grad[i * C + tile.label[i]] = tile.at_label[i];
+      return;
+    }
   }
-  lanes_to_rows(tile.z, W, W, C, tile.stage);
+  lanes_to_rows(tile.z, W, tile.scale, W, C, tile.stage);
+  for (int i = 0; i < W; ++i) tile.stage[i * C + tile.label[i]] = tile.at_label[i];
   const int total = count * C;
   int at = 0;
   for (; at + V <= total; at += V) store(grad + at, load(tile.stage + at));
@@ -165,7 +164,7 @@ void rows_of_few_classes(const Problem<S>& p, int64_t begin, int64_t end, Comput
     finish_tile(tile);
     std::memcpy(p.row_loss + row, tile.loss, sizeof(F) * count);
     std::memcpy(p.row_norm + row, tile.norm, sizeof(F) * count);
-    if (column_sum != nullptr || p.grad != nullptr) scale_tile(tile, C, sums);
+    if (column_sum != nullptr) sum_columns(tile, C, sums);
     if (p.grad != nullptr) write_tile(p, row, count, tile);
   }
   for (int c = 0; column_sum != nullptr && c < C; ++c) {

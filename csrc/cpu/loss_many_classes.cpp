@@ -68,26 +68,105 @@ inline Sums<F> exponentials(const S* z, int64_t C, int64_t y, F m, F* e) {
   return sums;
 }
 
-// grad = e * scale with at_label at y; the same into column_sum.
+// Rows solved together: their closed forms share one vector, their column sums one pass.
+constexpr int kGroup = 4;
+// Above it the exponentials of a group would leave the second-level cache.
+constexpr int64_t kGroupedClasses = 16384;
+
+template <class F>
+struct Group {
+  F m[kLanes<F> + kGroup], s[kLanes<F> + kGroup], q[kLanes<F> + kGroup];
+  F z_label[kLanes<F> + kGroup], p_scale[kLanes<F> + kGroup];
+  F loss[kLanes<F> + kGroup], norm[kLanes<F> + kGroup];
+};
+
+template <class F>
+inline void finish_group(Group<F>& group, int count) {
+  for (int i = 0; i < count; i += kLanes<F>) {
+    const Vec<F> z_label = load(group.z_label + i);
+    const auto rows =
+        finish_rows<F>(z_label, load(group.m + i), load(group.s + i), load(group.q + i));
+    store(group.loss + i, rows.loss);
+    store(group.norm + i, rows.norm);
+    store(group.p_scale + i, rows.p_scale);
+  }
+}
+
+// What the gradient of a group of rows is written from; a dead (ignored) row has scale 0.
 template <class G, class F>
-inline void write_row(const F* e, int64_t C, int64_t y, F scale, F at_label, G* grad,
-                      F* column_sum) {
+struct GradRows {
+  const F* e;  // [count, stride]
+  int64_t stride, C;
+  G* grad;        // [count, C] or null
+  F* column_sum;  // [C] or null
+  F scale[kGroup], at_label[kGroup];
+  int64_t label[kGroup];
+};
+
+template <int count, class G, class F>
+inline void write_rows(const GradRows<G, F>& rows) {
   constexpr int V = kLanes<F>;
-  const int64_t full = C / V * V;
-  const int rest = static_cast<int>(C - full);
-  if (grad != nullptr) {
-    for (int64_t c = 0; c < full; c += V) store(grad + c, load(e + c) * scale);
-    if (rest > 0) store_some(grad + full, load(e + full) * scale, rest);
-    Vec<F> label = splat<F>(at_label);
-    store_some(grad + y, label, 1);
-  }
-  if (column_sum != nullptr) {
-    for (int64_t c = 0; c < full; c += V) {
-      store(column_sum + c, fma<F>(load(e + c), splat<F>(scale), load(column_sum + c)));
+  const int64_t C = rows.C;
+  for (int64_t c = 0; c < C; c += V) {
+    const int some = static_cast<int>(C - c < V ? C - c : V);
+    Vec<F> sum{};
+    for (int i = 0; i < count; ++i) {
+      const Vec<F> g = load(rows.e + i * rows.stride + c) * rows.scale[i];
+      sum += g;
+      if (rows.grad == nullptr) continue;
+      G* to = rows.grad + i * C + c;
+      if (some == V) {
+        store(to, g);
+      } else {
+        store_some(to, g, some);
+      }
     }
-    for (int64_t c = full; c < C; ++c) column_sum[c] += e[c] * scale;
-    column_sum[y] += at_label;
+    if (rows.column_sum == nullptr) continue;
+    F* to = rows.column_sum + c;
+    if (some == V) {
+      store(to, load(to) + sum);
+    } else {
+      store_some(to, load_some(to, some, F(0)) + sum, some);
+    }
   }
+  for (int i = 0; i < count; ++i) {
+    if (rows.grad != nullptr) {
+      store_some(rows.grad + i * C + rows.label[i], splat<F>(rows.at_label[i]), 1);
+    }
+    if (rows.column_sum != nullptr) rows.column_sum[rows.label[i]] += rows.at_label[i];
+  }
+}
+
+// Fills row i of the group; an ignored row gets exponentials 0 and label 0.
+template <class S, class G, class F>
+inline void sum_row(const Problem<S>& p, int64_t row, int i, F* e, Group<F>& group,
+                    GradRows<G, F>& out) {
+  const bool dead = p.ignored(row);
+  out.label[i] = dead ? 0 : p.target[row];
+  if (dead) {
+    std::memset(static_cast<void*>(e), 0, sizeof(F) * out.stride);
+    group.z_label[i] = group.m[i] = group.s[i] = group.q[i] = 0;
+    return;
+  }
+  const int64_t y = out.label[i];
+  const S* z = p.logits + row * p.row_stride;
+  const Vec<F> z_y = load_some(z + y, 1, F(0));
+  const Vec<F> m = safe_max<F>(splat<F>(max_of_others(z, p.C, y)), z_y);
+  const Sums<F> sums = exponentials(z, p.C, y, F(m[0]), e);
+  group.z_label[i] = z_y[0];
+  group.m[i] = m[0];
+  group.s[i] = reduce_add<F>(sums.s);
+  group.q[i] = reduce_add<F>(sums.q);
+}
+
+template <class S, class G, class F>
+inline void finish_row(const Problem<S>& p, int64_t row, int i, const Group<F>& group,
+                       GradRows<G, F>& out) {
+  const F w = p.ignored(row) ? F(0) : p.class_weight(out.label[i]);
+  p.row_loss[row] = group.loss[i] * w;
+  p.row_norm[row] = group.norm[i] * (w < 0 ? -w : w);
+  out.scale[i] = group.p_scale[i] * w * p.coefficient(row) * p.inverse_denominator;
+  out.at_label[i] = -group.s[i] * out.scale[i];
 }
 
 }  // namespace
@@ -95,27 +174,27 @@ inline void write_row(const F* e, int64_t C, int64_t y, F scale, F at_label, G* 
 template <class S>
 void rows_of_many_classes(const Problem<S>& p, int64_t begin, int64_t end, Compute<S>* column_sum) {
   using F = Compute<S>;
+  using G = typename Format<S>::Grad;
   constexpr int V = kLanes<F>;
-  const Scratch<F> e((p.C + V - 1) / V * V);
-  for (int64_t row = begin; row < end; ++row) {
-    auto* grad = p.grad != nullptr ? p.grad + row * p.C : nullptr;
-    if (p.ignored(row)) {
-      zero_row(grad, p.C);
-      p.row_loss[row] = p.row_norm[row] = 0;
-      continue;
+  const int64_t stride = (p.C + V - 1) / V * V;
+  const int together = p.C <= kGroupedClasses ? kGroup : 1;
+  const Scratch<F> e(stride * together);
+  Group<F> group{};
+  GradRows<G, F> out{e, stride, p.C, nullptr, column_sum, {}, {}, {}};
+  for (int64_t row = begin; row < end;) {
+    const int count = end - row >= together ? together : 1;
+    for (int i = 0; i < count; ++i) sum_row(p, row + i, i, e + i * stride, group, out);
+    finish_group(group, count);
+    for (int i = 0; i < count; ++i) finish_row(p, row + i, i, group, out);
+    if (p.grad != nullptr) out.grad = p.grad + row * p.C;
+    if (p.grad != nullptr || column_sum != nullptr) {
+      if (count == kGroup) {
+        write_rows<kGroup>(out);
+      } else {
+        write_rows<1>(out);
+      }
     }
-    const S* z = p.logits + row * p.row_stride;
-    const int64_t y = p.target[row];
-    const Vec<F> z_y = load_some(z + y, 1, F(0));
-    const Vec<F> m = safe_max<F>(splat<F>(max_of_others(z, p.C, y)), splat<F>(z_y[0]));
-    const Sums<F> sums = exponentials(z, p.C, y, F(m[0]), static_cast<F*>(e));
-    const F s = reduce_add<F>(sums.s), q = reduce_add<F>(sums.q);
-    const auto result = finish_rows<F>(splat<F>(z_y[0]), m, splat<F>(s), splat<F>(q));
-    const F w = p.class_weight(y);
-    p.row_loss[row] = result.loss[0] * w;
-    p.row_norm[row] = result.norm[0] * (w < 0 ? -w : w);
-    const F scale = result.p_scale[0] * w * p.coefficient(row) * p.inverse_denominator;
-    write_row(static_cast<F*>(e), p.C, y, scale, -s * scale, grad, column_sum);
+    row += count;
   }
 }
 

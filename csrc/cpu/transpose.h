@@ -76,16 +76,18 @@ inline void rows_to_lanes(const F* rows, int64_t row_stride, int count, int colu
   }
 }
 
-// rows[r][c] = lanes[c][r], the way back; rows are `columns` apart.
+// rows[r][c] = scale[r] lanes[c][r], the way back; rows are `columns` apart.
 template <class F>
-inline void lanes_to_rows(const F* lanes, int64_t lane_stride, int count, int columns, F* rows) {
+inline void lanes_to_rows(const F* lanes, int64_t lane_stride, const F* scale, int count,
+                          int columns, F* rows) {
   if constexpr (sizeof(F) == 4) {
     for (int r = 0; columns >= 4 && r < count; r += kBlock) {
+      const BlockRow factor = load_as<BlockRow>(scale + r);
       for (int c = 0; c < columns; c += 4) {
         const int column = c + 4 <= columns ? c : columns - 4;
         BlockRow block[4];
         const float* from = lanes + column * lane_stride + r;
-        for (int i = 0; i < 4; ++i) block[i] = load_as<BlockRow>(from + i * lane_stride);
+        for (int i = 0; i < 4; ++i) block[i] = load_as<BlockRow>(from + i * lane_stride) * factor;
         transpose_registers(block);
         float* to = rows + int64_t(r) * columns + column;
         for (int i = 0; i < 4; ++i) store_pair(to + i * columns, columns, block[i]);
@@ -94,7 +96,7 @@ inline void lanes_to_rows(const F* lanes, int64_t lane_stride, int count, int co
     if (columns >= 4) return;
   }
   for (int r = 0; r < count; ++r) {
-    for (int c = 0; c < columns; ++c) rows[r * columns + c] = lanes[c * lane_stride + r];
+    for (int c = 0; c < columns; ++c) rows[r * columns + c] = scale[r] * lanes[c * lane_stride + r];
   }
 }
 
