@@ -154,4 +154,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("alias_build", FASTIS_CPU(alias_build));
   m.def("alias_draw", FASTIS_CPU(alias_draw));
   m.def("draw_points", FASTIS_CPU(draw_points));
+  m.def("cross_entropy", FASTIS_CPU(cross_entropy));
+  m.def("label_loss", FASTIS_CPU(label_loss));
+  m.def("is_one", [](fastis::Pointer<const float> x) { return *x == 1.0f; });
 }

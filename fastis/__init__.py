@@ -5,6 +5,13 @@ import torch as _torch  # noqa: F401
 
 from fastis import methods
 from fastis.kernels import backend, show_config
+from fastis.loss import (
+    ScoredLoss,
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    mse_loss,
+    scored_loss,
+)
 from fastis.lr import EffectiveBatchLR
 from fastis.sampler import Sampler
 from fastis.sampling import AliasTable, Batch, sample
@@ -16,8 +23,13 @@ __all__ = [
     "Batch",
     "EffectiveBatchLR",
     "Sampler",
+    "ScoredLoss",
     "backend",
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
     "methods",
+    "mse_loss",
     "sample",
+    "scored_loss",
     "show_config",
 ]

@@ -1,0 +1,231 @@
+"""Losses and scores in plain PyTorch: the oracle that every other backend is tested against.
+
+Any device, float64 or float32 arithmetic, written to be read. One forward pass gives the loss, the
+per-sample losses, the score ``|g_i|`` and the gradient (Kutsuna 2025, section 7; Katharopoulos and
+Fleuret 2018, eq. 19). The papers' formulas were rebuilt in a form without cancellation: a sample
+with a margin of 88 keeps its score, where ``1 - 2 p_y + sum p_j^2`` or ``p_y - 1`` is exactly 0.
+
+The contract of the loss column (shapes: B samples, T tokens, C classes, L labels):
+
+- ``logits`` ``[B, C]`` or ``[B, T, C]``, any strides; ``target`` int64 ``[B]`` or ``[B, T]``, or
+  probabilities in the compute dtype shaped as the logits; ``weights`` ``[B]`` (the coefficients
+  ``r_i``), ``class_weights`` ``[C]`` and ``pos_weight`` ``[L]`` in the compute dtype, or None.
+- ``denominator`` is a number, a 0-d tensor, or None: torch's own, from the labels of the batch.
+- Results, in :func:`compute_dtype`: ``(loss, losses, score, mean_grad, grad)``. ``loss`` is
+  ``sum_i r_i loss_i / denominator`` when ``reduce``, else ``[B]``, ``r_i loss_i``; ``losses`` and
+  ``score`` ``[B]``; ``mean_grad`` ``(1/B) sum_i r_i g_i`` or None when it was not asked for;
+  ``grad`` d loss / d logits in :func:`grad_dtype`, contiguous, or None.
+- Nothing here waits for the device. A label out of range raises IndexError on the CPU; elsewhere
+  its row becomes NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Scored: TypeAlias = "tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]"
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of losses and scores: float64 for float64 logits, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def grad_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which the gradient waits for the backward pass.
+
+    float32 for float16 logits: divided by the batch size it would underflow before a GradScaler's
+    factor arrives. Otherwise the logits' own.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weights: Tensor | None,
+    class_weights: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    denominator: float | Tensor | None,
+    reduce: bool,
+    with_grad: bool,
+    with_mean_grad: bool,
+) -> Scored:
+    """Cross-entropy against class indices or probabilities; the module docstring has the shapes."""
+    num_classes = logits.shape[-1]
+    z = logits.detach().to(compute_dtype(logits.dtype)).reshape(-1, num_classes)
+    if target.dtype == torch.int64:
+        y = target.reshape(-1)
+        kept = y != ignore_index
+        outside = kept & ((y < 0) | (y >= num_classes))
+        if y.device.type == "cpu" and bool(outside.any()):
+            raise_bad_label(y, int(outside.nonzero()[0]), num_classes)
+        label = torch.where(kept & ~outside, y, 0)
+        label_weight = z.new_ones(y.shape) if class_weights is None else class_weights[label]
+        if label_smoothing == 0:
+            loss, norm, g = _label_rows(z, label, label_weight)
+        else:
+            share = torch.nn.functional.one_hot(label, num_classes).to(z.dtype)
+            loss, norm, g = _distribution_rows(z, share, class_weights, label_smoothing)
+        loss = torch.where(outside, math.nan, torch.where(kept, loss, 0))
+        norm = torch.where(outside, math.nan, torch.where(kept, norm, 0))
+        g = torch.where(outside[:, None], math.nan, torch.where(kept[:, None], g, 0))
+        if denominator is None:
+            denominator = torch.where(kept, label_weight, 0).sum()
+    else:
+        share = target.reshape(-1, num_classes)
+        loss, norm, g = _distribution_rows(z, share, class_weights, label_smoothing)
+        if denominator is None:
+            denominator = float(len(z))
+    batch = logits.shape[0]
+    losses = loss.reshape(batch, -1).sum(1)
+    score = norm.reshape(batch, -1).square().sum(1).sqrt() if logits.dim() > 2 else norm
+    g = g.reshape(logits.shape)
+    return _reduced(
+        logits, losses, score, g, weights, denominator, reduce, with_grad, with_mean_grad
+    )
+
+
+def binary_cross_entropy_with_logits(
+    logits: Tensor,
+    target: Tensor,
+    weights: Tensor | None,
+    pos_weight: Tensor | None,
+    divisor: float,
+    denominator: float | Tensor,
+    reduce: bool,
+    with_grad: bool,
+    with_mean_grad: bool,
+) -> Scored:
+    """Binary cross-entropy of ``[B, L]`` logits; a sample's sum over labels is over ``divisor``.
+
+    ``loss = (1-y) softplus(z) + w y softplus(-z)``, ``g = (1-y) sigmoid(z) - w y sigmoid(-z)``.
+    """
+    z = logits.detach().to(compute_dtype(logits.dtype))
+    on = target if pos_weight is None else target * pos_weight
+    off = 1 - target
+    tail = torch.exp(-z.abs()).log1p()
+    loss = off * (z.clamp(min=0) + tail) + on * ((-z).clamp(min=0) + tail)
+    g = (off * torch.sigmoid(z) - on * torch.sigmoid(-z)) / divisor
+    losses = loss.sum(1) / divisor
+    score = g.square().sum(1).sqrt()
+    return _reduced(
+        logits, losses, score, g, weights, denominator, reduce, with_grad, with_mean_grad
+    )
+
+
+def mse_loss(
+    prediction: Tensor,
+    target: Tensor,
+    weights: Tensor | None,
+    divisor: float,
+    denominator: float | Tensor,
+    reduce: bool,
+    with_grad: bool,
+    with_mean_grad: bool,
+) -> Scored:
+    """Squared error of ``[B, L]``: ``loss = (z - y)^2``, ``g = 2 (z - y)``, over ``divisor``."""
+    d = prediction.detach().to(compute_dtype(prediction.dtype)) - target
+    losses = d.square().sum(1) / divisor
+    g = 2 * d / divisor
+    score = g.square().sum(1).sqrt()
+    return _reduced(
+        prediction, losses, score, g, weights, denominator, reduce, with_grad, with_mean_grad
+    )
+
+
+def scale_grad(grad: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Tensor:
+    """``grad`` times the 0-d or ``[B]`` ``grad_output``, in ``dtype``; ``grad`` stays as it is."""
+    scale = grad_output.reshape(grad_output.shape + (1,) * (grad.dim() - grad_output.dim()))
+    return (grad * scale).to(dtype)
+
+
+def raise_bad_label(labels: Tensor, row: int, num_classes: int) -> None:
+    """Raises the IndexError for the flat ``labels[row]``."""
+    raise IndexError(
+        f"target must hold class indices in [0, {num_classes}) or ignore_index, "
+        f"got {int(labels[row])} at flat position {row}"
+    )
+
+
+def _label_rows(z: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """loss, |g| ``[R]`` and g ``[R, C]`` for labels: sums over ``j != y``, two closed forms."""
+    column = y[:, None]
+    z_y = z.gather(1, column).squeeze(1)
+    others = z.scatter(1, column, -math.inf)
+    m = others.amax(1)
+    m = torch.where(m == -math.inf, z_y, m)  # only y is possible: loss 0, norm 0
+    e = torch.exp(others - m[:, None]).scatter(1, column, 0)
+    s = e.sum(1)
+    root = torch.sqrt(s.square() + e.square().sum(1))
+    d = z_y - m
+    u, v = torch.exp(-d), torch.exp(d)
+    leads = d >= 0
+    loss = torch.where(leads, torch.log1p(s * u), torch.log1p((s - 1) + v) - d)
+    p_scale = torch.where(leads, u / (1 + s * u), 1 / (s + v))
+    certain = z_y == math.inf  # NaN, as in torch, not certainty
+    loss = torch.where(certain, math.nan, loss)
+    p_scale = torch.where(certain, math.nan, p_scale)
+    g = (e * p_scale[:, None]).scatter(1, column, (-s * p_scale)[:, None])
+    return loss * w, root * p_scale * w.abs(), g * w[:, None]
+
+
+def _distribution_rows(
+    z: Tensor, share: Tensor, class_weights: Tensor | None, label_smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss, |g| and g against ``t_j = w_j ((1-a) T_j + a/C)``; the largest logit stays out of sums.
+
+    ``loss = -sum t_j log p_j``, ``g = p sum(t) - t``.
+    """
+    t = share * (1 - label_smoothing) + label_smoothing / z.shape[1]
+    if class_weights is not None:
+        t = t * class_weights
+    top = z.argmax(1, keepdim=True)
+    x = z - z.gather(1, top)
+    e = torch.exp(x)
+    s = e.scatter(1, top, 0).sum(1)
+    t_top = t.gather(1, top).squeeze(1)
+    t_rest = t.scatter(1, top, 0).sum(1)
+    total = t_rest + t_top
+    s = s + 0 * x.gather(1, top).squeeze(1)  # NaN where the maximum is not finite
+    loss = (t * -x).sum(1) + total * torch.log1p(s)
+    g = e * (total / (1 + s))[:, None] - t
+    g = g.scatter(1, top, ((t_rest - t_top * s) / (1 + s))[:, None])
+    return loss, g.square().sum(1).sqrt(), g
+
+
+def _reduced(
+    logits: Tensor,
+    losses: Tensor,
+    score: Tensor,
+    g: Tensor,
+    weights: Tensor | None,
+    denominator: float | Tensor,
+    reduce: bool,
+    with_grad: bool,
+    with_mean_grad: bool,
+) -> Scored:
+    """The weighted loss, mean gradient and gradient from per-sample losses and gradients."""
+    weighted = losses if weights is None else losses * weights
+    if weights is not None:
+        g = g * weights.reshape(-1, *[1] * (g.dim() - 1))
+    # Not by .mean(): an empty batch has no elements to divide by either way.
+    mean_grad = g.sum(0) / g.shape[0] if with_mean_grad and len(g) else None
+    if with_mean_grad and mean_grad is None:
+        mean_grad = g.new_full(g.shape[1:], math.nan)
+    if not reduce:
+        loss, denominator = weighted.clone(), 1.0
+    else:
+        total = weighted.sum()
+        loss = total / denominator
+    grad = None
+    if with_grad:
+        rows = g if isinstance(denominator, float) and denominator == 1 else g / denominator
+        # 0 / 0 where torch's denominator is that of no rows at all: such rows are zero terms.
+        grad = torch.where(g == 0, 0, rows).to(grad_dtype(logits.dtype)).contiguous()
+    return loss, losses, score, mean_grad, grad

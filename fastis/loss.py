@@ -1,0 +1,390 @@
+"""Losses that give loss, per-sample losses, score and gradient from one pass over the logits.
+
+The score of a sample is ``|g_i|``, the L2 norm of its gradient with respect to the logits: the
+quantity whose running mean and variance make the sampling probabilities (Kutsuna 2025, section 7;
+the bound of Katharopoulos and Fleuret 2018, eq. 19). All of it is computed in the forward pass; the
+backward pass multiplies the saved gradient by the incoming one, and not even that where it is 1.
+
+First of the three operations of a step: loss -> update -> sample. A :class:`ScoredLoss` is all that
+passes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastis.kernels import kernels_for
+from fastis.kernels.reference_loss import compute_dtype
+from fastis.loss_arguments import (
+    DTYPES,
+    REDUCTIONS,
+    Denominator,
+    check_denominator,
+    check_logits,
+    check_reduction,
+    class_options,
+    class_target,
+    constant,
+    describe,
+    label_target,
+    pos_weights,
+)
+from fastis.scored import ScoredLoss, by_operator, needs_operator, with_backward
+
+__all__ = [
+    "ScoredLoss",
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "mse_loss",
+    "scored_loss",
+]
+
+# The mean gradient costs a read and a write per class and batch; above this it is left out.
+MAX_MEAN_GRAD = 4096
+_LABEL_REDUCTIONS = frozenset({"mean", "sum"})
+_is_grad_enabled = torch.is_grad_enabled
+_int64 = torch.int64
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weights: Tensor | None = None,
+    *,
+    class_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+) -> ScoredLoss:
+    """Cross-entropy with the score of every sample, from one pass over the logits.
+
+    Without ``weights`` the loss, its gradient and its denominator are those of
+    :func:`torch.nn.functional.cross_entropy`. The score is ``|softmax(z_i) - onehot(y_i)|``
+    (Katharopoulos and Fleuret 2018, eq. 19; Kutsuna 2025, section 7), without the cancellation of
+    that form: it stays right to 1e-6 for samples with a margin of 88. Equal, for ``[B, C]``::
+
+        losses = F.cross_entropy(logits, target, weight=class_weights, reduction="none")
+        (g,) = torch.autograd.grad(losses.sum(), logits)
+        score = g.norm(dim=1)
+        mean_grad = (weights[:, None] * g).mean(0)
+        loss = (weights * losses).sum() / (denominator or B)
+
+    Parameters
+    ----------
+    logits : Tensor
+        ``[B, C]``, or ``[B, T, C]`` for sequences: the class dimension is the last one. float32,
+        float64, bfloat16 or float16, any strides (rows that are not contiguous are copied).
+    target : Tensor
+        class indices (int64, ``logits.shape[:-1]``), or class probabilities (floating, the shape
+        of the logits).
+    weights : Tensor, optional
+        ``[B]``: the coefficients ``r_i = 1/(N p_i)`` of the draws, ``batch.weights``.
+    class_weights : Tensor, optional
+        ``[C]``: torch's ``weight``.
+    ignore_index : int
+        a target of this index is a zero term: loss, score and gradient 0.
+    label_smoothing : float
+        in [0, 1].
+    reduction : str
+        ``"mean"``, ``"sum"`` or ``"none"`` (``[B]``: ``r_i loss_i``; for sequences a sample's loss
+        is the sum over its unignored tokens).
+    denominator : float or Tensor, optional
+        of the mean. Default without ``weights``: torch's, from the labels of the batch. Default
+        with ``weights``: the constant B (B T for sequences), because a denominator that depends on
+        the batch would bias the estimate. A tensor must hold one number.
+
+    Returns
+    -------
+    ScoredLoss
+        ``loss``, ``losses`` ``[B]``, ``score`` ``[B]`` (for sequences the root of the sum over
+        tokens of ``|g_t|^2``), ``mean_grad`` ``[C]`` or None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        for a wrong type, dtype, shape, device or option, naming the argument; ValueError also for
+        a tensor other than the logits that requires grad.
+    IndexError
+        for a class index out of range, before anything is computed (CPU). On other devices the
+        sample's loss, score and gradient become NaN instead.
+    """
+    if (
+        not isinstance(logits, Tensor)
+        or logits.dtype not in DTYPES
+        or not 2 <= logits.dim() <= 3
+        or logits.shape[-1] == 0
+    ):
+        check_logits("logits", logits, "[B, C] or [B, T, C] with C >= 1", (2, 3))
+    shape = logits.shape
+    if (
+        not isinstance(target, Tensor)
+        or target.dtype is not _int64
+        or target.shape != shape[:-1]
+        or target.device != logits.device
+    ):
+        target = class_target(logits, target)
+    if class_weights is not None or label_smoothing != 0.0 or ignore_index != -100:
+        class_weights = class_options(logits, class_weights, ignore_index, label_smoothing)
+    weights, denominator = _weighting(logits, weights, reduction, denominator)
+    if denominator is None and weights is not None:
+        denominator = float(shape.numel() // shape[-1])
+    with_mean_grad = len(shape) == 2 and shape[1] <= MAX_MEAN_GRAD
+    reduce = reduction != "none"
+    options = (target, weights, class_weights, ignore_index, float(label_smoothing))
+    if needs_operator(logits):
+        return by_operator("cross_entropy", logits, options, denominator, reduce, with_mean_grad)
+    kernels = kernels_for("loss", logits.device.type)
+    with_grad = logits.requires_grad and _is_grad_enabled()
+    results = kernels.cross_entropy(
+        logits, *options, denominator, reduce, with_grad, with_mean_grad
+    )
+    return with_backward(logits, results, kernels)
+
+
+def binary_cross_entropy_with_logits(
+    logits: Tensor,
+    target: Tensor,
+    weights: Tensor | None = None,
+    *,
+    pos_weight: Tensor | None = None,
+    label_reduction: str | None = None,
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+) -> ScoredLoss:
+    """Binary cross-entropy with the score of every sample, from one pass over the logits.
+
+    Without ``weights`` equal to :func:`torch.nn.functional.binary_cross_entropy_with_logits`.
+    Loss and score of a sample follow one convention: the mean over its L labels, or the sum
+    (Kutsuna 2025, section 7, with ``g = (1-y) sigmoid(z) - pos_weight y sigmoid(-z)``). Equal::
+
+        losses = F.binary_cross_entropy_with_logits(
+            logits, target, pos_weight=pos_weight, reduction="none").mean(1)
+        (g,) = torch.autograd.grad(losses.sum(), logits)
+        score = g.norm(dim=1)
+        loss = (weights * losses).sum() / (denominator or B)
+
+    Parameters
+    ----------
+    logits : Tensor
+        ``[B, L]``, ``[B]`` (one label) or ``[B, ...]`` (labels of any shape).
+    target : Tensor
+        the shape of the logits, in [0, 1]; any real dtype.
+    weights : Tensor, optional
+        ``[B]``: the coefficients ``r_i`` of the draws.
+    pos_weight : Tensor, optional
+        one weight per label (``logits.shape[1:]``) or a single one.
+    label_reduction : str, optional
+        ``"mean"`` or ``"sum"`` over the labels of a sample. Default: as torch, ``"sum"`` under
+        ``reduction="sum"`` and ``"mean"`` otherwise.
+    reduction, denominator
+        over samples, as in :func:`cross_entropy`; the denominator of the mean is B.
+
+    Returns
+    -------
+    ScoredLoss
+        ``mean_grad`` is ``[L]`` for ``[B, L]`` and ``[1]`` for ``[B]`` logits, else None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        for a wrong type, dtype, shape, device or option, naming the argument.
+    """
+    check_logits("logits", logits, "[B], [B, L] or [B, ...]", tuple(range(1, 9)))
+    target = label_target(logits, target)
+    options = (pos_weights(logits, pos_weight),)
+    return _label_loss(
+        "binary_cross_entropy_with_logits",
+        logits, target, weights, options, label_reduction, reduction, denominator,
+    )  # fmt: skip
+
+
+def mse_loss(
+    prediction: Tensor,
+    target: Tensor,
+    weights: Tensor | None = None,
+    *,
+    label_reduction: str | None = None,
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+) -> ScoredLoss:
+    """Squared error with the score of every sample, from one pass over the prediction.
+
+    Without ``weights`` equal to :func:`torch.nn.functional.mse_loss`. ``g = 2 (z - y)``, and loss
+    and score of a sample follow one convention: the mean over its L outputs, or the sum. Equal::
+
+        losses = F.mse_loss(prediction, target, reduction="none").mean(1)
+        score = (2 * (prediction - target) / L).norm(dim=1)
+        loss = (weights * losses).sum() / (denominator or B)
+
+    Parameters
+    ----------
+    prediction : Tensor
+        ``[B, L]``, ``[B]`` or ``[B, ...]``.
+    target : Tensor
+        exactly the shape of the prediction: nothing is broadcast.
+    weights, label_reduction, reduction, denominator
+        as in :func:`binary_cross_entropy_with_logits`.
+
+    Returns
+    -------
+    ScoredLoss
+        as :func:`binary_cross_entropy_with_logits`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        for a wrong type, dtype, shape, device or option, naming the argument.
+    """
+    check_logits("prediction", prediction, "[B], [B, L] or [B, ...]", tuple(range(1, 9)))
+    target = label_target(prediction, target)
+    return _label_loss(
+        "mse_loss", prediction, target, weights, (), label_reduction, reduction, denominator
+    )
+
+
+def _weighting(
+    logits: Tensor, weights: Tensor | None, reduction: str, denominator: Denominator
+) -> tuple[Tensor | None, Denominator]:
+    """The coefficients in the compute dtype and the denominator (None: the loss's default)."""
+    if reduction != "mean" or denominator is not None:
+        if reduction not in REDUCTIONS:
+            check_reduction("reduction", reduction)
+        denominator = check_denominator(denominator, reduction, logits)
+        if reduction != "mean":
+            denominator = 1.0
+    if weights is not None:
+        weights = constant("weights", weights, logits.shape[:1], logits)
+    return weights, denominator
+
+
+def _label_loss(
+    name: str,
+    logits: Tensor,
+    target: Tensor,
+    weights: Tensor | None,
+    options: tuple[Tensor | None, ...],
+    label_reduction: str | None,
+    reduction: str,
+    denominator: Denominator,
+) -> ScoredLoss:
+    """The losses that are sums over labels, on logits seen as ``[B, L]``."""
+    weights, denominator = _weighting(logits, weights, reduction, denominator)
+    if label_reduction is None:
+        label_reduction = "sum" if reduction == "sum" else "mean"
+    elif label_reduction not in _LABEL_REDUCTIONS:
+        check_reduction("label_reduction", label_reduction, _LABEL_REDUCTIONS)
+    shape = logits.shape
+    batch, labels = shape[0], shape[1:].numel()
+    divisor = float(labels) if label_reduction == "mean" else 1.0
+    if denominator is None:
+        denominator = float(batch)
+    with_mean_grad = len(shape) <= 2 and labels <= MAX_MEAN_GRAD
+    reduce = reduction != "none"
+    if needs_operator(logits):
+        flat = logits.reshape(batch, labels)
+        arguments = (target.reshape(batch, labels), weights, *options, divisor)
+        return by_operator(name, flat, arguments, denominator, reduce, with_mean_grad)
+    kernels = kernels_for("loss", logits.device.type)
+    with_grad = logits.requires_grad and _is_grad_enabled()
+    loss, losses, score, mean_grad, grad = getattr(kernels, name)(
+        logits.detach().reshape(batch, labels),
+        target.reshape(batch, labels),
+        weights,
+        *options,
+        divisor,
+        denominator,
+        reduce,
+        with_grad,
+        with_mean_grad,
+    )
+    if grad is not None:
+        grad = grad.view(shape)
+    return with_backward(logits, (loss, losses, score, mean_grad, grad), kernels)
+
+
+def scored_loss(
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    logits: Tensor,
+    target: Tensor,
+    weights: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+) -> ScoredLoss:
+    """Any differentiable per-sample loss, with the score taken by autograd.
+
+    The loss stays in the graph, so it is differentiable in all that ``loss_fn`` uses, to any order;
+    the price is a second backward pass through ``loss_fn``. Equal::
+
+        losses = loss_fn(logits, target)
+        (g,) = torch.autograd.grad(losses.sum(), logits, retain_graph=True)
+        score = g.flatten(1).norm(dim=1)
+        loss = (weights * losses).sum() / (denominator or B)
+
+    Parameters
+    ----------
+    loss_fn : callable
+        ``loss_fn(logits, target)`` -> ``[B]``, where sample i's loss depends on row i only.
+    logits : Tensor
+        ``[B, ...]``, floating.
+    target
+        handed to ``loss_fn`` as it is.
+    weights, reduction, denominator
+        as in :func:`cross_entropy`; the denominator of the mean is B.
+
+    Returns
+    -------
+    ScoredLoss
+        ``mean_grad`` is ``[C]`` for ``[B, C]`` logits with C <= 4096, else None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        for wrong arguments; ValueError when ``loss_fn`` returns anything but ``[B]`` values that
+        depend on the logits. A scalar hides the per-sample losses: pass ``reduction="none"``.
+    """
+    check_logits("logits", logits, "[B, ...]", tuple(range(1, 9)))
+    check_reduction("reduction", reduction)
+    weights, denominator = _weighting(logits, weights, reduction, denominator)
+    raw, g = _losses_and_gradient(loss_fn, logits, target)
+    batch = logits.shape[0]
+    flat = g.reshape(batch, logits.shape[1:].numel()).to(compute_dtype(logits.dtype))
+    score = flat.norm(dim=1)
+    kept = raw.to(flat.dtype)
+    weighted = kept if weights is None else kept * weights
+    mean_grad = None
+    if logits.dim() <= 2 and flat.shape[1] <= MAX_MEAN_GRAD:
+        mean_grad = (flat if weights is None else flat * weights[:, None]).mean(0)
+    if reduction == "none":
+        loss = weighted
+    else:
+        loss = weighted.sum() / (batch if denominator is None else denominator)
+    return ScoredLoss(loss, kept.detach(), score, mean_grad)
+
+
+def _losses_and_gradient(
+    loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``loss_fn``'s ``[B]`` losses, in the graph when one is being built, and g like the logits."""
+    building = logits.requires_grad and _is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        if isinstance(target, Tensor) and target.is_inference():
+            target = target.clone()
+        seen = logits
+        if not building:
+            seen = (logits.clone() if logits.is_inference() else logits).detach().requires_grad_()
+        losses = loss_fn(seen, target)
+        if not isinstance(losses, Tensor) or losses.shape != logits.shape[:1]:
+            raise ValueError(
+                f"loss_fn must return one loss per sample, shape [{logits.shape[0]}], got "
+                f"{describe(losses)}; if it takes a reduction, pass reduction='none' and average "
+                "over all but the first dimension"
+            )
+        if not losses.requires_grad:
+            raise ValueError("loss_fn must return losses that are differentiable in the logits")
+        (g,) = torch.autograd.grad(losses.sum(), seen, retain_graph=building)
+    return losses if building else losses.detach(), g
