@@ -148,7 +148,6 @@ PYBIND11_MODULE(_C, m) {
   py::class_<fastis::Table>(m, "Table").def(py::init(&make_table));
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("structure_nodes", [](int64_t n) { return fastis::Levels(n).total(); });
-  m.def("in_range", FASTIS_CPU(in_range));
   m.def("update", FASTIS_CPU(update));
   m.def("draw", FASTIS_CPU(draw));
   m.def("alias_build", FASTIS_CPU(alias_build));

@@ -35,6 +35,7 @@ from fastis.table import (
 from fastis.variance import Variance
 
 _STATE_VERSION = 1
+_empty_like, _int64, _float32 = torch.empty_like, torch.int64, torch.float32
 
 
 class Sampler(MinibatchSource):
@@ -136,6 +137,12 @@ class Sampler(MinibatchSource):
     def _use(self, table: Table) -> None:
         self._table, self._variance = table, Variance(table)
         self._factor = table.variance[FACTOR]
+        self._device_type = table.device.type
+        size = table.constants.batch_size
+        self._like = Batch(  # what a minibatch looks like; copying is faster than describing
+            torch.empty(size, dtype=torch.int64, device=table.device),
+            torch.empty(size, dtype=torch.float32, device=table.device),
+        )
 
     # The step ------------------------------------------------------------------------------------
 
@@ -144,11 +151,8 @@ class Sampler(MinibatchSource):
 
         May run ahead of :meth:`update` (prefetching): coefficients stay those of the draw.
         """
-        table = self._table
-        size, device = table.constants.batch_size, table.device
-        indices = torch.empty(size, dtype=torch.int64, device=device)
-        weights = torch.empty(size, dtype=torch.float32, device=device)
-        kernels_for("sample", device.type).draw(table, indices, weights)
+        indices, weights = _empty_like(self._like.indices), _empty_like(self._like.weights)
+        kernels_for("sample", self._device_type).draw(self._table, indices, weights)
         return Batch(indices, weights)
 
     def update(self, batch: Batch, out: Scored | Sequence[Scored]) -> None:
@@ -169,22 +173,22 @@ class Sampler(MinibatchSource):
         Non-finite scores leave their samples' states unchanged and are counted in ``.skipped``. A
         sample drawn twice is observed once: its first position wins.
         """
-        table = self._table
-        if isinstance(out, Sequence) and not hasattr(out, "score"):
-            observed, score, mean_grad = _join([_read(self._method, part) for part in out])
-        else:
-            observed, score, mean_grad = _read(self._method, cast(Scored, out))
         indices, weights = batch
-        n = indices.shape[0]
-        _check_update(table, indices, weights, observed, score)
-        kernels, num_samples = kernels_for("update", table.device.type), table.constants.num_samples
-        if table.device.type == "cpu" and not kernels.in_range(indices, num_samples):
+        try:
+            score, mean_grad = out.score, out.mean_grad  # type: ignore[union-attr]
+            observed = self._method.observed(cast(Scored, out))
+        except AttributeError:
+            observed, score, mean_grad = _join(self._method, out)
+        if score.dtype is not _float32:
+            observed, score = observed.float(), score.float()
+            mean_grad = None if mean_grad is None else mean_grad.float()
+        _check_update(self._table, indices, weights, observed, score)
+        update = kernels_for("update", self._device_type).update
+        if not update(self._table, indices, observed, weights, score, mean_grad):
             raise IndexError(
-                f"batch.indices must be in [0, {num_samples}), got values from "
+                f"batch.indices must be in [0, {self.num_samples}), got values from "
                 f"{int(indices.min())} to {int(indices.max())}"
             )
-        if n:
-            kernels.update(table, indices, observed, weights, score, mean_grad)
 
     # What can be read ----------------------------------------------------------------------------
 
@@ -349,29 +353,22 @@ def _duplicates(max_duplicates: float, num_samples: int, batch_size: int, used: 
     return value
 
 
-def _read(method: Method, out: Scored) -> tuple[Tensor, Tensor, Tensor | None]:
-    try:
-        observed, score, mean_grad = method.observed(out), out.score, out.mean_grad
-    except AttributeError:
+def _join(method: Method, parts: Scored | Sequence[Scored]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Parts of one minibatch, in order: concatenated, mean gradients weighted by their sizes."""
+    if not isinstance(parts, Sequence) or not all(hasattr(part, "score") for part in parts):
         raise TypeError(
             "out must be a ScoredLoss (of fastis.cross_entropy and the like) or a sequence of "
-            f"them, got {type(out).__name__}"
-        ) from None
-    if score.dtype != torch.float32:
-        observed, score = observed.float(), score.float()
-        mean_grad = None if mean_grad is None else mean_grad.float()
-    return observed, score, mean_grad
-
-
-def _join(
-    parts: list[tuple[Tensor, Tensor, Tensor | None]],
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Parts of one minibatch, in order: concatenated, mean gradients weighted by their sizes."""
+            f"them, got {type(parts).__name__}"
+        )
     if not parts:
         raise ValueError("out must have at least one part, got an empty sequence")
-    observed = torch.cat([p[0] for p in parts])
-    score = torch.cat([p[1] for p in parts])
-    shares = [p[2] * (p[1].numel() / score.numel()) for p in parts if p[2] is not None]
+    observed = torch.cat([method.observed(part) for part in parts])
+    score = torch.cat([part.score for part in parts])
+    shares = [
+        part.mean_grad * (part.score.numel() / score.numel())
+        for part in parts
+        if part.mean_grad is not None
+    ]
     mean_grad = torch.stack(shares).sum(0) if len(shares) == len(parts) else None
     return observed, score, mean_grad
 
@@ -380,19 +377,26 @@ def _check_update(
     table: Table, indices: Tensor, weights: Tensor, observed: Tensor, score: Tensor
 ) -> None:
     """Shapes, dtypes, devices; the happy path is a handful of comparisons."""
-    n, device = indices.shape[0], table.device
-    for tensor, name in (
-        (indices, "batch.indices"),
-        (weights, "batch.weights"),
-        (score, "out.score"),
-        (observed, "out.losses"),
+    shape = indices.shape
+    if (
+        len(shape) == 1
+        and shape == score.shape == weights.shape == observed.shape
+        and indices.dtype is _int64
+        and weights.dtype is score.dtype is observed.dtype is _float32
+        and indices.device == score.device == weights.device == observed.device == table.device
+        and indices.is_contiguous()
+        and weights.is_contiguous()
+        and score.is_contiguous()
+        and observed.is_contiguous()
     ):
-        dtype = torch.int64 if tensor is indices else torch.float32
-        if (
-            tensor.shape != (n,)
-            or tensor.dtype != dtype
-            or tensor.device != device
-            or not tensor.is_contiguous()
-        ):
-            check.vector(name, tensor, n, (dtype,), device)
+        return
+    check.vector("batch.indices", indices, None, (_int64,), table.device)
+    for name, tensor, dtype in (
+        ("batch.indices", indices, _int64),
+        ("batch.weights", weights, _float32),
+        ("out.score", score, _float32),
+        ("out.losses", observed, _float32),
+    ):
+        check.vector(name, tensor, shape[0], (dtype,), table.device)
+        if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")

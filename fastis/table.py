@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from math import ceil
 from typing import Any
 
@@ -137,17 +138,11 @@ class Table:
         if constants.has_records:
             self.records = _zeros((constants.num_samples, 4), torch.int32, device)
             self.records[:, LAST] = -1
-        self._handle: Any = None
         self._structure: dict[str, Tensor] = {}
 
-    @property
+    @cached_property
     def handle(self) -> Any:
         """The compiled kernels' view of this table; the structure is allocated on first use."""
-        if self._handle is None:
-            self._handle = self._make_handle()
-        return self._handle
-
-    def _make_handle(self) -> Any:
         tensors: dict[str, Tensor | None] = {
             "records": self.records,
             "scalars": self.scalars,

@@ -22,8 +22,10 @@ ALLOWED = {
     "lr": set(),
     "methods": {"check", "methods", "table"},
     "sampler": {"check", "kernels", "methods", "sampling", "table", "variance"},
-    "loss": {"check", "kernels", "operators"},
-    "operators": {"kernels"},
+    "loss": {"kernels", "loss_arguments", "scored"},
+    "loss_arguments": {"kernels"},
+    "scored": {"kernels", "loss_arguments", "operators"},
+    "operators": {"kernels", "loss_arguments"},
     "kernels": {"_C", "__version__", "kernels", "table"},
 }
 

@@ -6,12 +6,10 @@ namespace fastis::FASTIS_NAMESPACE {
 // SIMD lanes (floats) that this build uses.
 int lanes();
 
-// Are all n indices in [0, num_samples)?
-bool in_range(Pointer<const int64_t> indices /* [n] */, int64_t n, int64_t num_samples);
-
 // One iteration: the observed scores into the state and the sampling structure (unless the table has
-// no records), the variance moments, and the clock of updates.
-void update(const Table& table, Pointer<const int64_t> indices /* [n] */,
+// no records), the variance moments, and the clock of updates. False: an index is out of range, and
+// nothing has changed.
+bool update(const Table& table, Pointer<const int64_t> indices /* [n] */,
             Pointer<const float> observed /* [n] */, Pointer<const float> weights /* [n] */,
             Pointer<const float> score /* [n] */, int64_t n,
             Pointer<const float> mean_grad /* [C] */, int64_t num_classes);

@@ -168,7 +168,7 @@ void update_variance(const Table& t, const float* weights, const float* score, i
   A /= n;
   U /= n;
   O /= n;
-  if (n == 0 || !std::isfinite(A + U + O * O + G2)) return;
+  if (!std::isfinite(A + U + O * O + G2)) return;
   if (t.scalars->updates == t.warmup_draws) v = Variance{};  // another distribution from here on
   const double keep = t.smoothing, add = 1 - keep;
   v.weight = keep * v.weight + add;
@@ -179,22 +179,25 @@ void update_variance(const Table& t, const float* weights, const float* score, i
   derive(t, static_cast<double>(n));
 }
 
-}  // namespace
-
-void update(const Table& t, Pointer<const int64_t> indices, Pointer<const float> observed,
-            Pointer<const float> weights, Pointer<const float> score, int64_t n,
-            Pointer<const float> mean_grad, int64_t num_classes) {
-  if (t.records != nullptr) update_state(t, indices, observed, n);
-  update_variance(t, weights, score, n, mean_grad, num_classes);
-  ++t.scalars->updates;
-}
-
-bool in_range(Pointer<const int64_t> indices, int64_t n, int64_t num_samples) {
+bool in_range(const int64_t* indices, int64_t n, int64_t num_samples) {
   bool good = true;
   for (int64_t b = 0; b < n; ++b) {
     good &= static_cast<uint64_t>(indices[b]) < static_cast<uint64_t>(num_samples);
   }
   return good;
+}
+
+}  // namespace
+
+bool update(const Table& t, Pointer<const int64_t> indices, Pointer<const float> observed,
+            Pointer<const float> weights, Pointer<const float> score, int64_t n,
+            Pointer<const float> mean_grad, int64_t num_classes) {
+  if (!in_range(indices, n, t.num_samples)) return false;
+  if (n == 0) return true;
+  if (t.records != nullptr) update_state(t, indices, observed, n);
+  update_variance(t, weights, score, n, mean_grad, num_classes);
+  ++t.scalars->updates;
+  return true;
 }
 
 }  // namespace fastis::FASTIS_ISA

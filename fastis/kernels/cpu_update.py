@@ -8,11 +8,6 @@ from fastis.kernels import _C
 from fastis.table import Table
 
 
-def in_range(indices: Tensor, num_samples: int) -> bool:
-    """Are all indices (int64 [n]) in [0, num_samples)?"""
-    return _C.in_range(indices.data_ptr(), indices.numel(), num_samples)
-
-
 def update(
     table: Table,
     indices: Tensor,
@@ -20,9 +15,9 @@ def update(
     weights: Tensor,
     score: Tensor,
     mean_grad: Tensor | None,
-) -> None:
+) -> bool:
     """See :func:`fastis.kernels.reference_update.update`."""
-    _C.update(
+    return _C.update(
         table.handle,
         indices.data_ptr(),
         observed.data_ptr(),

@@ -44,11 +44,6 @@ from fastis.table import (
 LARGEST_SCORE = 2.0**60
 
 
-def in_range(indices: Tensor, num_samples: int) -> bool:
-    """Are all indices (int64 [n]) in [0, num_samples)?"""
-    return bool(((indices >= 0) & (indices < num_samples)).all())
-
-
 def update(
     table: Table,
     indices: Tensor,
@@ -56,20 +51,28 @@ def update(
     weights: Tensor,
     score: Tensor,
     mean_grad: Tensor | None,
-) -> None:
-    """One iteration of the sampler's clock of updates.
+) -> bool:
+    """One iteration of the sampler's clock of updates; an empty one is none.
+
+    False when an index is out of range: nothing has changed then. (A backend that would have to
+    wait for the device to know says True, and leaves such indices out.)
 
     Parameters
     ----------
-    indices : int64 [n], in range; duplicates are legal, the first usable position wins
+    indices : int64 [n]; duplicates are legal, the first usable position wins
     observed : float32 [n], what the table keeps averages of (the score, or the loss)
     weights, score : float32 [n], for the variance traces
     mean_grad : float32 [C] or None, minibatch mean of r g
     """
+    if bool(((indices < 0) | (indices >= table.constants.num_samples)).any()):
+        return False
+    if indices.numel() == 0:
+        return True
     if table.records is not None:
         update_state(table, indices, observed)
     update_variance(table, weights, score, mean_grad)
     table.scalars[UPDATES] += 1
+    return True
 
 
 def decay(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,7 +185,7 @@ def update_variance(table: Table, weights: Tensor, score: Tensor, mean_grad: Ten
         if mean_grad is None
         else mean_grad.double().square().sum(),
     }
-    if score.numel() == 0 or not bool(torch.stack(list(moments.values())).isfinite().all()):
+    if not bool(torch.stack(list(moments.values())).isfinite().all()):
         return
     v, constants = table.variance, table.constants
     if int(table.scalars[UPDATES]) == constants.warmup_draws:
