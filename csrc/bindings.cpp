@@ -130,9 +130,9 @@ void advise_huge_pages(uintptr_t address, size_t bytes) {
 }  // namespace
 
 #ifdef FASTIS_X86
-#define FASTIS_CPU(function)                         \
-  (isa == Isa::avx512 ? &fastis::avx512::function    \
-   : isa == Isa::avx2 ? &fastis::avx2::function      \
+#define FASTIS_CPU(function)                      \
+  (isa == Isa::avx512 ? &fastis::avx512::function \
+   : isa == Isa::avx2 ? &fastis::avx2::function   \
                       : &fastis::baseline::function)
 #else
 #define FASTIS_CPU(function) (&fastis::baseline::function)
@@ -140,7 +140,8 @@ void advise_huge_pages(uintptr_t address, size_t bytes) {
 
 PYBIND11_MODULE(_C, m) {
   const Isa isa = chosen_isa();
-  m.doc() = "Compiled kernels of fastis: raw pointers and sizes, no checks. Use the fastis package.";
+  m.doc() =
+      "Compiled kernels of fastis: raw pointers and sizes, no checks. Use the fastis package.";
   m.def("isa", [isa] { return name(isa); });
   m.def("build_info", &build_info);
   m.def("lanes", FASTIS_CPU(lanes));

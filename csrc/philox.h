@@ -85,7 +85,8 @@ class Permutation {
   static constexpr int kRounds = 8;
 
   FASTIS_HD uint64_t once(uint64_t x) const {
-    uint32_t left = static_cast<uint32_t>(x >> half_bits_), right = static_cast<uint32_t>(x) & mask_;
+    uint32_t left = static_cast<uint32_t>(x >> half_bits_),
+             right = static_cast<uint32_t>(x) & mask_;
     for (int round = 0; round < kRounds; ++round) {
       uint32_t v = right + key_[round];
       v = (v ^ (v >> 16)) * 0x85EBCA6Bu;

@@ -9,18 +9,18 @@ namespace fastis {
 
 // One int64 each, on the sampler's device; fastis/table.py names the same positions.
 struct Scalars {
-  int64_t draws;         // minibatches issued: the clock of the randomness and of the warm-up
-  int64_t updates;       // minibatches observed: the clock of the moving averages
-  int64_t skipped;       // non-finite scores left out
-  int64_t exponent;      // e0 of weights.h; kNoExponent while nothing has been seen
-  int64_t total;         // sum of the integer weights of the seen samples
-  int64_t seen;          // how many those are
-  int64_t valid;         // does the sampling structure below match the codes?
-  int64_t light;         // sum of the structure: the total less the heavy items
-  int64_t num_heavy;     // items above theta, kept outside the structure
-  int64_t theta;         // the weight that heavy items are drawn with (2^62: no cap)
-  int64_t unseen;        // the weight that unseen items are drawn with
-  int64_t offset;        // added to every weight (flattening by "mix")
+  int64_t draws;      // minibatches issued: the clock of the randomness and of the warm-up
+  int64_t updates;    // minibatches observed: the clock of the moving averages
+  int64_t skipped;    // non-finite scores left out
+  int64_t exponent;   // e0 of weights.h; kNoExponent while nothing has been seen
+  int64_t total;      // sum of the integer weights of the seen samples
+  int64_t seen;       // how many those are
+  int64_t valid;      // does the sampling structure below match the codes?
+  int64_t light;      // sum of the structure: the total less the heavy items
+  int64_t num_heavy;  // items above theta, kept outside the structure
+  int64_t theta;      // the weight that heavy items are drawn with (2^62: no cap)
+  int64_t unseen;     // the weight that unseen items are drawn with
+  int64_t offset;     // added to every weight (flattening by "mix")
   int64_t reserved[4];
 };
 static_assert(sizeof(Scalars) == 16 * 8);
@@ -39,7 +39,8 @@ constexpr int kRadix = 16;
 constexpr int kMaxLevels = 10;
 constexpr int64_t kNoCap = int64_t{1} << 62;
 
-// The radix-16 tree over the records: level 0 has one node per 16 records, the top at most 16 nodes.
+// The radix-16 tree over the records: level 0 has one node per 16 records, the top at most 16
+// nodes.
 struct Levels {
   int depth = 0;
   int64_t first[kMaxLevels], size[kMaxLevels];  // nodes; a level starts on a multiple of 16
@@ -63,14 +64,14 @@ struct Levels {
 
 struct Table {
   // Tensors. N: num_samples, K: levels.total().
-  Record* records = nullptr;        // [N], null for the uniform methods
-  Scalars* scalars = nullptr;       // [1]
-  Variance* variance = nullptr;     // [1]
+  Record* records = nullptr;     // [N], null for the uniform methods
+  Scalars* scalars = nullptr;    // [1]
+  Variance* variance = nullptr;  // [1]
   // Sums over siblings 0..j of a group of 16, so that finding a child is 16 comparisons at once.
-  uint64_t* sums = nullptr;         // [K] weights of the seen light items
-  uint32_t* unseen = nullptr;       // [K] how many items are unseen
-  uint32_t* peaks = nullptr;        // [K] not summed: the largest code of a light item below a node
-  int64_t* heavy = nullptr;         // [ceil(B/D) - 1] indices, ascending
+  uint64_t* sums = nullptr;    // [K] weights of the seen light items
+  uint32_t* unseen = nullptr;  // [K] how many items are unseen
+  uint32_t* peaks = nullptr;   // [K] not summed: the largest code of a light item below a node
+  int64_t* heavy = nullptr;    // [ceil(B/D) - 1] indices, ascending
   uint64_t* heavy_weights = nullptr;  // [ceil(B/D) - 1]
 
   // Constants.

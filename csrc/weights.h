@@ -1,6 +1,6 @@
-// Integer weights. A weight is a code: the float32 bit pattern of the importance rounded half-even to
-// 16 significant bits. Its integer is mantissa16 << (exponent - e0) with one e0 for the table, so
-// sums are exact and independent of their order, and the probability reported is the one drawn.
+// Integer weights. A weight is a code: the float32 bit pattern of the importance rounded half-even
+// to 16 significant bits. Its integer is mantissa16 << (exponent - e0) with one e0 for the table,
+// so sums are exact and independent of their order, and the probability reported is the one drawn.
 #pragma once
 
 #include <cstdint>

@@ -64,9 +64,9 @@ void alias_draw(Pointer<const uint64_t> weights, Pointer<const uint64_t> own,
     const uint64_t bucket = buckets.locate(x, offset);
     const int64_t index = offset < own[bucket] ? static_cast<int64_t>(bucket) : alias[bucket];
     indices[b] = index;
-    coefficients[b] = static_cast<float>(
-        static_cast<double>(total) /
-        (static_cast<double>(n) * static_cast<double>(weights[index])));
+    coefficients[b] =
+        static_cast<float>(static_cast<double>(total) /
+                           (static_cast<double>(n) * static_cast<double>(weights[index])));
   }
 }
 

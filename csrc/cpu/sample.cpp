@@ -1,6 +1,6 @@
-// The draw: the next minibatch and its coefficients from the sampling structure. A point x below the
-// total is scaled from 128 random bits; heavy items fill [0, k theta), the tree's items the rest in
-// the order of their indices.
+// The draw: the next minibatch and its coefficients from the sampling structure. A point x below
+// the total is scaled from 128 random bits; heavy items fill [0, k theta), the tree's items the
+// rest in the order of their indices.
 #include <algorithm>
 
 #include "cpu/structure.h"
@@ -38,7 +38,8 @@ int find_child(const Table& t, int level, int64_t parent, uint64_t& x) {
     }
   }
   int child = 0;
-  for (int j = 0; j < kRadix; ++j) child += static_cast<int64_t>(ends[j]) <= static_cast<int64_t>(x);
+  for (int j = 0; j < kRadix; ++j)
+    child += static_cast<int64_t>(ends[j]) <= static_cast<int64_t>(x);
   x -= child == 0 ? 0 : ends[child - 1];
   return child;
 }
@@ -48,8 +49,8 @@ uint64_t weight_of_item(const Table& t, const Record& record) {
   if (record.code & kHeavyFlag) return 0;
   const int e0 = static_cast<int>(t.scalars->exponent);
   if (kPlain) return weight_of(record.code, e0);
-  const int64_t weight = record.last < 0 ? t.scalars->unseen
-                                         : static_cast<int64_t>(weight_of(record.code, e0));
+  const int64_t weight =
+      record.last < 0 ? t.scalars->unseen : static_cast<int64_t>(weight_of(record.code, e0));
   return static_cast<uint64_t>(weight + t.scalars->offset);
 }
 

@@ -79,8 +79,8 @@ void flatten_by_cap(const Table& t, uint64_t mean_weight) {
   const uint64_t num_unseen = static_cast<uint64_t>(t.num_samples - s.seen);
   bool unseen_heavy = num_unseen > 0 && s.theta != kNoCap && mean_weight > uint64_t(s.theta);
   const auto level = [&] {
-    const uint64_t rest = static_cast<uint64_t>(s.light) +
-                          (unseen_heavy ? 0 : num_unseen * mean_weight);
+    const uint64_t rest =
+        static_cast<uint64_t>(s.light) + (unseen_heavy ? 0 : num_unseen * mean_weight);
     const uint64_t capped = static_cast<uint64_t>(s.num_heavy) + (unseen_heavy ? num_unseen : 0);
     if (capped * t.cap_numerator >= static_cast<uint64_t>(t.batch_size) * t.cap_denominator) {
       return uint64_t{0};  // too many to be right: take them for light and start again

@@ -79,8 +79,8 @@ void replace_in_structure(const Table& t, int64_t index, uint32_t old_code, uint
   if (fresh) count_seen(t, index);
 }
 
-// Writes a block back. Clears in_range when a new weight lies outside the range of e0: sums are then
-// left alone, because the table will be rescaled from its state.
+// Writes a block back. Clears in_range when a new weight lies outside the range of e0: sums are
+// then left alone, because the table will be rescaled from its state.
 void scatter(const Table& t, const Block& block, int shift_limit, bool& in_range) {
   Scalars& s = *t.scalars;
   const int e0 = static_cast<int>(s.exponent);

@@ -1,0 +1,141 @@
+"""The update of the state table against the same work in eager torch index operations.
+
+    python bench/bench_update.py [--json FILE]
+
+Both take a minibatch's indices and scores (with duplicates) and leave the moving mean, the moving
+variance, the last iteration and the importance of every sample that was drawn, once each, and the
+minibatch's variance moments. Results are compared first; then the two take turns, and the ratio is
+the median over pairs. Bytes moved: 16 a sample of the table, read and written, and 20 of the batch.
+
+Targets: 4096 samples of a table of 1e6, one thread: at most 0.10.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import fastis
+from bench.provenance import provenance
+from bench.report import aligned, append_row
+from fastis.loss import ScoredLoss
+
+TARGETS = {(4096, 1_000_000): 0.10}
+CASES = ((128, 60_000), (128, 1_000_000), (4096, 1_000_000))
+
+
+class Eager:
+    """Kutsuna 2025, Algorithm 1, as one would write it with torch's index operations."""
+
+    def __init__(self, n: int) -> None:
+        self.mean, self.var, self.importance = torch.zeros(n), torch.zeros(n), torch.zeros(n)
+        self.last = torch.full((n,), -1)
+        self.first = torch.empty(n, dtype=torch.int64)
+        self.time = 0
+
+    def update(self, indices, weights, score) -> torch.Tensor:
+        t, size = self.time, len(indices)
+        # The first position of every index wins; scores that are not finite are left out.
+        position = torch.arange(size)
+        self.first[indices] = size
+        self.first.scatter_reduce_(0, indices, position, "amin")
+        keep = (self.first[indices] == position) & torch.isfinite(score)
+        i, x = indices[keep], score[keep]
+        mean, var, last = self.mean[i], self.var[i], self.last[i]
+        alpha = torch.where(last < 0, 0.0, torch.exp((last - t) / max(t, 1)))
+        d = x - mean
+        mean = mean + (1 - alpha) * d
+        var = alpha * (var + (1 - alpha) * d * d)
+        self.mean[i], self.var[i], self.last[i] = mean, var, t
+        self.importance[i] = (mean * mean + var).sqrt()
+        self.time += 1
+        r = weights * score
+        return torch.stack([(r * r).mean(), (r * score).mean(), r.mean()])
+
+
+def make_case(batch_size: int, n: int):
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(n, (batch_size,), generator=generator)
+    score = torch.empty(batch_size).log_normal_(0, 1, generator=generator)
+    return fastis.Batch(indices, torch.ones(batch_size)), ScoredLoss(score, score, score, None)
+
+
+def validate(sampler: fastis.Sampler, eager: Eager, batch, out) -> None:
+    for scale in (1.0, 1.5, 0.5):
+        scaled = ScoredLoss(out.loss, out.losses * scale, out.score * scale, None)
+        sampler.update(batch, scaled)
+        eager.update(*batch, scaled.score)
+    touched = batch.indices
+    # A few float32 operations each way.
+    torch.testing.assert_close(sampler.mean[touched], eager.mean[touched], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sampler.var[touched], eager.var[touched], rtol=1e-4, atol=1e-6)
+    assert torch.equal(sampler.last_seen[touched], eager.last[touched])
+
+
+def seconds(function, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    return (time.perf_counter() - start) / repeats
+
+
+def measure(batch_size: int, n: int, pairs: int) -> dict[str, float]:
+    """Microseconds by the public API: the table alone, with the structure kept, and eager torch."""
+    batch, out = make_case(batch_size, n)
+    method = fastis.methods.EMAIS(warmup_epochs=0)
+    table = fastis.Sampler(n, batch_size, method=method)  # never draws: no structure to keep
+    structure = fastis.Sampler(n, batch_size, method=method)
+    eager = Eager(n)
+    validate(table, eager, batch, out)
+    structure.update(batch, out)
+    structure.sample()  # builds the structure, which every further update then keeps
+    contenders = {
+        "update": lambda: table.update(batch, out),
+        "update_and_structure": lambda: structure.update(batch, out),
+        "eager": lambda: eager.update(*batch, out.score),
+    }
+    repeats = max(1, round(0.01 / seconds(contenders["eager"], 20)))
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(pairs):
+        for name, function in contenders.items():
+            times[name].append(seconds(function, repeats))
+    ratios = [a / b for a, b in zip(times["update"], times["eager"], strict=True)]
+    return {
+        **{f"{name}_us": round(1e6 * median(values), 2) for name, values in times.items()},
+        "ratio": round(median(ratios), 4),
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pairs", type=int, default=100)
+    parser.add_argument("--quick", action="store_true", help="a few pairs only")
+    parser.add_argument("--json", type=Path, help="file to append a row a case to")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    lines = [("B", "N", "update us", "with structure us", "eager us", "ratio", "target")]
+    for batch_size, n in CASES:
+        result = measure(batch_size, n, 3 if args.quick else args.pairs)
+        row = {"benchmark": "update", "batch_size": batch_size, "num_samples": n, "threads": 1}
+        if args.json:
+            append_row(args.json, {**row, **result, **provenance(torch.device("cpu"))})
+        figures = [f"{value:.1f}" for name, value in result.items() if name != "ratio"]
+        target = TARGETS.get((batch_size, n))
+        lines.append(
+            (str(batch_size), str(n), *figures, f"{result['ratio']:.3f}", f"{target or '-'}")
+        )
+    print(aligned(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
