@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "fast_call.h"
 #include "fastis.h"
 
 namespace py = pybind11;
@@ -66,6 +67,8 @@ Isa chosen_isa() {
                            wanted);
 }
 
+bool is_one(fastis::Pointer<const float> x) { return *x == 1.0f; }
+
 std::string build_info() {
   std::string info = std::string("C++ by ") + __VERSION__;
 #ifdef FASTIS_CUDA
@@ -79,9 +82,9 @@ std::string build_info() {
 }  // namespace
 
 #ifdef FASTIS_X86
-#define FASTIS_CPU(function)                         \
-  (isa == Isa::avx512 ? &fastis::avx512::function    \
-   : isa == Isa::avx2 ? &fastis::avx2::function      \
+#define FASTIS_CPU(function)                      \
+  (isa == Isa::avx512 ? &fastis::avx512::function \
+   : isa == Isa::avx2 ? &fastis::avx2::function   \
                       : &fastis::baseline::function)
 #else
 #define FASTIS_CPU(function) (&fastis::baseline::function)
@@ -89,11 +92,12 @@ std::string build_info() {
 
 PYBIND11_MODULE(_C, m) {
   const Isa isa = chosen_isa();
-  m.doc() = "Compiled kernels of fastis: raw pointers and sizes, no checks. Use the fastis package.";
+  m.doc() =
+      "Compiled kernels of fastis: raw pointers and sizes, no checks. Use the fastis package.";
   m.def("isa", [isa] { return name(isa); });
   m.def("build_info", &build_info);
   m.def("lanes", FASTIS_CPU(lanes));
-  m.def("cross_entropy", FASTIS_CPU(cross_entropy));
-  m.def("label_loss", FASTIS_CPU(label_loss));
-  m.def("is_one", [](fastis::Pointer<const float> x) { return *x == 1.0f; });
+  fastis::define_fast<struct CrossEntropy>(m, "cross_entropy", FASTIS_CPU(cross_entropy));
+  fastis::define_fast<struct LabelLoss>(m, "label_loss", FASTIS_CPU(label_loss));
+  fastis::define_fast<struct IsOne>(m, "is_one", &is_one);
 }
