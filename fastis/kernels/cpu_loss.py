@@ -68,14 +68,19 @@ def cross_entropy(
     else:
         batch, tokens, num_classes = shape
         logits = logits.detach().reshape(batch * tokens, num_classes)
-    if not logits.is_contiguous() and num_classes > 1 and logits.stride(1) != 1:
+    dense = logits.is_contiguous()
+    if not dense and num_classes > 1 and logits.stride(1) != 1:
         logits = logits.contiguous()
-    code, result, kept = _FORMATS[logits.dtype]
+    dtype = logits.dtype
+    code, result, kept = _FORMATS[dtype]
     losses = _empty(batch, dtype=result)
     score = _empty_like(losses)
     loss = _empty((), dtype=result) if reduce else _empty_like(losses)
     mean_grad = _empty(num_classes, dtype=result) if with_mean_grad else None
-    grad = _empty(shape, dtype=kept) if with_grad else None
+    grad = None
+    if with_grad:
+        like = dense and kept is dtype and len(shape) == 2
+        grad = _empty_like(logits) if like else _empty(shape, dtype=kept)
     target = target.contiguous()
     labels = target.data_ptr()
     by_index = target.dtype is _int64
