@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "fast_call.h"
 #include "fastis.h"
 
 namespace py = pybind11;
@@ -69,6 +70,8 @@ Isa chosen_isa() {
   throw std::runtime_error(std::string("FASTIS_CPU_ISA must be baseline, avx2 or avx512, got ") +
                            wanted);
 }
+
+bool is_one(fastis::Pointer<const float> x) { return *x == 1.0f; }
 
 std::string build_info() {
   std::string info = std::string("C++ by ") + __VERSION__;
@@ -146,15 +149,19 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("lanes", FASTIS_CPU(lanes));
 
-  py::class_<fastis::Table>(m, "Table").def(py::init(&make_table));
+  py::class_<fastis::Table>(m, "Table")
+      .def(py::init(&make_table))
+      .def_property_readonly("address", [](const fastis::Table& t) { return uintptr_t(&t); });
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("structure_nodes", [](int64_t n) { return fastis::Levels(n).total(); });
-  m.def("update", FASTIS_CPU(update));
-  m.def("draw", FASTIS_CPU(draw));
   m.def("alias_build", FASTIS_CPU(alias_build));
   m.def("alias_draw", FASTIS_CPU(alias_draw));
   m.def("draw_points", FASTIS_CPU(draw_points));
-  m.def("cross_entropy", FASTIS_CPU(cross_entropy));
-  m.def("label_loss", FASTIS_CPU(label_loss));
-  m.def("is_one", [](fastis::Pointer<const float> x) { return *x == 1.0f; });
+
+  // On the step's path.
+  fastis::define_fast<struct Update>(m, "update", FASTIS_CPU(update));
+  fastis::define_fast<struct Draw>(m, "draw", FASTIS_CPU(draw));
+  fastis::define_fast<struct CrossEntropy>(m, "cross_entropy", FASTIS_CPU(cross_entropy));
+  fastis::define_fast<struct LabelLoss>(m, "label_loss", FASTIS_CPU(label_loss));
+  fastis::define_fast<struct IsOne>(m, "is_one", &is_one);
 }

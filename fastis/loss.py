@@ -120,27 +120,38 @@ def cross_entropy(
     ):
         check_logits("logits", logits, "[B, C] or [B, T, C] with C >= 1", (2, 3))
     shape = logits.shape
+    on_cpu = logits.is_cpu
     if (
         not isinstance(target, Tensor)
         or target.dtype is not _int64
         or target.shape != shape[:-1]
-        or target.device != logits.device
+        or not (on_cpu and target.is_cpu)
     ):
         target = class_target(logits, target)
     if class_weights is not None or label_smoothing != 0.0 or ignore_index != -100:
         class_weights = class_options(logits, class_weights, ignore_index, label_smoothing)
-    weights, denominator = _weighting(logits, weights, reduction, denominator)
-    if denominator is None and weights is not None:
-        denominator = float(shape.numel() // shape[-1])
+        label_smoothing = float(label_smoothing)
+    if weights is not None or denominator is not None or reduction != "mean":
+        weights, denominator = _weighting(logits, weights, reduction, denominator)
+        if denominator is None:
+            denominator = float(shape.numel() // shape[-1])
     with_mean_grad = len(shape) == 2 and shape[1] <= MAX_MEAN_GRAD
     reduce = reduction != "none"
-    options = (target, weights, class_weights, ignore_index, float(label_smoothing))
     if needs_operator(logits):
+        options = (target, weights, class_weights, ignore_index, label_smoothing)
         return by_operator("cross_entropy", logits, options, denominator, reduce, with_mean_grad)
-    kernels = kernels_for("loss", logits.device.type)
-    with_grad = logits.requires_grad and _is_grad_enabled()
+    kernels = kernels_for("loss", "cpu" if on_cpu else logits.device.type)
     results = kernels.cross_entropy(
-        logits, *options, denominator, reduce, with_grad, with_mean_grad
+        logits,
+        target,
+        weights,
+        class_weights,
+        ignore_index,
+        label_smoothing,
+        denominator,
+        reduce,
+        logits.requires_grad and _is_grad_enabled(),
+        with_mean_grad,
     )
     return with_backward(logits, results, kernels)
 

@@ -1,12 +1,13 @@
 """How a loss that was computed in the forward pass enters torch: autograd or a registered operator.
 
-Eager calls take the leanest way, a small autograd.Function around results that are already there.
-Where something watches the dispatcher (torch.compile, torch.func, tensor subclasses, modes) the same
+Eager calls take the leanest way, a small autograd.Function around results that are there already.
+Where something watches the dispatcher (torch.compile, torch.func, subclasses, modes) the same
 kernels run as operators of :mod:`fastis.operators`.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -52,8 +53,7 @@ class _Saved(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, done: tuple[Tensor, Tensor, Any]) -> Tensor:
-        loss, grad, ctx.kernels = done
-        ctx.dtype = logits.dtype
+        loss, grad, ctx.scale = done
         # Saved, not an attribute: freed before the gradient is accumulated, it is then not copied.
         ctx.save_for_backward(grad)
         return loss
@@ -62,12 +62,17 @@ class _Saved(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         if _is_grad_enabled():  # create_graph: a second derivative must raise, not be silently 0
             return _scale_once(ctx, grad_output)
-        return ctx.kernels.scale_grad(ctx.saved_tensors[0], grad_output, ctx.dtype), None
+        return ctx.scale(ctx.saved_tensors[0], grad_output), None
+
+
+# Function.apply minus its search for functorch wrappers, which needs_operator has excluded.
+_attach = super(torch.autograd.Function, _Saved).apply
+_new_tuple = tuple.__new__
 
 
 @once_differentiable  # type: ignore[untyped-decorator]
 def _scale_once(ctx: Any, grad_output: Tensor) -> Any:
-    return ctx.kernels.scale_grad(ctx.saved_tensors[0], grad_output, ctx.dtype), None
+    return ctx.scale(ctx.saved_tensors[0], grad_output), None
 
 
 def needs_operator(logits: Tensor) -> bool:
@@ -84,8 +89,11 @@ def with_backward(logits: Tensor, results: Scored, kernels: Any) -> ScoredLoss:
     """Results of ``kernels`` as a ScoredLoss whose loss leads back to ``logits``."""
     loss, losses, score, mean_grad, grad = results
     if grad is not None:
-        loss = _Saved.apply(logits, (loss, grad, kernels))
-    return ScoredLoss(loss, losses, score, mean_grad)
+        scale = kernels.scale_grad
+        if grad.dtype is not logits.dtype:  # float16: kept in float32 until it is scaled
+            scale = functools.partial(scale, dtype=logits.dtype)
+        loss = _attach(logits, (loss, grad, scale))
+    return _new_tuple(ScoredLoss, (loss, losses, score, mean_grad))
 
 
 def by_operator(

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from math import ceil
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,8 +140,8 @@ class Table:
         self._structure: dict[str, Tensor] = {}
 
     @cached_property
-    def handle(self) -> Any:
-        """The compiled kernels' view of this table; the structure is allocated on first use."""
+    def handle(self) -> int:
+        """Address of the compiled kernels' view; the structure is allocated on first use."""
         tensors: dict[str, Tensor | None] = {
             "records": self.records,
             "scalars": self.scalars,
@@ -162,7 +161,8 @@ class Table:
                 self._structure[name] = _zeros((size,), dtype, self.device)
         tensors.update(self._structure)
         addresses = {name: 0 if t is None else t.data_ptr() for name, t in tensors.items()}
-        return _C.Table(addresses, asdict(self.constants))
+        self._view = _C.Table(addresses, asdict(self.constants))
+        return self._view.address
 
     def column(self, position: int) -> Tensor:
         """A view of one column of the records, float32 for mean and variance."""

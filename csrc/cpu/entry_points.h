@@ -9,13 +9,14 @@ int lanes();
 // One iteration: the observed scores into the state and the sampling structure (unless the table
 // has no records), the variance moments, and the clock of updates. False: an index is out of range,
 // and nothing has changed.
-bool update(const Table& table, Pointer<const int64_t> indices /* [n] */,
+bool update(Pointer<const Table> table, Pointer<const int64_t> indices /* [n] */,
             Pointer<const float> observed /* [n] */, Pointer<const float> weights /* [n] */,
             Pointer<const float> score /* [n] */, int64_t n,
             Pointer<const float> mean_grad /* [C] */, int64_t num_classes);
 
 // The next minibatch: without replacement in the warm-up, by importance (or uniformly) after it.
-void draw(const Table& table, Pointer<int64_t> indices /* [B] */, Pointer<float> weights /* [B] */);
+void draw(Pointer<const Table> table, Pointer<int64_t> indices /* [B] */,
+          Pointer<float> weights /* [B] */);
 
 // An alias table of n integer weights (`total` is their sum), and `count` draws from it, the
 // first of them number `first` of the stream of `seed`; coefficients = total / (n weight).

@@ -147,7 +147,8 @@ void draw_by_importance(const Table& t, uint64_t iteration, int64_t* indices, fl
 
 }  // namespace
 
-void draw(const Table& t, Pointer<int64_t> indices, Pointer<float> weights) {
+void draw(Pointer<const Table> table, Pointer<int64_t> indices, Pointer<float> weights) {
+  const Table& t = *table.address;
   const int64_t iteration = t.scalars->draws++;
   if (iteration < t.warmup_draws) {
     const int64_t epoch = iteration / t.batches_per_epoch;

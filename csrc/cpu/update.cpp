@@ -189,9 +189,10 @@ bool in_range(const int64_t* indices, int64_t n, int64_t num_samples) {
 
 }  // namespace
 
-bool update(const Table& t, Pointer<const int64_t> indices, Pointer<const float> observed,
-            Pointer<const float> weights, Pointer<const float> score, int64_t n,
-            Pointer<const float> mean_grad, int64_t num_classes) {
+bool update(Pointer<const Table> table, Pointer<const int64_t> indices,
+            Pointer<const float> observed, Pointer<const float> weights, Pointer<const float> score,
+            int64_t n, Pointer<const float> mean_grad, int64_t num_classes) {
+  const Table& t = *table.address;
   if (!in_range(indices, n, t.num_samples)) return false;
   if (n == 0) return true;
   if (t.records != nullptr) update_state(t, indices, observed, n);

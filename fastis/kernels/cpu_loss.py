@@ -5,7 +5,7 @@ Same functions, signatures and results as :mod:`fastis.kernels.reference_loss`.
 
 from __future__ import annotations
 
-import math
+from math import nan
 
 import torch
 from torch import Tensor
@@ -23,12 +23,21 @@ __all__ = [
     "scale_grad",
 ]
 
-_FORMATS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# Of the logits: code of the format, dtype of the results, dtype of the gradient.
+_FORMATS = {
+    dtype: (code, compute_dtype(dtype), grad_dtype(dtype))
+    for code, dtype in enumerate((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+}
 # Elements from which a second thread was measured to win.
 _PARALLEL_ELEMENTS = 1 << 16
 
+# Looked up once: at a batch of 128 the calls around the kernel cost more than the kernel.
 _empty = torch.empty
+_empty_like = torch.empty_like
 _float32 = torch.float32
+_int64 = torch.int64
+_is_one = _C.is_one
+_cross_entropy = _C.cross_entropy
 
 
 def _pointer(tensor: Tensor | None) -> int:
@@ -53,21 +62,31 @@ def cross_entropy(
 ) -> Scored:
     """Rows of unit column stride are read where they lie; other strides are copied first."""
     shape = logits.shape
-    batch, num_classes = shape[0], shape[-1]
     tokens = 1
-    if len(shape) == 3:
-        tokens = shape[1]
-        logits = logits.reshape(-1, num_classes)
-    if not logits.is_contiguous() and (num_classes > 1 and logits.stride(1) != 1):
+    if len(shape) == 2:
+        batch, num_classes = shape
+    else:
+        batch, tokens, num_classes = shape
+        logits = logits.detach().reshape(batch * tokens, num_classes)
+    dense = logits.is_contiguous()
+    if not dense and num_classes > 1 and logits.stride(1) != 1:
         logits = logits.contiguous()
     dtype = logits.dtype
-    loss, losses, score, mean_grad = _outputs(dtype, batch, num_classes, reduce, with_mean_grad)
-    grad = _empty(shape, dtype=grad_dtype(dtype)) if with_grad else None
+    code, result, kept = _FORMATS[dtype]
+    losses = _empty(batch, dtype=result)
+    score = _empty_like(losses)
+    loss = _empty((), dtype=result) if reduce else _empty_like(losses)
+    mean_grad = _empty(num_classes, dtype=result) if with_mean_grad else None
+    grad = None
+    if with_grad:
+        like = dense and kept is dtype and len(shape) == 2
+        grad = _empty_like(logits) if like else _empty(shape, dtype=kept)
     target = target.contiguous()
-    by_index = target.dtype is torch.int64
     labels = target.data_ptr()
-    bad_row = _C.cross_entropy(
-        _FORMATS[dtype],
+    by_index = target.dtype is _int64
+    elements = batch * tokens * num_classes
+    bad_row = _cross_entropy(
+        code,
         logits.data_ptr(),
         logits.stride(0),
         labels if by_index else 0,
@@ -79,14 +98,14 @@ def cross_entropy(
         num_classes,
         ignore_index,
         label_smoothing,
-        (math.nan if denominator is None else float(denominator)) if reduce else 1.0,
+        1.0 if not reduce else nan if denominator is None else float(denominator),
         reduce,
         0 if grad is None else grad.data_ptr(),
         loss.data_ptr(),
         losses.data_ptr(),
         score.data_ptr(),
         0 if mean_grad is None else mean_grad.data_ptr(),
-        _threads(batch * tokens * num_classes),
+        1 if elements < _PARALLEL_ELEMENTS else torch.get_num_threads(),
     )
     if bad_row >= 0:
         raise_bad_label(target.view(-1), bad_row, num_classes)
@@ -128,28 +147,15 @@ def mse_loss(
     )  # fmt: skip
 
 
-def scale_grad(grad: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Tensor:
-    """``grad`` times ``grad_output`` in ``dtype``: ``grad`` itself where that is exactly 1."""
-    if grad.dtype is dtype and grad_output.dim() == 0:
+def scale_grad(grad: Tensor, grad_output: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``grad`` times ``grad_output``: ``grad`` itself where that is exactly 1."""
+    if dtype is None and grad_output.dim() == 0:
         if grad_output.dtype is _float32:
-            if _C.is_one(grad_output.data_ptr()):
+            if _is_one(grad_output.data_ptr()):
                 return grad
         elif grad_output.item() == 1:
             return grad
     return _multiply(grad, grad_output, dtype)
-
-
-def _outputs(
-    dtype: torch.dtype, batch: int, columns: int, reduce: bool, with_mean_grad: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """loss, losses, score and mean_grad, uninitialised."""
-    dtype = compute_dtype(dtype)
-    return (
-        _empty((), dtype=dtype) if reduce else _empty(batch, dtype=dtype),
-        _empty(batch, dtype=dtype),
-        _empty(batch, dtype=dtype),
-        _empty(columns, dtype=dtype) if with_mean_grad else None,
-    )
 
 
 def _label_loss(
@@ -165,13 +171,16 @@ def _label_loss(
     with_mean_grad: bool,
 ) -> Scored:
     logits, target = logits.contiguous(), target.contiguous()
-    dtype = logits.dtype
     batch, num_labels = logits.shape
-    loss, losses, score, mean_grad = _outputs(dtype, batch, num_labels, reduce, with_mean_grad)
-    grad = _empty(logits.shape, dtype=grad_dtype(dtype)) if with_grad else None
+    code, result, kept = _FORMATS[logits.dtype]
+    losses = _empty(batch, dtype=result)
+    score = _empty_like(losses)
+    loss = _empty((), dtype=result) if reduce else _empty_like(losses)
+    mean_grad = _empty(num_labels, dtype=result) if with_mean_grad else None
+    grad = _empty(logits.shape, dtype=kept) if with_grad else None
     _C.label_loss(
         kind,
-        _FORMATS[dtype],
+        code,
         logits.data_ptr(),
         target.data_ptr(),
         _pointer(weights),

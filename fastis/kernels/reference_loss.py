@@ -139,10 +139,13 @@ def mse_loss(
     )
 
 
-def scale_grad(grad: Tensor, grad_output: Tensor, dtype: torch.dtype) -> Tensor:
-    """``grad`` times the 0-d or ``[B]`` ``grad_output``, in ``dtype``; ``grad`` stays as it is."""
+def scale_grad(grad: Tensor, grad_output: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``grad`` times the 0-d or ``[B]`` ``grad_output``, in ``dtype`` (default: that of ``grad``).
+
+    May return ``grad`` itself, but never changes it: a second backward pass reads it again.
+    """
     scale = grad_output.reshape(grad_output.shape + (1,) * (grad.dim() - grad_output.dim()))
-    return (grad * scale).to(dtype)
+    return (grad * scale).to(grad.dtype if dtype is None else dtype)
 
 
 def raise_bad_label(labels: Tensor, row: int, num_classes: int) -> None:
