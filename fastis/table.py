@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from functools import cached_property
-from math import ceil
+from math import ceil, prod
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ DURABLE_SCALARS = VALID  # the rest describes the structure and is rebuilt
 # Columns of `records`.
 MEAN, VAR, LAST, CODE = range(4)
 
+HUGE_PAGE = 2 << 20  # bytes
 NO_EXPONENT = -1000  # e0 of a table that has seen nothing
 UNIFORM_WEIGHT = 1 << 15  # every item's integer weight in such a table
 MANTISSA_BITS = 16
@@ -115,11 +116,15 @@ def _bits(n: int) -> int:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Like ``torch.zeros``, on huge pages where the CPU has them: accesses will be random."""
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    if device.type == "cpu" and _C is not None:
-        _C.advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size())
-    return tensor.zero_()
+    """Like ``torch.zeros``, but on huge pages where the CPU has them: accesses will be random."""
+    size = prod(shape) * dtype.itemsize
+    if device.type != "cpu" or _C is None or size < HUGE_PAGE:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    pages = -(-size // HUGE_PAGE)
+    memory = torch.empty((pages + 1) * HUGE_PAGE, dtype=torch.uint8, device=device)
+    start = -memory.data_ptr() % HUGE_PAGE
+    _C.advise_huge_pages(memory.data_ptr() + start, pages * HUGE_PAGE)
+    return memory[start : start + size].zero_().view(dtype).view(shape)
 
 
 class Table:
