@@ -18,7 +18,12 @@ CLASSES = [1, 2, 3, 7, 8, 9, 10, 16, 17, 33, 64, 65, 100, 1000]
 # Slack on PyTorch's own error: a few roundings of the result's dtype.
 SLACK = {torch.float64: 1e-14, torch.float32: 5e-7, torch.bfloat16: 5e-7, torch.float16: 5e-7}
 # Half an ulp of gradients of at most 1, which are rounded once to the logits' dtype.
-ROUNDING = {torch.float64: 0.0, torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+ROUNDING = {
+    torch.float64: 0.0,
+    torch.float32: 0.0,
+    torch.bfloat16: 2.0**-8,
+    torch.float16: 2.0**-11,
+}
 
 
 @pytest.fixture(params=["reference", "cpu"], autouse=True)
@@ -70,7 +75,13 @@ def check_scored(out, logits, loss_none, weights, denominator, theirs=None):
         assert grad.dtype == dtype
         assert grad.shape == logits.shape
         scale = float((r.abs() / denominator).max()) if batch else 1.0
-        close(grad.double() / scale, wide / denominator / scale, None, 4 * slack + ROUNDING[dtype], "grad")
+        close(
+            grad.double() / scale,
+            wide / denominator / scale,
+            None,
+            4 * slack + ROUNDING[dtype],
+            "grad",
+        )
     expected = torch.float64 if dtype == torch.float64 else torch.float32
     for result in (out.loss, out.losses, out.score):
         assert result.dtype == expected
@@ -144,9 +155,7 @@ def test_label_losses(dtype, num_labels):
             return F.mse_loss(z, target.double(), reduction="none").mean(1)
 
         for r in (None, weights):
-            out = fastis.binary_cross_entropy_with_logits(
-                logits, target, r, pos_weight=pos_weight
-            )
+            out = fastis.binary_cross_entropy_with_logits(logits, target, r, pos_weight=pos_weight)
             check_scored(out, logits, bce, r, batch)
             out = fastis.mse_loss(logits, target, r)
             check_scored(out, logits, mse, r, batch)
