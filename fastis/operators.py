@@ -107,6 +107,8 @@ def _fake(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    with_grad = inputs[-2]
+    ctx.mark_non_differentiable(*output[1 if with_grad else 0 :])
     ctx.save_for_backward(output[-1])
     ctx.dtype = inputs[0].dtype
     ctx.num_inputs = len(inputs)
@@ -114,11 +116,6 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _scale(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    if any(g is not None for g in grads[1:]):
-        raise RuntimeError(
-            "fastis losses have a first derivative only: neither losses, score and mean_grad nor "
-            "the gradient itself can be differentiated"
-        )
     rest = (None,) * (ctx.num_inputs - 1)
     if grads[0] is None:
         return None, *rest

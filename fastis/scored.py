@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.parameter import Parameter
 
+from fastis.kernels import reference_loss
 from fastis.kernels.reference_loss import Scored
 from fastis.loss_arguments import Denominator
 
@@ -61,7 +61,8 @@ class _Saved(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
         if _is_grad_enabled():  # create_graph: a second derivative must raise, not be silently 0
-            return _scale_once(ctx, grad_output)
+            grad = ctx.scale(ctx.saved_tensors[0], grad_output.detach())
+            return _FirstOrderOnly.apply(grad.detach().requires_grad_()), None
         return ctx.scale(ctx.saved_tensors[0], grad_output), None
 
 
@@ -70,9 +71,41 @@ _attach = super(torch.autograd.Function, _Saved).apply
 _new_tuple = tuple.__new__
 
 
-@once_differentiable  # type: ignore[untyped-decorator]
-def _scale_once(ctx: Any, grad_output: Tensor) -> Any:
-    return ctx.scale(ctx.saved_tensors[0], grad_output), None
+class _FirstOrderOnly(torch.autograd.Function):
+    """Identity whose derivative is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        raise RuntimeError(
+            "fastis losses have a first derivative only: their gradient was computed in the "
+            "forward pass; for a second derivative use scored_loss"
+        )
+
+
+class _Functional(torch.autograd.Function):
+    """An operator of fastis.operators under torch.func, which takes no other form of autograd."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(operator: Any, logits: Tensor, *arguments: Any) -> Any:
+        return operator(logits, *arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(output[-1])
+        ctx.dtype, ctx.num_inputs = inputs[1].dtype, len(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
+        (grad,) = ctx.saved_tensors
+        rest = (None,) * (ctx.num_inputs - 2)
+        return None, reference_loss.scale_grad(grad, grad_output, ctx.dtype), *rest
 
 
 def needs_operator(logits: Tensor) -> bool:
@@ -109,10 +142,14 @@ def by_operator(
 
     number = None if isinstance(denominator, Tensor) else denominator
     tensor = denominator if isinstance(denominator, Tensor) else None
-    # Inside functorch's transforms requires_grad does not tell what is differentiated.
-    with_grad = logits.requires_grad or _is_compiling() or _functorch_active()
-    loss, losses, score, mean_grad, _ = getattr(operators, name)(
-        logits, *arguments, number, tensor, reduce, with_grad, with_mean_grad
-    )
+    operator = getattr(operators, name)
+    rest = (*arguments, number, tensor, reduce)
+    if not _is_compiling() and _functorch_active():
+        # requires_grad does not tell here what is differentiated.
+        results = _Functional.apply(operator, logits, *rest, True, with_mean_grad)
+    else:
+        with_grad = logits.requires_grad and _is_grad_enabled()
+        results = operator(logits, *rest, with_grad, with_mean_grad)
+    loss, losses, score, mean_grad, _ = results
     mean_grad = mean_grad.detach() if with_mean_grad else None
     return ScoredLoss(loss, losses.detach(), score.detach(), mean_grad)

@@ -28,8 +28,12 @@ ROUNDING = {
 
 @pytest.fixture(params=["reference", "cpu"], autouse=True)
 def backend(request):
+    """One backend at a time, on one thread: the tensors are small and the machine may be shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     with fastis.backend(request.param):
         yield request.param
+    torch.set_num_threads(before)
 
 
 def close(ours, truth, theirs=None, slack=1e-6, what=""):

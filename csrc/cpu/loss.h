@@ -62,6 +62,26 @@ inline Vec<F> safe_max(Vec<F> m, Vec<F> z_y) {
   return select<F>(m == -F(__builtin_inf()), z_y, m);
 }
 
+// A sum of squares of numbers that may be as small as exp(-88), whose squares are 0 in float.
+template <class F>
+class Norm {
+ public:
+  void add(Vec<F> g) {
+    large_ = fma<F>(g, g, large_);
+    const Vec<F> raised = g * kRaise;
+    small_ = fma<F>(raised, raised, small_);
+  }
+  F value() const { return root(reduce_add<F>(large_), reduce_add<F>(small_)); }
+
+ private:
+  static constexpr F kRaise = F(0x1p80);
+  static F root(F large, F small) {
+    // Where `small` overflows, `large` is far from underflow.
+    return large < F(1e-30) ? sqrt<F>(splat<F>(small))[0] / kRaise : sqrt<F>(splat<F>(large))[0];
+  }
+  Vec<F> large_{}, small_{};
+};
+
 // Each kernel does rows [begin, end) and adds the columns of the scaled gradient to
 // column_sum [C] unless that is null.
 template <class S>

@@ -77,20 +77,21 @@ inline void elements(const Labels<S>& p, int64_t offset, int64_t count, const Bl
 template <class S, class F = Compute<S>>
 inline void finish_row(const Labels<S>& p, int64_t row, const F* loss, F* grad, F* column_sum) {
   constexpr int V = kLanes<F>;
-  Vec<F> total{}, squares{};
+  Vec<F> total{};
+  Norm<F> norm;
   int64_t i = 0;
   for (; i + V <= p.L; i += V) {
-    const Vec<F> g = load(grad + i);
     total += load(loss + i);
-    squares = fma<F>(g, g, squares);
+    norm.add(load(grad + i));
   }
-  F sum = reduce_add<F>(total), square = reduce_add<F>(squares);
-  for (; i < p.L; ++i) {
-    sum += loss[i];
-    square += grad[i] * grad[i];
+  if (i < p.L) {
+    const int rest = static_cast<int>(p.L - i);
+    total += load_some(loss + i, rest, F(0));
+    norm.add(load_some(grad + i, rest, F(0)));
   }
+  const F sum = reduce_add<F>(total);
   p.losses[row] = sum * p.inverse_divisor;
-  p.score[row] = sqrt<F>(splat<F>(square))[0] * p.inverse_divisor;
+  p.score[row] = norm.value() * p.inverse_divisor;
   const F r = p.weights != nullptr ? p.weights[row] : F(1);
   const F scale = r * p.inverse_divisor * p.inverse_denominator;
   for (i = 0; i < p.L; ++i) grad[i] *= scale;

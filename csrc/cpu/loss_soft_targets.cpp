@@ -87,7 +87,8 @@ inline SoftSums<F> soft_sums(const S* z, int64_t C, Largest<F> top, const Target
     cross += select<F>(classes < static_cast<Int>(C), share * -x, zero);
     store(e + c, term);
   }
-  return {reduce_add<F>(s), reduce_add<F>(t), reduce_add<F>(cross)};
+  // inf - inf: a maximum that is not finite leaves nothing but NaN, as in torch.
+  return {reduce_add<F>(s) + (top.value - top.value), reduce_add<F>(t), reduce_add<F>(cross)};
 }
 
 template <class G, class V>
@@ -110,21 +111,21 @@ inline F soft_gradient(const F* e, int64_t C, Largest<F> top, const SoftSums<F>&
   const F p_scale = (sums.t + top_share) * inverse;
   // p_a sum(t) - t_a without the difference of two numbers near 1.
   const F at_top = (sums.t - top_share * sums.s) * inverse;
-  Vec<F> squares{};
+  Norm<F> norm;
   for (int64_t c = 0; c < C; c += V) {
     const int count = static_cast<int>(C - c < V ? C - c : V);
     const auto classes = iota<F>() + static_cast<Int>(c);
     Vec<F> g = load(e + c) * p_scale - targets(c, count);
     g = select<F>(classes == static_cast<Int>(top.at), splat<F>(at_top), g);
     g = select<F>(classes < static_cast<Int>(C), g, Vec<F>{});
-    squares = fma<F>(g, g, squares);
+    norm.add(g);
     g *= scale;
     if (grad != nullptr) write_block(grad + c, g, count);
     if (column_sum != nullptr) {
       write_block(column_sum + c, g + read_block(column_sum, c, count, F(0)), count);
     }
   }
-  return sqrt<F>(splat<F>(reduce_add<F>(squares)))[0];
+  return norm.value();
 }
 
 template <class S, class F = Compute<S>>

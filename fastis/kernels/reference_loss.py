@@ -83,8 +83,10 @@ def cross_entropy(
         if denominator is None:
             denominator = float(len(z))
     batch = logits.shape[0]
-    losses = loss.reshape(batch, -1).sum(1)
-    score = norm.reshape(batch, -1).square().sum(1).sqrt() if logits.dim() > 2 else norm
+    losses, score = loss, norm
+    if logits.dim() == 3:
+        losses = loss.reshape(batch, logits.shape[1]).sum(1)
+        score = _norm(norm.reshape(batch, logits.shape[1]))
     g = g.reshape(logits.shape)
     return _reduced(
         logits, losses, score, g, weights, denominator, reduce, with_grad, with_mean_grad
@@ -113,7 +115,7 @@ def binary_cross_entropy_with_logits(
     loss = off * (z.clamp(min=0) + tail) + on * ((-z).clamp(min=0) + tail)
     g = (off * torch.sigmoid(z) - on * torch.sigmoid(-z)) / divisor
     losses = loss.sum(1) / divisor
-    score = g.square().sum(1).sqrt()
+    score = _norm(g)
     return _reduced(
         logits, losses, score, g, weights, denominator, reduce, with_grad, with_mean_grad
     )
@@ -133,7 +135,7 @@ def mse_loss(
     d = prediction.detach().to(compute_dtype(prediction.dtype)) - target
     losses = d.square().sum(1) / divisor
     g = 2 * d / divisor
-    score = g.square().sum(1).sqrt()
+    score = _norm(g)
     return _reduced(
         prediction, losses, score, g, weights, denominator, reduce, with_grad, with_mean_grad
     )
@@ -199,7 +201,16 @@ def _distribution_rows(
     loss = (t * -x).sum(1) + total * torch.log1p(s)
     g = e * (total / (1 + s))[:, None] - t
     g = g.scatter(1, top, ((t_rest - t_top * s) / (1 + s))[:, None])
-    return loss, g.square().sum(1).sqrt(), g
+    return loss, _norm(g), g
+
+
+def _norm(g: Tensor) -> Tensor:
+    """Row norms of ``[R, C]``, of numbers as small as exp(-88) too, whose squares are 0."""
+    if g.shape[1] == 0:
+        return g.new_zeros(len(g))
+    largest = g.abs().amax(1)
+    unit = torch.where((largest > 0) & largest.isfinite(), largest, 1)
+    return torch.where(largest == 0, 0, unit * (g / unit[:, None]).square().sum(1).sqrt())
 
 
 def _reduced(
