@@ -77,15 +77,18 @@ class EffectiveBatchLR:
         if self.rule not in ("sgd", "adam"):
             raise ValueError(f"optimizer must be 'sgd', 'adam' or None, got {optimizer!r}")
         self.max_factor = max_factor
-        self._unscaled = [_copy(group["lr"]) for group in self.optimizer.param_groups]
+        self._unscaled = [_kept(group["lr"]) for group in self.optimizer.param_groups]
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """The inner scheduler's step, on unscaled rates; then the present factor."""
         groups = self.optimizer.param_groups
         for group, lr in zip(groups, self._unscaled, strict=False):
-            _put(group, lr)
+            if isinstance(lr, float):
+                group["lr"] = lr
+            else:  # in place: captured graphs hold its address
+                group["lr"].copy_(lr)
         self.scheduler.step(*args, **kwargs)
-        self._unscaled = [_copy(group["lr"]) for group in groups]
+        self._unscaled = [_kept(group["lr"]) for group in groups]
         self._scale()
 
     def _scale(self) -> None:
@@ -94,11 +97,11 @@ class EffectiveBatchLR:
             factor = factor.clamp(max=self.max_factor)
         on_host = None
         for group, lr in zip(self.optimizer.param_groups, self._unscaled, strict=True):
-            if isinstance(lr, float):  # asked first: asking for a Tensor takes ten times as long
+            if isinstance(lr, float):
                 on_host = factor.item() if on_host is None else on_host
                 group["lr"] = lr * on_host
             else:
-                _put(group, lr * factor.to(lr))
+                group["lr"].copy_(lr * factor)
 
     def get_last_lr(self) -> list[float]:
         """The rates in force, factor included."""
@@ -110,7 +113,7 @@ class EffectiveBatchLR:
 
     def state_dict(self) -> dict[str, Any]:
         """The inner scheduler's state and the unscaled rates."""
-        unscaled = [_copy(lr) for lr in self._unscaled]
+        unscaled = [_kept(lr) for lr in self._unscaled]
         return {"scheduler": self.scheduler.state_dict(), "unscaled": unscaled}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -121,7 +124,7 @@ class EffectiveBatchLR:
                 f"got {len(state['unscaled'])}"
             )
         self.scheduler.load_state_dict(state["scheduler"])
-        self._unscaled = [_copy(lr) for lr in state["unscaled"]]
+        self._unscaled = [_kept(lr) for lr in state["unscaled"]]
         self._scale()
 
 
@@ -138,13 +141,8 @@ def _rule(optimizer: torch.optim.Optimizer) -> str:
     )
 
 
-def _copy(lr: float | Tensor) -> float | Tensor:
-    return lr.clone() if not isinstance(lr, (float, int)) else float(lr)
-
-
-def _put(group: dict[str, Any], lr: float | Tensor) -> None:
-    """Sets a group's rate; a tensor in place, since captured graphs hold its address."""
-    if isinstance(group["lr"], (float, int)):
-        group["lr"] = lr
-    else:
-        group["lr"].fill_(lr)
+def _kept(lr: float | Tensor) -> float | Tensor:
+    """A rate to go back to: a float, or a copy of a tensor that is changed in place."""
+    if isinstance(lr, float):  # asked first: asking a float whether it is a Tensor is slow
+        return lr
+    return lr.clone() if isinstance(lr, Tensor) else float(lr)
