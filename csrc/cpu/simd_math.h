@@ -8,14 +8,15 @@
 
 namespace fastis::FASTIS_ISA {
 
-// exp(x) = poly * 2^n. The polynomial is summed in pairs: a scheduler holds few of its steps.
+// exp(x) = poly * 2^n; the low bits of `biased` are n + 127. The polynomial is summed in pairs: a
+// scheduler holds few of its steps.
 struct ExpParts {
   Vec<float> poly;
-  Simd<float>::Bits n;
+  Simd<float>::Bits biased;
 };
 
 inline ExpParts exp_parts(Vec<float> x) {
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: its last bits are the integer
+  constexpr float kRound = 12583039.0f;  // 1.5 * 2^23 + 127: the last bits are an integer
   const Vec<float> shifted = fma<float>(x, splat(1.44269504088896341f), splat(kRound));
   const Vec<float> n = shifted - kRound;
 #ifdef __FMA__
@@ -37,14 +38,14 @@ inline Vec<float> exp_term(Vec<float> x) {
   // operand.
   const ExpParts parts = exp_parts(max<float>(splat(-88.0f), x));
   // A product, not an addition to the exponent: a NaN must come out as one.
-  return parts.poly * bit_cast<Vec<float>>((parts.n + 127u) << 23);
+  return parts.poly * bit_cast<Vec<float>>(parts.biased << 23);
 }
 
 // exp of x <= 0 (or NaN) down to the smallest subnormal: a margin of 88 is exp(-88) = 6e-39.
 inline Vec<float> exp_full(Vec<float> x) {
   x = select<float>(x < -105.0f, splat(-105.0f), x);
   const ExpParts parts = exp_parts(x);
-  const auto n = bit_cast<Mask<float>>(parts.n - 0x4b400000u);
+  const auto n = bit_cast<Mask<float>>(parts.biased - 0x4b40007fu);
   const auto half = n >> 1;
   const auto power = [](Mask<float> k) { return bit_cast<Vec<float>>((k + 127) << 23); };
   return parts.poly * power(half) * power(n - half);
