@@ -337,7 +337,7 @@ def test_threads_do_not_change_a_bit(num_classes, dtype, backend):
     if backend == "reference":
         pytest.skip("torch's own sums may depend on its threads")
     torch.manual_seed(0)
-    logits = torch.randn(400000 // num_classes, num_classes).to(dtype).requires_grad_()
+    logits = torch.randn(600000 // num_classes, num_classes).to(dtype).requires_grad_()
     target = torch.randint(num_classes, logits.shape[:1])
     labels = torch.rand(logits.shape)
 

@@ -117,11 +117,16 @@ void for_chunks(int64_t rows, int64_t columns, int threads, F* mean_grad, double
   const bool summed = mean_grad != nullptr;
   const Scratch<F> partial(summed ? chunks * columns : 0);
   if (summed) std::memset(static_cast<void*>(partial), 0, sizeof(F) * chunks * columns);
-#pragma omp parallel for num_threads(threads) if (threads > 1 && chunks > 1) schedule(static)
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+  const auto run = [&](int64_t chunk) {
     const int64_t begin = chunk * step;
     const int64_t end = begin + step < rows ? begin + step : rows;
     kernel(begin, end, summed ? partial + chunk * columns : nullptr);
+  };
+  if (threads > 1 && chunks > 1) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) run(chunk);
+  } else {
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) run(chunk);
   }
   if (!summed) return;
   for (int64_t c = 0; c < columns; ++c) {

@@ -29,7 +29,7 @@ _FORMATS = {
     for code, dtype in enumerate((torch.float32, torch.float64, torch.bfloat16, torch.float16))
 }
 # Elements from which a second thread was measured to win.
-_PARALLEL_ELEMENTS = 1 << 16
+_PARALLEL_ELEMENTS = 1 << 18
 
 # Looked up once: at a batch of 128 the calls around the kernel cost more than the kernel.
 _empty = torch.empty
