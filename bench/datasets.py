@@ -1,5 +1,4 @@
-"""Data sets as four tensors: images float32 ``[N, C, H, W]``, normalised by the training set's mean
-and standard deviation per channel, and labels int64 ``[N]``.
+"""Data sets as four tensors: images float32 ``[N, C, H, W]`` in [-1, 1], and labels int64 ``[N]``.
 
 ``fashion_mnist`` is the embedded subset, or the whole set from a file with the same keys (uint8
 ``x_train [N, 28, 28]``, ``y_train [N]``, ``x_test``, ``y_test``). ``cifar10`` is a file of JPEG
@@ -157,15 +156,14 @@ def _assemble(
     arrays: dict[str, np.ndarray],
     augment: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> Dataset:
-    """Normalises both parts with the training part's statistics per channel."""
+    """Brings the pixels of both parts to [-1, 1]."""
     train, test = (torch.from_numpy(np.ascontiguousarray(images[part])).float() for part in PARTS)
-    std, mean = torch.std_mean(train, dim=(0, 2, 3), keepdim=True)
     labels = [torch.from_numpy(arrays[f"y_{part}"].astype(np.int64)) for part in PARTS]
     return Dataset(
         name=name,
-        x_train=train.sub_(mean).div_(std),
+        x_train=train.div_(127.5).sub_(1),
         y_train=labels[0],
-        x_test=test.sub_(mean).div_(std),
+        x_test=test.div_(127.5).sub_(1),
         y_test=labels[1],
         num_classes=int(labels[0].max()) + 1,
         augment=augment,
@@ -173,7 +171,7 @@ def _assemble(
 
 
 def random_crop_flip(images: torch.Tensor, padding: int = 4) -> torch.Tensor:
-    """Random crop after padding with zeros (the mean colour) and a horizontal flip of every second
+    """Random crop after padding with zeros (grey) and a horizontal flip of every second
     image, in torch ops on the whole batch and from torch's default generator.
 
     Parameters

@@ -46,7 +46,7 @@ __all__ = [
 MAX_MEAN_GRAD = 4096
 _LABEL_REDUCTIONS = frozenset({"mean", "sum"})
 _is_grad_enabled = torch.is_grad_enabled
-_int64 = torch.int64
+_float32, _float64, _int64 = torch.float32, torch.float64, torch.int64
 
 
 def cross_entropy(
@@ -132,7 +132,19 @@ def cross_entropy(
         class_weights = class_options(logits, class_weights, ignore_index, label_smoothing)
         label_smoothing = float(label_smoothing)
     if weights is not None or denominator is not None or reduction != "mean":
-        weights, denominator = _weighting(logits, weights, reduction, denominator)
+        if not (
+            denominator is None
+            and reduction == "mean"
+            and isinstance(weights, Tensor)
+            and weights.dtype is _float32
+            and logits.dtype is not _float64
+            and weights.shape == shape[:1]
+            and on_cpu
+            and weights.is_cpu
+            and weights.is_contiguous()
+            and not weights.requires_grad
+        ):
+            weights, denominator = _weighting(logits, weights, reduction, denominator)
         if denominator is None:
             denominator = float(shape.numel() // shape[-1])
     with_mean_grad = len(shape) == 2 and shape[1] <= MAX_MEAN_GRAD
