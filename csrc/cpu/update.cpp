@@ -37,6 +37,7 @@ void prefetch(const Table& t, int64_t index) {
 void gather(const Table& t, const int64_t* indices, const float* observed, int64_t n, int32_t now,
             Block& block) {
   block.size = 0;
+  for (int64_t b = 0; b < std::min(n, kPrefetch); ++b) prefetch(t, indices[b]);
   for (int64_t b = 0; b < n; ++b) {
     if (b + kPrefetch < n) prefetch(t, indices[b + kPrefetch]);
     if (!usable(observed[b])) {
