@@ -75,6 +75,17 @@ class EmaisLoop(Loop):
         method = fastis.methods.EMAIS(warmup_epochs=0)
         self.sampler = fastis.Sampler(len(y), batch_size, method=method, device=x.device, seed=0)
         self.scheduler = fastis.EffectiveBatchLR(self.scheduler, self.sampler)
+        self.sweep()
+
+    @torch.no_grad()
+    def sweep(self) -> None:
+        """Scores every sample once: what the warm-up of a real run leaves behind."""
+        everything = torch.arange(len(self.y), device=self.x.device)
+        parts = [
+            fastis.cross_entropy(self.model(self.x[i]), self.y[i]) for i in everything.split(2000)
+        ]
+        ones = torch.ones(len(self.y), device=self.x.device)
+        self.sampler.update(fastis.Batch(everything, ones), parts)
 
     def steps(self, count: int) -> torch.Tensor:
         x, y, sampler = self.x, self.y, self.sampler
