@@ -1,6 +1,6 @@
 """Time of the losses against PyTorch's: checks the values first, then times, one thread.
 
-    python bench/bench_loss.py [--json results.jsonl] [--repeats 2000] [--threads 1]
+    python bench/bench_loss.py [--json FILE] [--repeats 4000] [--threads 1]
 
 What is timed, each interleaved with its peer so that a slow moment hits both:
 
@@ -17,18 +17,21 @@ the torch step reads or writes 6 of them. The ratio is that of the medians, ours
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from math import nan
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
 
 import fastis
+from bench.provenance import provenance
+from bench.report import aligned, append_row
 from fastis import _C
 
 SHAPES = ((128, 10), (4096, 10), (4096, 1000))
@@ -131,43 +134,28 @@ def rows(repeats: int) -> list[dict[str, object]]:
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", help="file to which one line is appended")
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, help="file to append a row a measurement to")
     parser.add_argument("--repeats", type=int, default=4000, help="of the smallest shape")
     parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    results = rows(options.repeats)
-    print(f"{'what':8} {'shape':>12} {'us':>9} {'torch us':>9} {'ratio':>6} {'target':>6}")
-    for row in results:
-        target = "" if row["target"] is None else f"{row['target']:.2f}"
+    parser.add_argument("--quick", action="store_true", help="a few repeats only")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    lines = [("what", "shape", "us", "torch us", "ratio", "target")]
+    for row in rows(30 if args.quick else args.repeats):
+        if args.json:
+            setting = {"benchmark": "loss", "isa": _C.isa()}
+            append_row(args.json, {**setting, **row, **provenance(torch.device("cpu"))})
+        target = "-" if row["target"] is None else f"{row['target']:.2f}"
         shape = "x".join(map(str, row["shape"]))
-        print(f"{row['what']:8} {shape:>12} {row['us']:9.1f} {row['peer_us']:9.1f} "
-              f"{row['ratio']:6.2f} {target:>6}")  # fmt: skip
-    if options.json:
-        record = {
-            "bench": "loss",
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "machine": f"{platform.machine()} {processor()}",
-            "isa": _C.isa(),
-            "threads": options.threads,
-            "fastis": fastis.__version__,
-            "torch": torch.__version__,
-            "rows": results,
-        }
-        with open(options.json, "a") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-def processor() -> str:
-    """The model name where the system tells it."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":")[1].strip() for line in file if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor()
+        times = (f"{row['us']:.1f}", f"{row['peer_us']:.1f}", f"{row['ratio']:.2f}")
+        lines.append((row["what"], shape, *times, target))
+    print(aligned(lines))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -132,7 +132,7 @@ def cross_entropy(
         class_weights = class_options(logits, class_weights, ignore_index, label_smoothing)
         label_smoothing = float(label_smoothing)
     if weights is not None or denominator is not None or reduction != "mean":
-        if not (
+        if not (  # a sampler's coefficients, the common case, need no conversion
             denominator is None
             and reduction == "mean"
             and isinstance(weights, Tensor)
