@@ -73,7 +73,7 @@ def cross_entropy(
         logits = logits.contiguous()
     dtype = logits.dtype
     code, result, kept = _FORMATS[dtype]
-    losses = _empty(batch, dtype=result)
+    losses = _empty(batch, dtype=result) if weights is None else _empty_like(weights)
     score = _empty_like(losses)
     loss = _empty((), dtype=result) if reduce else _empty_like(losses)
     mean_grad = _empty(num_classes, dtype=result) if with_mean_grad else None
@@ -88,7 +88,7 @@ def cross_entropy(
     bad_row = _cross_entropy(
         code,
         logits.data_ptr(),
-        logits.stride(0),
+        num_classes if dense else logits.stride(0),
         labels if by_index else 0,
         0 if by_index else labels,
         0 if weights is None else weights.data_ptr(),
@@ -173,7 +173,7 @@ def _label_loss(
     logits, target = logits.contiguous(), target.contiguous()
     batch, num_labels = logits.shape
     code, result, kept = _FORMATS[logits.dtype]
-    losses = _empty(batch, dtype=result)
+    losses = _empty(batch, dtype=result) if weights is None else _empty_like(weights)
     score = _empty_like(losses)
     loss = _empty((), dtype=result) if reduce else _empty_like(losses)
     mean_grad = _empty(num_labels, dtype=result) if with_mean_grad else None
