@@ -172,3 +172,21 @@ def test_backends_can_take_turns():
         with fastis.backend(("cpu", "reference")[step % 5 == 0]):
             samplers[1].update(batch, observe(score))
         assert torch.equal(batch.indices, expected.indices)
+
+
+@pytest.mark.parametrize("n", [2**16 - 1, 2**20 + 1])
+def test_deep_trees_draw_what_the_cumulative_sum_draws(n):
+    samplers = [fastis.Sampler(n, 128, method=EMAIS(warmup_epochs=0), seed=5) for _ in range(2)]
+    generator = torch.Generator().manual_seed(0)
+    score = torch.empty(n).log_normal_(0, 2, generator=generator)
+    for sampler in samplers:
+        sweep(sampler, score)
+    for _ in range(4):
+        score = torch.empty(128).log_normal_(0, 3, generator=generator)
+        batch = samplers[0].sample()
+        samplers[0].update(batch, observe(score))
+        with fastis.backend("reference"):
+            expected = samplers[1].sample()
+            samplers[1].update(expected, observe(score))
+        assert torch.equal(batch.indices, expected.indices)
+        assert torch.equal(batch.weights, expected.weights)
