@@ -297,3 +297,15 @@ def test_step_benchmark_writes_a_row(tmp_path, capsys):
 
 def test_tile_repeats_in_order():
     assert bench_step.tile(torch.arange(3), 7).tolist() == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_paired_differences(tmp_path, capsys):
+    from bench import compare
+
+    path = tmp_path / "rows.jsonl"
+    source = Path(compare.__file__).parent / "results" / "fashion_mnist_lenet5.jsonl"
+    path.write_text(source.read_text())
+    assert compare.main([str(path), "--pair", "scan:0.01", "scan:0.01"]) == 0
+    assert "test_error: +0.0000 ± 0.0000 over 3 seeds" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="METHOD:LR, got 'emais:7'"):
+        compare.main([str(path), "--pair", "emais:7", "scan:0.01"])
