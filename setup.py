@@ -7,7 +7,9 @@ that the machine has is chosen at import; everything else is compiled once.
 
 import os
 import platform
+import re
 import shutil
+import subprocess
 from glob import glob
 from pathlib import Path
 
@@ -56,6 +58,23 @@ def find_nvcc() -> str | None:
     return nvcc
 
 
+def find_cudart(nvcc: str) -> str:
+    """The folder of libcudart_static.a; nvcc itself says where it is installed (it may be a script
+    elsewhere on PATH), and installations differ in the folder's name."""
+    listing = subprocess.run(
+        [nvcc, "-dryrun", "-x", "cu", os.devnull], capture_output=True, text=True
+    )
+    top = re.search(r"^#\$ TOP=(.*)$", listing.stderr, re.MULTILINE)
+    home = Path(top.group(1)) if top else Path(nvcc).resolve().parents[1]
+    for pattern in ("lib64", "lib", "targets/*/lib"):
+        for folder in home.glob(pattern):
+            if (folder / "libcudart_static.a").exists():
+                return str(folder)
+    raise RuntimeError(
+        f"nvcc was found, but no libcudart_static.a below {home}; FASTIS_CUDA=0 skips"
+    )
+
+
 class BuildExtension(build_ext):
     """Compiles csrc/cpu once per instruction set and csrc/cuda with nvcc, then links one module."""
 
@@ -94,7 +113,7 @@ class BuildExtension(build_ext):
             objects,
             self.get_ext_fullpath(ext.name),
             extra_postargs=[*openmp, *(["-Wl,-s"] if platform.system() == "Linux" else [])],
-            library_dirs=[str(Path(nvcc).parents[1] / "lib64")] if nvcc else [],
+            library_dirs=[find_cudart(nvcc)] if nvcc else [],
             libraries=["cudart_static", "rt", "dl", "pthread"] if nvcc else [],
             build_temp=self.build_temp,
             target_lang="c++",
