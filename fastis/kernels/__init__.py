@@ -26,7 +26,8 @@ from types import ModuleType
 import torch
 
 try:
-    import fastis._C as _C
+    import fastis._C  # its error names what is missing; that of the next line would not
+    from fastis import _C as _C
 except ImportError as error:  # a source tree that was never built, or a wheel for another machine
     _C = None  # type: ignore[assignment]
     _C_MISSING = f"the compiled extension fastis._C could not be imported ({error})"
