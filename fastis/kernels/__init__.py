@@ -26,7 +26,7 @@ from types import ModuleType
 import torch
 
 try:
-    import fastis._C  # its error names what is missing; that of the next line would not
+    import fastis._C  # noqa: F401 (its error names what is missing; the next line's would not)
     from fastis import _C as _C
 except ImportError as error:  # a source tree that was never built, or a wheel for another machine
     _C = None  # type: ignore[assignment]
