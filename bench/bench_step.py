@@ -9,7 +9,7 @@ neighbouring blocks, so a slow phase of the machine hits both. Targets at batch 
 N = 60,000: at least 0.99 with LeNet-5 and 0.95 with an MLP 784-256-10.
 
 A step of the MLP moves about 0.4 MB of images and 2.4 MB of parameters, gradients and momenta; the
-sampler touches 128 entries of 16.6 bytes and the sums above them.
+sampler touches 128 entries of 16 bytes and the sums above them.
 """
 
 from __future__ import annotations

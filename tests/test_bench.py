@@ -79,7 +79,7 @@ def test_stratified_draws_distinct_rows_of_every_class():
     assert np.bincount(labels[rows]).tolist() == [7] * 4
 
 
-def test_embedded_data_set_is_normalised():
+def test_embedded_data_set_spans_minus_one_to_one():
     data = datasets.load_dataset()
     assert data.x_train.shape == (10_000, 1, 28, 28)
     assert data.image_shape == (1, 28, 28)
