@@ -3,8 +3,8 @@
 // Bucket i gives its first own[i] units to item i and the rest to item alias[i]; added up over all
 // buckets, an item has exactly its integer weight.
 // Bytes moved: build 24 a item, draw 24 a draw (two random accesses).
+#include "cpu/random.h"
 #include "fastis.h"
-#include "philox.h"
 
 namespace fastis::FASTIS_ISA {
 namespace {
@@ -70,11 +70,10 @@ void alias_draw(Pointer<const uint64_t> weights, Pointer<const uint64_t> own,
   }
 }
 
-// x[b] = floor(R total / 2^128): the points of `count` draws, for searching in a cumulative sum.
-void draw_points(uint64_t total, uint64_t seed, int64_t first, int64_t count, Pointer<int64_t> x) {
-  for (int64_t b = 0; b < count; ++b) {
-    x[b] = static_cast<int64_t>(scale(random128(seed, Stream::weights, 0, first + b), total));
-  }
+// The points of `count` draws, for searching in a cumulative sum.
+void draw_points(uint64_t total, uint64_t seed, int64_t first, int64_t count,
+                 Pointer<uint64_t> points) {
+  random_points(seed, Stream::weights, 0, first, count, total, points);
 }
 
 }  // namespace fastis::FASTIS_ISA

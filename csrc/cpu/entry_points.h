@@ -27,7 +27,7 @@ void alias_draw(Pointer<const uint64_t> weights /* [n] */, Pointer<const uint64_
                 int64_t first, int64_t count, Pointer<int64_t> indices /* [count] */,
                 Pointer<float> coefficients /* [count] */);
 void draw_points(uint64_t total, uint64_t seed, int64_t first, int64_t count,
-                 Pointer<int64_t> points /* [count] */);
+                 Pointer<uint64_t> points /* [count] */);
 // Cross-entropy: loss, score and gradient in one pass. format: 0 float, 1 double, 2 bfloat16,
 // 3 float16 of the logits; other tensors are float (double for double), grad is in the logits'
 // format (float for float16). A null pointer: no such tensor.
