@@ -91,9 +91,8 @@ fastis::Table make_table(const py::dict& tensors, const py::dict& constants) {
   t.records = reinterpret_cast<fastis::Record*>(address("records"));
   t.scalars = reinterpret_cast<fastis::Scalars*>(address("scalars"));
   t.variance = reinterpret_cast<fastis::Variance*>(address("variance"));
-  t.sums = reinterpret_cast<uint64_t*>(address("sums"));
-  t.unseen = reinterpret_cast<uint32_t*>(address("unseen"));
-  t.peaks = reinterpret_cast<uint32_t*>(address("peaks"));
+  t.starts = reinterpret_cast<uint64_t*>(address("starts"));
+  t.unseen_starts = reinterpret_cast<uint32_t*>(address("unseen_starts"));
   t.heavy = reinterpret_cast<int64_t*>(address("heavy"));
   t.heavy_weights = reinterpret_cast<uint64_t*>(address("heavy_weights"));
   t.num_samples = integer("num_samples");

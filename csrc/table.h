@@ -21,7 +21,8 @@ struct Scalars {
   int64_t theta;      // the weight that heavy items are drawn with (2^62: no cap)
   int64_t unseen;     // the weight that unseen items are drawn with
   int64_t offset;     // added to every weight (flattening by "mix")
-  int64_t reserved[4];
+  int64_t ceiling;    // no light item weighs more than this
+  int64_t reserved[3];
 };
 static_assert(sizeof(Scalars) == 16 * 8);
 
@@ -35,43 +36,47 @@ static_assert(sizeof(Variance) == 11 * 8);
 enum class Flatten : int { none = 0, cap = 1, mix = 2 };
 enum class Scheme : int { multinomial = 0, stratified = 1, systematic = 2 };
 
-constexpr int kRadix = 16;
+constexpr int kLeaf = 4;    // records below a node of level 0: one cache line of them
+constexpr int kRadix = 16;  // nodes of a level below one of the next
 constexpr int kMaxLevels = 10;
 constexpr int64_t kNoCap = int64_t{1} << 62;
 
-// The radix-16 tree over the records: level 0 has one node per 16 records, the top at most 16
-// nodes.
+// The tree over the records: level 0 has one node per kLeaf records, the top at most kRadix nodes.
 struct Levels {
   int depth = 0;
-  int64_t first[kMaxLevels], size[kMaxLevels];  // nodes; a level starts on a multiple of 16
+  int64_t first[kMaxLevels], size[kMaxLevels];  // nodes; a level starts on a multiple of kRadix
 
   FASTIS_HD explicit Levels(int64_t num_samples) {
-    int64_t nodes = num_samples, start = 0;
-    do {
-      nodes = (nodes + kRadix - 1) / kRadix;
+    int64_t nodes = (num_samples + kLeaf - 1) / kLeaf, start = 0;
+    for (;; nodes = (nodes + kRadix - 1) / kRadix) {
       first[depth] = start;
       size[depth] = nodes;
       start += (nodes + kRadix - 1) / kRadix * kRadix;
       ++depth;
-    } while (nodes > kRadix);
+      if (nodes <= kRadix) break;
+    }
     total_ = start;
   }
   FASTIS_HD int64_t total() const { return total_; }
 
+  // The node of `level` above a record.
+  FASTIS_HD static int64_t above(int64_t index, int level) { return index >> (2 + 4 * level); }
+
  private:
   int64_t total_ = 0;
 };
+static_assert(kLeaf == 1 << 2 && kRadix == 1 << 4);
 
 struct Table {
   // Tensors. N: num_samples, K: levels.total().
-  Record* records = nullptr;     // [N], null for the uniform methods
+  Record* records = nullptr;     // [N, to a multiple of kLeaf], null for the uniform methods
   Scalars* scalars = nullptr;    // [1]
   Variance* variance = nullptr;  // [1]
-  // Sums over siblings 0..j of a group of 16, so that finding a child is 16 comparisons at once.
-  uint64_t* sums = nullptr;    // [K] weights of the seen light items
-  uint32_t* unseen = nullptr;  // [K] how many items are unseen
-  uint32_t* peaks = nullptr;   // [K] not summed: the largest code of a light item below a node
-  int64_t* heavy = nullptr;    // [ceil(B/D) - 1] indices, ascending
+  // Where a node begins in its group of 16: sums over the siblings before it, so that finding a
+  // child is 16 comparisons at once.
+  uint64_t* starts = nullptr;         // [K] of the weights of seen light items
+  uint32_t* unseen_starts = nullptr;  // [K] of the numbers of unseen items
+  int64_t* heavy = nullptr;           // [ceil(B/D) - 1] indices, ascending
   uint64_t* heavy_weights = nullptr;  // [ceil(B/D) - 1]
 
   // Constants.

@@ -32,6 +32,12 @@ FASTIS_HD inline uint64_t weight_of(uint32_t code, int e0) {
   return code == 0 ? 0 : mantissa_of(code) << (exponent_of(code) - e0);
 }
 
+// The weight of an item inside the sampling structure: 0 if it is heavy or unseen. No branch.
+FASTIS_HD inline uint64_t light_weight(uint32_t code, int e0) {
+  const uint64_t weight = mantissa_of(code) << ((exponent_of(code) - e0) & 63);
+  return static_cast<int32_t>(code) > 0 ? weight : 0;
+}
+
 FASTIS_HD inline int ceil_log2(uint64_t n) {
   int bits = 0;
   while (bits < 63 && (uint64_t{1} << bits) < n) ++bits;

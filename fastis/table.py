@@ -9,7 +9,7 @@ layout is that of csrc/table.h, position by position.
                                csrc/weights.h). One record is 16 bytes: one cache line a sample.
 ``scalars``    int64 [16]      clocks and totals, named below
 ``variance``   float64 [11]    minibatch moments, smoothed, and what follows from them
-``sums`` ...                   the sampling structure of the compiled backends; always rebuilt from
+``starts`` ...                 the sampling structure of the compiled backends; always rebuilt from
                                the records, never saved
 =============  ==============  =================================================================
 """
@@ -48,6 +48,7 @@ DURABLE_SCALARS = VALID  # the rest describes the structure and is rebuilt
 MEAN, VAR, LAST, CODE = range(4)
 
 HUGE_PAGE = 2 << 20  # bytes
+LEAF = 4  # records below a node of the sampling structure (kLeaf in csrc/table.h)
 NO_EXPONENT = -1000  # e0 of a table that has seen nothing
 UNIFORM_WEIGHT = 1 << 15  # every item's integer weight in such a table
 MANTISSA_BITS = 16
@@ -140,8 +141,10 @@ class Table:
         self.variance[FACTOR] = 1.0
         self.records: Tensor | None = None
         if constants.has_records:
-            self.records = _zeros((constants.num_samples, 4), torch.int32, device)
-            self.records[:, LAST] = -1
+            padded = -(-constants.num_samples // LEAF) * LEAF  # whole leaves for the kernels
+            records = _zeros((padded, 4), torch.int32, device)
+            records[:, LAST] = -1
+            self.records = records[: constants.num_samples]
         self._structure: dict[str, Tensor] = {}
 
     @cached_property
@@ -151,15 +154,14 @@ class Table:
             "records": self.records,
             "scalars": self.scalars,
             "variance": self.variance,
-            **dict.fromkeys(("sums", "unseen", "peaks", "heavy", "heavy_weights")),
+            **dict.fromkeys(("starts", "unseen_starts", "heavy", "heavy_weights")),
         }
         if self.records is not None:
             nodes = _C.structure_nodes(self.constants.num_samples)
             max_heavy = max(1, self.constants.max_heavy)
             for name, size, dtype in (
-                ("sums", nodes, torch.int64),
-                ("unseen", nodes, torch.int32),
-                ("peaks", nodes, torch.int32),
+                ("starts", nodes, torch.int64),
+                ("unseen_starts", nodes, torch.int32),
                 ("heavy", max_heavy, torch.int64),
                 ("heavy_weights", max_heavy, torch.int64),
             ):

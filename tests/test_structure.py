@@ -30,8 +30,9 @@ def structure(sampler):
         "theta",
         "unseen",
         "offset",
+        "ceiling",
     )
-    return table._structure, dict(zip(names, scalars[3:12], strict=True)), table
+    return table._structure, dict(zip(names, scalars[3:13], strict=True)), table
 
 
 @pytest.mark.parametrize("n", [17, 300, 5000])
@@ -49,19 +50,18 @@ def test_nodes_hold_the_integer_weights_after_many_updates(n, batch_size):
         seen = table.column(LAST) >= 0
         light = torch.where(seen, expected.weights, 0)
         light[heavy] = 0
-        below = torch.zeros(-(-n // 16) * 16, dtype=torch.int64)
-        below[:n] = light
+        below = torch.nn.functional.pad(light, (0, -n % 4)).view(-1, 4).sum(1)
         first = 0
-        while below.numel() > 16 or first == 0:
-            below = below.view(-1, 16).sum(1)
-            in_groups = torch.nn.functional.pad(below, (0, -below.numel() % 16)).view(-1, 16)
-            running = in_groups.cumsum(1).flatten()[: below.numel()]
-            assert torch.equal(nodes["sums"][first : first + below.numel()], running)
-            padded = -(-below.numel() // 16) * 16
-            first += padded
-            below = torch.nn.functional.pad(below, (0, padded - below.numel()))
-            if padded == 16:
+        while True:
+            groups = torch.nn.functional.pad(below, (0, -below.numel() % 16)).view(-1, 16)
+            starts = groups.cumsum(1) - groups
+            assert torch.equal(nodes["starts"][first : first + starts.numel()], starts.flatten())
+            if len(groups) == 1:
                 break
+            first += starts.numel()
+            below = groups.sum(1)
+        assert first + 16 == nodes["starts"].numel()
+        assert (light <= s["ceiling"]).all()
         assert s["light"] == int(light.sum())
         total = s["light"] + s["num_heavy"] * s["theta"] * (s["num_heavy"] > 0)
         assert total + s["unseen"] * int((~seen).sum()) == expected.total

@@ -3,6 +3,8 @@
 // rest in the order of their indices.
 #include <algorithm>
 
+#include "cpu/group.h"
+#include "cpu/random.h"
 #include "cpu/structure.h"
 #include "fastis.h"
 
@@ -19,50 +21,45 @@ struct Search {
   int64_t node[kBlock];
 };
 
-// How many of a group's 16 running sums are at or below x: the child that x falls into.
-// kPlain: nothing but sums. Otherwise unseen items and the constant of "mix" have weights too.
-template <bool kPlain>
-int find_child(const Table& t, int level, int64_t parent, uint64_t& x) {
+// Unseen items and the constant of "mix" have weights beside what the group's starts tell.
+int find_in_mixed_group(const Table& t, int level, int64_t parent, uint64_t& x) {
   const int64_t first = parent * kRadix, at = t.levels.first[level] + first;
-  uint64_t ends[kRadix];
-  for (int j = 0; j < kRadix; ++j) ends[j] = t.sums[at + j];
-  if (!kPlain) {
-    const uint64_t unseen = static_cast<uint64_t>(t.scalars->unseen);
-    for (int j = 0; j < kRadix; ++j) ends[j] += t.unseen[at + j] * unseen;
+  const int64_t span = int64_t{1} << (2 + 4 * level), offset = t.scalars->offset;
+  const uint64_t unseen = static_cast<uint64_t>(t.scalars->unseen);
+  uint64_t starts[kRadix];
+  for (int j = 0; j < kRadix; ++j) {
+    const int64_t begin = std::min((first + j) * span, t.num_samples);
+    starts[j] = t.starts[at + j] + t.unseen_starts[at + j] * unseen +
+                static_cast<uint64_t>((begin - first * span) * offset);
   }
-  if (!kPlain && t.scalars->offset != 0) {
-    const int64_t span = int64_t{1} << (4 * (level + 1)), offset = t.scalars->offset;
-    for (int j = 0; j < kRadix; ++j) {
-      const int64_t end = std::min((first + j + 1) * span, t.num_samples);
-      ends[j] += static_cast<uint64_t>((end - first * span) * offset);
-    }
-  }
-  int child = 0;
-  for (int j = 0; j < kRadix; ++j)
-    child += static_cast<int64_t>(ends[j]) <= static_cast<int64_t>(x);
-  x -= child == 0 ? 0 : ends[child - 1];
+  const int child = find_in_group(starts, x);
+  x -= starts[child];
   return child;
 }
 
-template <bool kPlain>
-uint64_t weight_of_item(const Table& t, const Record& record) {
-  if (record.code & kHeavyFlag) return 0;
-  const int e0 = static_cast<int>(t.scalars->exponent);
-  if (kPlain) return weight_of(record.code, e0);
-  const int64_t weight =
-      record.last < 0 ? t.scalars->unseen : static_cast<int64_t>(weight_of(record.code, e0));
-  return static_cast<uint64_t>(weight + t.scalars->offset);
+int find_in_plain_group(const Table& t, int level, int64_t parent, uint64_t& x) {
+  const uint64_t* starts = t.starts + t.levels.first[level] + parent * kRadix;
+  const int child = find_in_group(starts, x);
+  x -= starts[child];
+  return child;
 }
 
+// The record of a leaf that x falls into, and its weight. Records beyond the last weigh nothing.
 template <bool kPlain>
-void find_item(const Table& t, int64_t& node, uint64_t& x, uint64_t& weight) {
-  int64_t index = node * kRadix;
-  for (;; ++index) {
-    weight = weight_of_item<kPlain>(t, t.records[index]);
-    if (x < weight) break;
-    x -= weight;
+int64_t find_in_leaf(const Table& t, int64_t node, uint64_t x, uint64_t& weight) {
+  const Record* records = t.records + node * kLeaf;
+  const int e0 = static_cast<int>(t.scalars->exponent);
+  uint64_t weights[kLeaf];
+  for (int j = 0; j < kLeaf; ++j) {
+    weights[j] = light_weight(records[j].code, e0);
+    if (kPlain) continue;
+    const bool is_unseen = records[j].last < 0, is_heavy = (records[j].code & kHeavyFlag) != 0;
+    weights[j] = is_heavy ? 0 : weights[j] + (is_unseen ? t.scalars->unseen : 0) + t.scalars->offset;
   }
-  node = index;
+  const uint64_t second = weights[0], third = second + weights[1], fourth = third + weights[2];
+  const int at = (x >= second) + (x >= third) + (x >= fourth);
+  weight = weights[at];
+  return node * kLeaf + at;
 }
 
 // Level by level for the whole block, so that the cache misses of its draws overlap.
@@ -70,20 +67,23 @@ template <bool kPlain>
 void descend(const Table& t, Search& s) {
   std::fill_n(s.node, s.size, 0);
   for (int level = t.levels.depth - 1; level >= 0; --level) {
-    const uint64_t* below = level > 0 ? t.sums + t.levels.first[level - 1] : nullptr;
     for (int b = 0; b < s.size; ++b) {
-      const int child = find_child<kPlain>(t, level, s.node[b], s.x[b]);
-      s.node[b] = s.node[b] * kRadix + child;
-      const void* next = level > 0 ? static_cast<const void*>(below + s.node[b] * kRadix)
-                                   : static_cast<const void*>(t.records + s.node[b] * kRadix);
-      __builtin_prefetch(next);
-      __builtin_prefetch(static_cast<const char*>(next) + 64);
-      if (level > 0) continue;
-      __builtin_prefetch(static_cast<const char*>(next) + 128);
-      __builtin_prefetch(static_cast<const char*>(next) + 192);
+      const int child = kPlain ? find_in_plain_group(t, level, s.node[b], s.x[b])
+                               : find_in_mixed_group(t, level, s.node[b], s.x[b]);
+      const int64_t node = s.node[b] * kRadix + child;
+      s.node[b] = node;
+      if (level == 0) {
+        __builtin_prefetch(t.records + node * kLeaf);
+      } else {
+        const uint64_t* group = t.starts + t.levels.first[level - 1] + node * kRadix;
+        __builtin_prefetch(group);
+        __builtin_prefetch(group + kRadix / 2);
+      }
     }
   }
-  for (int b = 0; b < s.size; ++b) find_item<kPlain>(t, s.node[b], s.x[b], s.weight[b]);
+  for (int b = 0; b < s.size; ++b) {
+    s.node[b] = find_in_leaf<kPlain>(t, s.node[b], s.x[b], s.weight[b]);
+  }
 }
 
 uint64_t drawn_total(const Table& t) {
@@ -101,9 +101,11 @@ uint64_t slice_point(uint64_t b, uint64_t u, uint64_t total, uint64_t batch_size
 // The points of draws b, b + 1, ... below the total.
 void place(const Table& t, uint64_t iteration, uint64_t total, int64_t first, int size,
            uint64_t* points) {
-  for (int b = 0; b < size; ++b) {
-    const int64_t position = t.scheme == Scheme::systematic ? 0 : first + b;
-    points[b] = scale(random128(t.seed, Stream::draw, iteration, position), total);
+  if (t.scheme == Scheme::systematic) {
+    random_points(t.seed, Stream::draw, iteration, 0, 1, total, points);
+    std::fill_n(points + 1, size - 1, points[0]);
+  } else {
+    random_points(t.seed, Stream::draw, iteration, first, size, total, points);
   }
   if (t.scheme == Scheme::multinomial) return;
   for (int b = 0; b < size; ++b) {
@@ -156,9 +158,8 @@ void draw(Pointer<const Table> table, Pointer<int64_t> indices, Pointer<float> w
     const Permutation permutation(t.seed, epoch, t.num_samples);
     for (int64_t b = 0; b < t.batch_size; ++b) indices[b] = permutation(first + b);
   } else if (t.records == nullptr) {
-    for (int64_t b = 0; b < t.batch_size; ++b) {
-      indices[b] = scale(random128(t.seed, Stream::draw, iteration, b), t.num_samples);
-    }
+    random_points(t.seed, Stream::draw, iteration, 0, t.batch_size, t.num_samples,
+                  reinterpret_cast<uint64_t*>(indices.address));
   } else {
     return draw_by_importance(t, iteration, indices, weights);
   }

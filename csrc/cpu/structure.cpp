@@ -2,52 +2,46 @@
 
 #include <algorithm>
 
+#include "cpu/group.h"
+
 namespace fastis::FASTIS_ISA {
 namespace {
 
 int e0(const Table& t) { return static_cast<int>(t.scalars->exponent); }
 
-// The largest light code among 16 records. As signed integers the heavy ones are negative.
-uint32_t peak_of_records(const Table& t, int64_t node) {
-  const int64_t begin = node * kRadix, end = std::min(begin + kRadix, t.num_samples);
-  int32_t peak = 0;
-  for (int64_t i = begin; i < end; ++i) {
-    peak = std::max(peak, static_cast<int32_t>(t.records[i].code));
+// Calls visit(index, weight) for every light item heavier than `threshold` below a node's children.
+// A node that weighs no more has none, so at most total / threshold nodes of a level are entered.
+template <class Visit>
+void visit_heavier(const Table& t, int level, int64_t parent, uint64_t total, uint64_t threshold,
+                   const Visit& visit) {
+  const uint64_t* starts = t.starts + t.levels.first[level] + parent * kRadix;
+  for (unsigned left = heavier_in_group(starts, total, threshold); left != 0; left &= left - 1) {
+    const int child = __builtin_ctz(left);
+    const int64_t node = parent * kRadix + child;
+    if (level > 0) {
+      const uint64_t end = child + 1 < kRadix ? starts[child + 1] : total;
+      visit_heavier(t, level - 1, node, end - starts[child], threshold, visit);
+      continue;
+    }
+    const int64_t end = std::min((node + 1) * kLeaf, t.num_samples);
+    for (int64_t index = node * kLeaf; index < end; ++index) {
+      const uint64_t weight = light_weight(t.records[index].code, e0(t));
+      if (weight > threshold) visit(index, weight);
+    }
   }
-  return static_cast<uint32_t>(peak);
 }
 
-uint32_t peak_of_children(const Table& t, int level, int64_t node) {
-  const uint32_t* child = t.peaks + t.levels.first[level - 1] + node * kRadix;
-  return *std::max_element(child, child + kRadix);
+template <class Visit>
+void visit_heavier(const Table& t, uint64_t threshold, const Visit& visit) {
+  const uint64_t total = static_cast<uint64_t>(t.scalars->light);
+  if (total > threshold) visit_heavier(t, t.levels.depth - 1, 0, total, threshold, visit);
 }
 
-// The light item of the largest code, the first of them where several have it.
-int64_t find_peak(const Table& t, uint32_t peak) {
-  int64_t node = 0;
-  for (int level = t.levels.depth - 1; level >= 0; --level) {
-    const uint32_t* peaks = t.peaks + t.levels.first[level];
-    node *= level == t.levels.depth - 1 ? 0 : kRadix;
-    while (peaks[node] != peak) ++node;
-  }
-  int64_t index = node * kRadix;
-  while (t.records[index].code != peak) ++index;
-  return index;
-}
-
-uint32_t top_peak(const Table& t) {
-  const int top = t.levels.depth - 1;
-  const uint32_t* peaks = t.peaks + t.levels.first[top];
-  return *std::max_element(peaks, peaks + t.levels.size[top]);
-}
-
-void make_heavy(const Table& t, int64_t index) {
-  const uint32_t code = t.records[index].code;
-  const uint64_t weight = weight_of(code, e0(t));
+// The list of heavy items is kept in the order of their indices.
+void make_heavy(const Table& t, int64_t index, uint64_t weight) {
   t.records[index].code |= kHeavyFlag;
-  add_to_sums(t, index, ~weight + 1);
+  add_to_sums(t, index, ~weight + 1, t.levels.depth);
   t.scalars->light -= static_cast<int64_t>(weight);
-  refresh_peaks(t, index, code, 0);
   int64_t at = t.scalars->num_heavy++;
   for (; at > 0 && t.heavy[at - 1] > index; --at) {
     t.heavy[at] = t.heavy[at - 1];
@@ -58,17 +52,43 @@ void make_heavy(const Table& t, int64_t index) {
 }
 
 void make_light(const Table& t, int64_t at) {
+  Scalars& s = *t.scalars;
   const int64_t index = t.heavy[at];
   const uint64_t weight = t.heavy_weights[at];
-  const int64_t last = --t.scalars->num_heavy;
+  const int64_t last = --s.num_heavy;
   for (; at < last; ++at) {
     t.heavy[at] = t.heavy[at + 1];
     t.heavy_weights[at] = t.heavy_weights[at + 1];
   }
   t.records[index].code &= ~kHeavyFlag;
-  add_to_sums(t, index, weight);
-  t.scalars->light += static_cast<int64_t>(weight);
-  refresh_peaks(t, index, 0, t.records[index].code);
+  add_to_sums(t, index, weight, t.levels.depth);
+  s.light += static_cast<int64_t>(weight);
+  s.ceiling = std::max(s.ceiling, static_cast<int64_t>(weight));
+}
+
+// Makes every light item above theta heavy; false if there is none. The ceiling is then the largest
+// of the others, or a bit below theta when all are lighter: theta may fall that far before the next
+// search.
+bool take_heavier(const Table& t, uint64_t theta) {
+  Scalars& s = *t.scalars;
+  if (static_cast<uint64_t>(s.ceiling) <= theta) return false;
+  const uint64_t watched = theta - theta / 8;
+  uint64_t ceiling = watched;
+  // Those found wait behind the end of the list. There is room: all of them will be at the cap.
+  const int64_t before = s.num_heavy;
+  int64_t found = 0;
+  visit_heavier(t, watched, [&](int64_t index, uint64_t weight) {
+    if (weight <= theta) {
+      ceiling = std::max(ceiling, weight);
+      return;
+    }
+    t.heavy[before + found] = index;
+    t.heavy_weights[before + found] = weight;
+    ++found;
+  });
+  s.ceiling = static_cast<int64_t>(ceiling);
+  for (int64_t i = before; i < before + found; ++i) make_heavy(t, t.heavy[i], t.heavy_weights[i]);
+  return found > 0;
 }
 
 // Water filling. A set of heavy items is right when it holds exactly the items above theta, and
@@ -106,16 +126,10 @@ void flatten_by_cap(const Table& t, uint64_t mean_weight) {
     }
     if (dropped) theta = level();
   }
-  for (uint32_t peak = top_peak(t);; peak = top_peak(t)) {
-    const bool take_unseen = num_unseen > 0 && !unseen_heavy && mean_weight > theta;
-    if (take_unseen) {
-      unseen_heavy = true;
-    } else if (weight_of(peak, e0(t)) > theta) {
-      make_heavy(t, find_peak(t, peak));
-    } else {
-      break;
-    }
-    theta = level();
+  for (bool taken = true; taken;) {
+    taken = take_heavier(t, theta);
+    if (num_unseen > 0 && !unseen_heavy && mean_weight > theta) unseen_heavy = taken = true;
+    if (taken) theta = level();
   }
   s.theta = static_cast<int64_t>(theta);
   s.unseen = static_cast<int64_t>(std::min(theta, mean_weight));
@@ -127,8 +141,16 @@ void flatten_by_mix(const Table& t, uint64_t mean_weight) {
   Scalars& s = *t.scalars;
   const int64_t num_unseen = t.num_samples - s.seen;
   const uint64_t total = static_cast<uint64_t>(s.light) + num_unseen * mean_weight;
-  uint64_t peak = weight_of(top_peak(t), e0(t));
-  if (num_unseen > 0) peak = std::max(peak, mean_weight);
+  uint64_t peak = num_unseen > 0 ? mean_weight : 0;
+  // Only what exceeds the cap as it is matters.
+  const uint64_t theta = water_level(total, 0, t.batch_size, t.cap_numerator, t.cap_denominator);
+  if (static_cast<uint64_t>(s.ceiling) > theta) {
+    uint64_t ceiling = theta;
+    visit_heavier(t, theta,
+                  [&](int64_t, uint64_t weight) { ceiling = std::max(ceiling, weight); });
+    s.ceiling = static_cast<int64_t>(ceiling);
+    peak = std::max(peak, ceiling);
+  }
   const __int128 batch = static_cast<__int128>(t.batch_size) * t.cap_denominator;
   const __int128 over = batch * peak - static_cast<__int128>(t.cap_numerator) * total;
   const __int128 divisor = static_cast<__int128>(t.cap_numerator) * t.num_samples - batch;
@@ -139,73 +161,81 @@ void flatten_by_mix(const Table& t, uint64_t mean_weight) {
 
 }  // namespace
 
-void add_to_sums(const Table& t, int64_t index, uint64_t delta) {
-  for (int level = 0; level < t.levels.depth; ++level) {
-    index /= kRadix;
-    const int64_t child = index % kRadix;
-    uint64_t* group = t.sums + t.levels.first[level] + (index - child);
-    for (int64_t j = 0; j < kRadix; ++j) group[j] += j >= child ? delta : 0;
+void add_to_sums(const Table& t, int64_t index, uint64_t delta, int end) {
+  int64_t node = index / kLeaf;
+  for (int level = 0; level < end; ++level, node /= kRadix) {
+    const int64_t child = node % kRadix;
+    add_in_group(t.starts + t.levels.first[level] + (node - child), child, delta);
   }
 }
 
 void count_seen(const Table& t, int64_t index) {
-  for (int level = 0; level < t.levels.depth; ++level) {
-    index /= kRadix;
-    const int child = static_cast<int>(index % kRadix);
-    uint32_t* group = t.unseen + t.levels.first[level] + (index - child);
-    for (int j = 0; j < kRadix; ++j) group[j] -= j >= child ? 1 : 0;
+  int64_t node = index / kLeaf;
+  for (int level = 0; level < t.levels.depth; ++level, node /= kRadix) {
+    const int child = static_cast<int>(node % kRadix);
+    uint32_t* group = t.unseen_starts + t.levels.first[level] + (node - child);
+    for (int j = 0; j < kRadix; ++j) group[j] -= j > child ? 1 : 0;
   }
 }
 
-void refresh_peaks(const Table& t, int64_t index, uint32_t old_code, uint32_t new_code) {
-  for (int level = 0; level < t.levels.depth; ++level) {
-    index /= kRadix;
-    uint32_t& peak = t.peaks[t.levels.first[level] + index];
-    const uint32_t before = peak;
-    if (new_code >= before) {
-      peak = new_code;
-    } else if (old_code == before) {
-      peak = level == 0 ? peak_of_records(t, index) : peak_of_children(t, level, index);
+Spread::Spread(const Table& t, int64_t num_items) : table_(t) {
+  const int64_t most = std::min(kMostNodes, num_items);
+  while (level_ < t.levels.depth && t.levels.size[level_] > most) ++level_;
+  if (level_ < t.levels.depth) std::fill_n(delta_, t.levels.size[level_] + kRadix, 0);
+}
+
+void Spread::finish() {
+  for (; level_ < table_.levels.depth; ++level_) {
+    uint64_t* starts = table_.starts + table_.levels.first[level_];
+    int64_t group = 0;
+    for (int64_t begin = 0; begin < table_.levels.size[level_]; begin += kRadix) {
+      uint64_t running = 0;
+      for (int64_t node = begin; node < begin + kRadix; ++node) {
+        starts[node] += running;
+        running += delta_[node];
+      }
+      delta_[group++] = running;
     }
-    if (peak == before) return;
-    old_code = before;
-    new_code = peak;
+    std::fill_n(delta_ + group, kRadix, 0);
   }
 }
 
 void rebuild(const Table& t) {
   Scalars& s = *t.scalars;
   const Levels& levels = t.levels;
-  std::fill_n(t.sums, levels.total(), 0);
-  std::fill_n(t.unseen, levels.total(), 0);
-  std::fill_n(t.peaks, levels.total(), 0);
+  // First each node's own sum, level by level, then where it begins.
+  std::fill_n(t.starts, levels.total(), 0);
+  std::fill_n(t.unseen_starts, levels.total(), 0);
   for (int64_t i = 0; i < t.num_samples; ++i) {
     Record& record = t.records[i];
     record.code &= ~kHeavyFlag;
-    const int64_t node = i / kRadix;
-    t.sums[node] += weight_of(record.code, e0(t));
-    t.unseen[node] += record.last < 0;
-    t.peaks[node] = std::max(t.peaks[node], record.code);
+    t.starts[i / kLeaf] += weight_of(record.code, e0(t));
+    t.unseen_starts[i / kLeaf] += record.last < 0;
   }
   for (int level = 0; level < levels.depth; ++level) {
     const bool is_top = level + 1 == levels.depth;
     for (int64_t begin = 0; begin < levels.size[level]; begin += kRadix) {
       const int64_t group = levels.first[level] + begin;
-      for (int j = 1; j < kRadix; ++j) {
-        t.sums[group + j] += t.sums[group + j - 1];
-        t.unseen[group + j] += t.unseen[group + j - 1];
+      uint64_t weight = 0;
+      uint32_t unseen = 0;
+      for (int64_t node = group; node < group + kRadix; ++node) {
+        const uint64_t own = t.starts[node];
+        const uint32_t own_unseen = t.unseen_starts[node];
+        t.starts[node] = weight;
+        t.unseen_starts[node] = unseen;
+        weight += own;
+        unseen += own_unseen;
       }
       if (is_top) continue;
-      const int64_t parent = levels.first[level + 1] + begin / kRadix;
-      t.sums[parent] = t.sums[group + kRadix - 1];
-      t.unseen[parent] = t.unseen[group + kRadix - 1];
-      t.peaks[parent] = *std::max_element(t.peaks + group, t.peaks + group + kRadix);
+      t.starts[levels.first[level + 1] + begin / kRadix] = weight;
+      t.unseen_starts[levels.first[level + 1] + begin / kRadix] = unseen;
     }
   }
   s.light = s.total;
   s.num_heavy = 0;
   s.theta = kNoCap;
   s.offset = 0;
+  s.ceiling = kNoCap;
   s.valid = 1;
 }
 

@@ -12,31 +12,31 @@
 namespace fastis::FASTIS_ISA {
 namespace {
 
-constexpr int kBlock = 256;
+constexpr int kBlock = 128;
 constexpr int64_t kPrefetch = 24;
 
 // A block of observations after the gather: one lane each, duplicates and non-finite ones left out.
 struct Block {
-  int size = 0;
+  int size = 0, num_fresh = 0;
   int64_t index[kBlock];
-  float mean[kBlock], var[kBlock], x[kBlock], dt[kBlock];
-  bool fresh[kBlock];
-  uint32_t code[kBlock];
+  float mean[kBlock], var[kBlock], x[kBlock];
+  int32_t dt[kBlock];
+  uint32_t old_code[kBlock], code[kBlock];
+  uint64_t delta[kBlock];  // of the integer weight
 };
 
-// The record, and the lowest level of the structure above it.
+// The record, and the group of its node in level 0.
 void prefetch(const Table& t, int64_t index) {
   __builtin_prefetch(t.records + index, 1);
   if (!t.scalars->valid) return;
-  const int64_t node = index / kRadix, group = node / kRadix * kRadix;
-  __builtin_prefetch(t.sums + group, 1);
-  __builtin_prefetch(t.sums + group + kRadix / 2, 1);
-  __builtin_prefetch(t.peaks + group, 1);
+  const uint64_t* group = t.starts + index / kLeaf / kRadix * kRadix;
+  __builtin_prefetch(group, 1);
+  __builtin_prefetch(group + kRadix / 2, 1);
 }
 
 void gather(const Table& t, const int64_t* indices, const float* observed, int64_t n, int32_t now,
             Block& block) {
-  block.size = 0;
+  block.size = block.num_fresh = 0;
   for (int64_t b = 0; b < std::min(n, kPrefetch); ++b) prefetch(t, indices[b]);
   for (int64_t b = 0; b < n; ++b) {
     if (b + kPrefetch < n) prefetch(t, indices[b + kPrefetch]);
@@ -48,78 +48,101 @@ void gather(const Table& t, const int64_t* indices, const float* observed, int64
     if (record.last >= now) continue;
     const int at = block.size++;
     const bool fresh = record.last < 0;
+    block.num_fresh += fresh;
     block.index[at] = indices[b];
     block.mean[at] = fresh ? observed[b] : record.mean;  // d = 0: the mean is x and the variance 0
     block.var[at] = fresh ? 0.0f : record.var;
     block.x[at] = observed[b];
-    block.fresh[at] = fresh;
-    block.dt[at] = fresh ? 1.0f : static_cast<float>(now - record.last);
+    block.dt[at] = fresh ? 1 : now - record.last;
+    block.old_code[at] = record.code;
     record.last = now;
   }
 }
 
-void compute(Block& block, float tau, float floor, Importance kind) {
+struct Weighing {
+  float tau, floor;
+  Importance importance;
+  int exponent, max_shift;
+};
+
+// False when a new weight lies outside the range of e0: deltas are then of no use.
+bool compute(Block& block, const Weighing& w) {
   for (int at = 0; at < block.size; ++at) {
-    observe(block.mean[at], block.var[at], block.x[at], block.dt[at], tau);
+    observe(block.mean[at], block.var[at], block.x[at], static_cast<float>(block.dt[at]), w.tau);
   }
   for (int at = 0; at < block.size; ++at) {
-    block.code[at] = code_of(importance_of(block.mean[at], block.var[at], kind), floor);
+    block.code[at] = code_of(importance_of(block.mean[at], block.var[at], w.importance), w.floor);
   }
+  int32_t outside = 0;
+  for (int at = 0; at < block.size; ++at) {
+    const int32_t shift = exponent_of(block.code[at]) - w.exponent;
+    outside |= shift | (w.max_shift - shift);
+  }
+  if (outside < 0) return false;
+  for (int at = 0; at < block.size; ++at) {
+    const uint32_t old_code = block.old_code[at] & ~kHeavyFlag;
+    block.delta[at] = weight_of(block.code[at], w.exponent) - light_weight(old_code, w.exponent);
+  }
+  return true;
 }
 
-void replace_in_structure(const Table& t, int64_t index, uint32_t old_code, uint64_t old_weight,
-                          uint64_t new_weight, bool fresh) {
-  if (old_code & kHeavyFlag) {
-    const int64_t* at = std::lower_bound(t.heavy, t.heavy + t.scalars->num_heavy, index);
-    t.heavy_weights[at - t.heavy] = new_weight;
-    return;
-  }
-  add_to_sums(t, index, new_weight - old_weight);
-  t.scalars->light += static_cast<int64_t>(new_weight - old_weight);
-  refresh_peaks(t, index, old_code, t.records[index].code);
-  if (fresh) count_seen(t, index);
-}
-
-// Writes a block back. Clears in_range when a new weight lies outside the range of e0: sums are
-// then left alone, because the table will be rescaled from its state.
-void scatter(const Table& t, const Block& block, int shift_limit, bool& in_range) {
-  Scalars& s = *t.scalars;
-  const int e0 = static_cast<int>(s.exponent);
+void write_back(const Table& t, const Block& block) {
   for (int at = 0; at < block.size; ++at) {
     Record& record = t.records[block.index[at]];
-    const uint32_t old_code = record.code, code = block.code[at];
     record.mean = block.mean[at];
     record.var = block.var[at];
-    record.code = code | (old_code & kHeavyFlag);
-    const int shift = exponent_of(code) - e0;
-    in_range = in_range && shift >= 0 && shift <= shift_limit;
-    if (!in_range) continue;
-    const uint64_t old_weight = weight_of(old_code & ~kHeavyFlag, e0);
-    const uint64_t new_weight = weight_of(code, e0);
-    s.total += static_cast<int64_t>(new_weight - old_weight);
-    s.seen += block.fresh[at];
-    if (s.valid) {
-      replace_in_structure(t, block.index[at], old_code, old_weight, new_weight, block.fresh[at]);
-    }
+    record.code = block.code[at] | (block.old_code[at] & kHeavyFlag);
   }
+}
+
+void add_to_structure(const Table& t, const Block& block, int exponent, Spread& spread) {
+  Scalars& s = *t.scalars;
+  uint64_t light = 0;
+  uint32_t largest = 0;
+  for (int at = 0; at < block.size; ++at) {
+    const int64_t index = block.index[at];
+    if (block.old_code[at] & kHeavyFlag) {
+      const int64_t* heavy = std::lower_bound(t.heavy, t.heavy + s.num_heavy, index);
+      t.heavy_weights[heavy - t.heavy] = weight_of(block.code[at], exponent);
+      continue;
+    }
+    largest = std::max(largest, block.code[at]);
+    light += block.delta[at];
+    add_to_sums(t, index, block.delta[at], spread.level());
+    if (spread.level() < t.levels.depth) spread.add(index, block.delta[at]);
+    if (block.num_fresh > 0 && block.old_code[at] == 0) count_seen(t, index);
+  }
+  s.light += static_cast<int64_t>(light);
+  s.ceiling = std::max(s.ceiling, static_cast<int64_t>(weight_of(largest, exponent)));
 }
 
 void update_state(const Table& t, const int64_t* indices, const float* observed, int64_t n) {
   Scalars& s = *t.scalars;
   const int64_t last_iteration = std::numeric_limits<int32_t>::max();
   const int32_t now = static_cast<int32_t>(std::min(s.updates, last_iteration));
-  const float tau = t.tau > 0 ? t.tau : static_cast<float>(std::max(now, 1));
-  const float floor =
-      floor_of(static_cast<uint64_t>(s.total), s.seen, static_cast<int>(s.exponent), t.floor);
-  const int shift_limit = max_shift(n);
+  const int exponent = static_cast<int>(s.exponent);
+  const Weighing weighing{t.tau > 0 ? t.tau : static_cast<float>(std::max(now, 1)),
+                          floor_of(static_cast<uint64_t>(s.total), s.seen, exponent, t.floor),
+                          t.importance, exponent, max_shift(n)};
   bool in_range = true;
   Block block;
+  Spread spread(t, n);
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     gather(t, indices + begin, observed + begin, std::min<int64_t>(kBlock, n - begin), now, block);
-    compute(block, tau, floor, t.importance);
-    scatter(t, block, shift_limit, in_range);
+    in_range = compute(block, weighing) && in_range;
+    write_back(t, block);
+    if (!in_range) continue;  // the table will be rescaled from its state
+    uint64_t added = 0;
+    for (int at = 0; at < block.size; ++at) added += block.delta[at];
+    s.total += static_cast<int64_t>(added);
+    s.seen += block.num_fresh;
+    if (s.valid) add_to_structure(t, block, exponent, spread);
   }
-  if (!in_range || s.total > t.total_limit) rescale(t);
+  if (!in_range || s.total > t.total_limit) {
+    rescale(t);
+  } else if (s.valid) {
+    spread.finish();
+  }
 }
 
 void derive(const Table& t, double n) {
