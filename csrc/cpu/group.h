@@ -1,5 +1,5 @@
-// The 16 nodes of a group, stored as where each begins: 0, w0, w0 + w1, ... (16 x 8 bytes, two cache
-// lines). All values stay below 2^63, so that signed comparisons serve.
+// The 16 nodes of a group, stored as where each begins: 0, w0, w0 + w1, ... (16 x 8 bytes, two
+// cache lines). All values stay below 2^63, so that signed comparisons serve.
 #pragma once
 
 #include "cpu/simd.h"

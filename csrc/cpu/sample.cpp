@@ -54,7 +54,8 @@ int64_t find_in_leaf(const Table& t, int64_t node, uint64_t x, uint64_t& weight)
     weights[j] = light_weight(records[j].code, e0);
     if (kPlain) continue;
     const bool is_unseen = records[j].last < 0, is_heavy = (records[j].code & kHeavyFlag) != 0;
-    weights[j] = is_heavy ? 0 : weights[j] + (is_unseen ? t.scalars->unseen : 0) + t.scalars->offset;
+    weights[j] =
+        is_heavy ? 0 : weights[j] + (is_unseen ? t.scalars->unseen : 0) + t.scalars->offset;
   }
   const uint64_t second = weights[0], third = second + weights[1], fourth = third + weights[2];
   const int at = (x >= second) + (x >= third) + (x >= fourth);

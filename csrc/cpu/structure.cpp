@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "cpu/group.h"
-
 namespace fastis::FASTIS_ISA {
 namespace {
 
@@ -146,8 +144,7 @@ void flatten_by_mix(const Table& t, uint64_t mean_weight) {
   const uint64_t theta = water_level(total, 0, t.batch_size, t.cap_numerator, t.cap_denominator);
   if (static_cast<uint64_t>(s.ceiling) > theta) {
     uint64_t ceiling = theta;
-    visit_heavier(t, theta,
-                  [&](int64_t, uint64_t weight) { ceiling = std::max(ceiling, weight); });
+    visit_heavier(t, theta, [&](int64_t, uint64_t weight) { ceiling = std::max(ceiling, weight); });
     s.ceiling = static_cast<int64_t>(ceiling);
     peak = std::max(peak, ceiling);
   }
@@ -161,18 +158,9 @@ void flatten_by_mix(const Table& t, uint64_t mean_weight) {
 
 }  // namespace
 
-void add_to_sums(const Table& t, int64_t index, uint64_t delta, int end) {
-  int64_t node = index / kLeaf;
-  for (int level = 0; level < end; ++level, node /= kRadix) {
-    const int64_t child = node % kRadix;
-    add_in_group(t.starts + t.levels.first[level] + (node - child), child, delta);
-  }
-}
-
 void count_seen(const Table& t, int64_t index) {
-  int64_t node = index / kLeaf;
-  for (int level = 0; level < t.levels.depth; ++level, node /= kRadix) {
-    const int child = static_cast<int>(node % kRadix);
+  for (int level = 0; level < t.levels.depth; ++level) {
+    const int64_t node = Levels::above(index, level), child = node & (kRadix - 1);
     uint32_t* group = t.unseen_starts + t.levels.first[level] + (node - child);
     for (int j = 0; j < kRadix; ++j) group[j] -= j > child ? 1 : 0;
   }

@@ -1,11 +1,11 @@
 // The sampling structure on the CPU: a tree of integer sums over the records, 4 records a leaf and
-// 16 nodes a group, with the items above the flattening cap ("heavy", at most ceil(B/D) - 1 of them)
-// kept outside in a list.
-// Bytes a sample: 16 for the record, 16/15 x (8 + 4)/4 = 3.2 for the nodes' starts.
-// Bytes touched a level: an update 128 (shared by the whole minibatch where a level is small, 64
-// more for a new sample), a draw 128; and 64 of records each.
+// 16 nodes a group, with the items above the flattening cap ("heavy", at most ceil(B/D) - 1 of
+// them) kept outside in a list. Bytes a sample: 16 for the record, 16/15 x (8 + 4)/4 = 3.2 for the
+// nodes' starts. Bytes touched a level: an update 128 (shared by the whole minibatch where a level
+// is small, 64 more for a new sample), a draw 128; and 64 of records each.
 #pragma once
 
+#include "cpu/group.h"
 #include "table.h"
 
 namespace fastis::FASTIS_ISA {
@@ -20,7 +20,12 @@ void rebuild(const Table& table);
 void settle(const Table& table);
 
 // Adds `delta` (modulo 2^64) to the nodes above record `index`, from level 0 to below level `end`.
-void add_to_sums(const Table& table, int64_t index, uint64_t delta, int end);
+inline void add_to_sums(const Table& table, int64_t index, uint64_t delta, int end) {
+  for (int level = 0; level < end; ++level) {
+    const int64_t node = Levels::above(index, level), child = node & (kRadix - 1);
+    add_in_group(table.starts + table.levels.first[level] + (node - child), child, delta);
+  }
+}
 
 // One unseen item less above record `index`.
 void count_seen(const Table& table, int64_t index);
@@ -39,7 +44,7 @@ class Spread {
   static constexpr int64_t kMostNodes = 1024;
 
   const Table& table_;
-  int level_ = 0;                  // the table's depth: no level is small enough
+  int level_ = 0;                        // the table's depth: no level is small enough
   uint64_t delta_[kMostNodes + kRadix];  // zeros to a multiple of kRadix
 };
 

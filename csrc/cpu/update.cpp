@@ -1,7 +1,7 @@
 // The update: scores of a minibatch into the state table, the sampling structure and the variance
-// traces. One pass of gathers, one of arithmetic (vectorised by the compiler), one of scatters,
-// block by block. A sample that was drawn twice is updated once: its first position sets `last` to
-// the present iteration, so that the second finds dt = 0.
+// traces. Block by block: a pass of gathers, one of arithmetic (vectorised by the compiler), one of
+// scatters. A sample that was drawn twice is updated once: its first position sets `last` to the
+// present iteration, so that the second finds dt = 0.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -12,8 +12,9 @@
 namespace fastis::FASTIS_ISA {
 namespace {
 
-constexpr int kBlock = 128;
-constexpr int64_t kPrefetch = 24;
+// Small, so that two blocks' cache lines (five or more an item) fit the innermost cache: while one
+// is worked on, the next one's arrive.
+constexpr int kBlock = 32;
 
 // A block of observations after the gather: one lane each, duplicates and non-finite ones left out.
 struct Block {
@@ -25,21 +26,24 @@ struct Block {
   uint64_t delta[kBlock];  // of the integer weight
 };
 
-// The record, and the group of its node in level 0.
-void prefetch(const Table& t, int64_t index) {
-  __builtin_prefetch(t.records + index, 1);
-  if (!t.scalars->valid) return;
-  const uint64_t* group = t.starts + index / kLeaf / kRadix * kRadix;
-  __builtin_prefetch(group, 1);
-  __builtin_prefetch(group + kRadix / 2, 1);
+void prefetch_record(const Table& t, int64_t index) { __builtin_prefetch(t.records + index, 1); }
+
+// The groups of an item's nodes below level `end`.
+void prefetch_groups(const Table& t, int64_t index, int end) {
+  for (int level = 0; level < end; ++level) {
+    const uint64_t* starts =
+        t.starts + t.levels.first[level] + Levels::above(index, level + 1) * kRadix;
+    __builtin_prefetch(starts, 1);
+    __builtin_prefetch(starts + kRadix / 2, 1);
+  }
 }
 
-void gather(const Table& t, const int64_t* indices, const float* observed, int64_t n, int32_t now,
-            Block& block) {
+// Reads the records of a block, and calls for those of the next.
+void gather(const Table& t, const int64_t* indices, const float* observed, int64_t n, int64_t ahead,
+            int32_t now, Block& block) {
   block.size = block.num_fresh = 0;
-  for (int64_t b = 0; b < std::min(n, kPrefetch); ++b) prefetch(t, indices[b]);
   for (int64_t b = 0; b < n; ++b) {
-    if (b + kPrefetch < n) prefetch(t, indices[b + kPrefetch]);
+    if (b < ahead) prefetch_record(t, indices[n + b]);
     if (!usable(observed[b])) {
       ++t.scalars->skipped;
       continue;
@@ -95,12 +99,16 @@ void write_back(const Table& t, const Block& block) {
   }
 }
 
-void add_to_structure(const Table& t, const Block& block, int exponent, Spread& spread) {
+// ... and calls for the groups of the next block's items.
+void add_to_structure(const Table& t, const Block& block, int exponent, Spread& spread,
+                      const int64_t* next, int64_t ahead) {
   Scalars& s = *t.scalars;
+  const int end = spread.level();
   uint64_t light = 0;
   uint32_t largest = 0;
   for (int at = 0; at < block.size; ++at) {
     const int64_t index = block.index[at];
+    if (at < ahead) prefetch_groups(t, next[at], end);
     if (block.old_code[at] & kHeavyFlag) {
       const int64_t* heavy = std::lower_bound(t.heavy, t.heavy + s.num_heavy, index);
       t.heavy_weights[heavy - t.heavy] = weight_of(block.code[at], exponent);
@@ -108,8 +116,8 @@ void add_to_structure(const Table& t, const Block& block, int exponent, Spread& 
     }
     largest = std::max(largest, block.code[at]);
     light += block.delta[at];
-    add_to_sums(t, index, block.delta[at], spread.level());
-    if (spread.level() < t.levels.depth) spread.add(index, block.delta[at]);
+    add_to_sums(t, index, block.delta[at], end);
+    if (end < t.levels.depth) spread.add(index, block.delta[at]);
     if (block.num_fresh > 0 && block.old_code[at] == 0) count_seen(t, index);
   }
   s.light += static_cast<int64_t>(light);
@@ -127,8 +135,14 @@ void update_state(const Table& t, const int64_t* indices, const float* observed,
   bool in_range = true;
   Block block;
   Spread spread(t, n);
+  for (int64_t b = 0; b < std::min<int64_t>(kBlock, n); ++b) {
+    prefetch_record(t, indices[b]);
+    if (s.valid) prefetch_groups(t, indices[b], spread.level());
+  }
   for (int64_t begin = 0; begin < n; begin += kBlock) {
-    gather(t, indices + begin, observed + begin, std::min<int64_t>(kBlock, n - begin), now, block);
+    const int64_t size = std::min<int64_t>(kBlock, n - begin), end = begin + size;
+    const int64_t ahead = std::min<int64_t>(size, n - end);
+    gather(t, indices + begin, observed + begin, size, ahead, now, block);
     in_range = compute(block, weighing) && in_range;
     write_back(t, block);
     if (!in_range) continue;  // the table will be rescaled from its state
@@ -136,7 +150,7 @@ void update_state(const Table& t, const int64_t* indices, const float* observed,
     for (int at = 0; at < block.size; ++at) added += block.delta[at];
     s.total += static_cast<int64_t>(added);
     s.seen += block.num_fresh;
-    if (s.valid) add_to_structure(t, block, exponent, spread);
+    if (s.valid) add_to_structure(t, block, exponent, spread, indices + end, ahead);
   }
   if (!in_range || s.total > t.total_limit) {
     rescale(t);
