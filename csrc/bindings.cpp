@@ -153,6 +153,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("address", [](const fastis::Table& t) { return uintptr_t(&t); });
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("structure_nodes", [](int64_t n) { return fastis::Levels(n).total(); });
+  m.def("locate", FASTIS_CPU(locate));
   m.def("alias_build", FASTIS_CPU(alias_build));
   m.def("alias_draw", FASTIS_CPU(alias_draw));
   m.def("draw_points", FASTIS_CPU(draw_points));

@@ -18,6 +18,11 @@ bool update(Pointer<const Table> table, Pointer<const int64_t> indices /* [n] */
 void draw(Pointer<const Table> table, Pointer<int64_t> indices /* [B] */,
           Pointer<float> weights /* [B] */);
 
+// What a draw does with points of its own: the items at `points`, each below the total of the
+// distribution as it stands (past the warm-up; only for tables with records).
+void locate(Pointer<const Table> table, Pointer<const uint64_t> points /* [count] */, int64_t count,
+            Pointer<int64_t> indices /* [count] */, Pointer<float> weights /* [count] */);
+
 // An alias table of n integer weights (`total` is their sum), and `count` draws from it, the
 // first of them number `first` of the stream of `seed`; coefficients = total / (n weight).
 void alias_build(Pointer<const uint64_t> weights /* [n] */, int64_t n, uint64_t total,

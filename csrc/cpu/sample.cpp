@@ -1,6 +1,5 @@
-// The draw: the next minibatch and its coefficients from the sampling structure. A point x below
-// the total is scaled from 128 random bits; heavy items fill [0, k theta), the tree's items the
-// rest in the order of their indices.
+// The draw: the next minibatch and its coefficients from the sampling structure, by points below
+// the total that are scaled from 128 random bits each.
 #include <algorithm>
 
 #include "cpu/group.h"
@@ -87,11 +86,53 @@ void descend(const Table& t, Search& s) {
   }
 }
 
-uint64_t drawn_total(const Table& t) {
-  const Scalars& s = *t.scalars;
-  return static_cast<uint64_t>(s.light + s.num_heavy * s.theta * (s.num_heavy > 0) +
-                               (t.num_samples - s.seen) * s.unseen + t.num_samples * s.offset);
-}
+// The distribution as it stands, and the way from points below its total to items. Heavy items fill
+// [0, k theta), the tree's items the rest in the order of their indices.
+class Distribution {
+ public:
+  explicit Distribution(const Table& table) : t_(table) {
+    settle(t_);
+    const Scalars& s = *t_.scalars;
+    plain_ = s.seen == t_.num_samples && s.offset == 0;
+    theta_ = static_cast<uint64_t>(s.theta);
+    heavy_total_ = s.num_heavy > 0 ? s.num_heavy * theta_ : 0;
+    total_ = heavy_total_ + static_cast<uint64_t>(s.light + (t_.num_samples - s.seen) * s.unseen +
+                                                  t_.num_samples * s.offset);
+  }
+
+  uint64_t total() const { return total_; }
+
+  // A block of at most kBlock points: the items they fall into and their coefficients.
+  void find(const uint64_t* points, int size, int64_t* indices, float* weights) const {
+    Search search;
+    for (int b = 0; b < size; ++b) {
+      if (points[b] < heavy_total_) {
+        indices[b] = t_.heavy[points[b] / theta_];
+        weights[b] = coefficient(theta_);
+      } else {
+        search.position[search.size] = b;
+        search.x[search.size++] = points[b] - heavy_total_;
+      }
+    }
+    plain_ ? descend<true>(t_, search) : descend<false>(t_, search);
+    for (int b = 0; b < search.size; ++b) {
+      indices[search.position[b]] = search.node[b];
+      weights[search.position[b]] = coefficient(search.weight[b]);
+    }
+  }
+
+ private:
+  // 1 / (N p)
+  float coefficient(uint64_t weight) const {
+    const double samples = static_cast<double>(t_.num_samples);
+    return static_cast<float>(static_cast<double>(total_) /
+                              (samples * static_cast<double>(weight)));
+  }
+
+  const Table& t_;
+  bool plain_;  // all items seen, no constant of "mix"
+  uint64_t total_, theta_, heavy_total_;
+};
 
 // floor((b total + u) / B) without leaving 64 bits.
 uint64_t slice_point(uint64_t b, uint64_t u, uint64_t total, uint64_t batch_size) {
@@ -115,40 +156,25 @@ void place(const Table& t, uint64_t iteration, uint64_t total, int64_t first, in
 }
 
 void draw_by_importance(const Table& t, uint64_t iteration, int64_t* indices, float* weights) {
-  settle(t);
-  const Scalars& s = *t.scalars;
-  const bool plain = s.seen == t.num_samples && s.offset == 0;
-  const uint64_t total = drawn_total(t), theta = static_cast<uint64_t>(s.theta);
-  const uint64_t heavy_total = s.num_heavy > 0 ? s.num_heavy * theta : 0;
-  const double numerator = static_cast<double>(total), samples = static_cast<double>(t.num_samples);
-  const auto coefficient = [&](uint64_t weight) {
-    return static_cast<float>(numerator / (samples * static_cast<double>(weight)));
-  };
-  const float heavy_coefficient = coefficient(theta);
+  const Distribution distribution(t);
   uint64_t points[kBlock];
-  Search search;
   for (int64_t first = 0; first < t.batch_size; first += kBlock) {
     const int size = static_cast<int>(std::min<int64_t>(kBlock, t.batch_size - first));
-    place(t, iteration, total, first, size, points);
-    search.size = 0;
-    for (int b = 0; b < size; ++b) {
-      if (points[b] < heavy_total) {
-        indices[first + b] = t.heavy[points[b] / theta];
-        weights[first + b] = heavy_coefficient;
-      } else {
-        search.position[search.size] = b;
-        search.x[search.size++] = points[b] - heavy_total;
-      }
-    }
-    plain ? descend<true>(t, search) : descend<false>(t, search);
-    for (int b = 0; b < search.size; ++b) {
-      indices[first + search.position[b]] = search.node[b];
-      weights[first + search.position[b]] = coefficient(search.weight[b]);
-    }
+    place(t, iteration, distribution.total(), first, size, points);
+    distribution.find(points, size, indices + first, weights + first);
   }
 }
 
 }  // namespace
+
+void locate(Pointer<const Table> table, Pointer<const uint64_t> points, int64_t count,
+            Pointer<int64_t> indices, Pointer<float> weights) {
+  const Distribution distribution(*table.address);
+  for (int64_t first = 0; first < count; first += kBlock) {
+    const int size = static_cast<int>(std::min<int64_t>(kBlock, count - first));
+    distribution.find(points + first, size, indices + first, weights + first);
+  }
+}
 
 void draw(Pointer<const Table> table, Pointer<int64_t> indices, Pointer<float> weights) {
   const Table& t = *table.address;

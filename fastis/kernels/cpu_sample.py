@@ -19,6 +19,16 @@ def draw(table: Table, indices: Tensor, weights: Tensor) -> None:
         _C.draw(table.handle, indices.data_ptr(), weights.data_ptr())
 
 
+def locate(table: Table, points: Tensor, indices: Tensor, weights: Tensor) -> None:
+    """See :func:`fastis.kernels.reference_sample.locate`."""
+    if table.constants.flatten == _POWER:
+        reference_sample.locate(table, points, indices, weights)
+    else:
+        count = points.numel()
+        addresses = points.data_ptr(), count, indices.data_ptr(), weights.data_ptr()
+        _C.locate(table.handle, *addresses)
+
+
 def alias_build(weights: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """See :func:`fastis.kernels.reference_sample.alias_build`."""
     own, alias = torch.empty_like(weights), torch.empty_like(weights)

@@ -12,7 +12,7 @@ from fastis.kernels.reference_random import (
     random_words,
     scale,
 )
-from fastis.kernels.reference_weights import distribution
+from fastis.kernels.reference_weights import Distribution, distribution
 from fastis.table import DRAWS, SCHEMES, Table
 
 
@@ -39,21 +39,33 @@ def _draw_by_importance(
     table: Table, iteration: int, positions: Tensor, indices: Tensor, weights: Tensor
 ) -> None:
     constants = table.constants
-    drawn, total, heavy = distribution(table)
+    drawn = distribution(table)
     if constants.scheme == SCHEMES["systematic"]:
         words = random_words(constants.seed, STREAM_DRAW, iteration, torch.zeros_like(positions))
     else:
         words = random_words(constants.seed, STREAM_DRAW, iteration, positions)
-    points = scale(words, total)
+    points = scale(words, drawn.total)
     if constants.scheme != SCHEMES["multinomial"]:
-        points = slice_points(positions, points, total, constants.batch_size)
-    # Heavy items first, then all others in the order of their indices.
-    light = torch.ones_like(drawn, dtype=torch.bool)
-    light[heavy] = False
-    order = torch.cat([heavy, torch.nonzero(light).flatten()])
-    ends = torch.cumsum(drawn[order], 0)
+        points = slice_points(positions, points, drawn.total, constants.batch_size)
+    _find(drawn, points, indices, weights)
+
+
+def locate(table: Table, points: Tensor, indices: Tensor, weights: Tensor) -> None:
+    """The items at ``points`` (int64 [n], below the total of the distribution as it stands).
+
+    What a draw does, with points of the caller's. Heavy items come first in the order of the
+    points, then all others in the order of their indices.
+    """
+    _find(distribution(table), points, indices, weights)
+
+
+def _find(drawn: Distribution, points: Tensor, indices: Tensor, weights: Tensor) -> None:
+    light = torch.ones_like(drawn.weights, dtype=torch.bool)
+    light[drawn.heavy] = False
+    order = torch.cat([drawn.heavy, torch.nonzero(light).flatten()])
+    ends = torch.cumsum(drawn.weights[order], 0)
     indices.copy_(order[torch.searchsorted(ends, points, right=True)])
-    weights.copy_(coefficients(drawn, total, indices))
+    weights.copy_(coefficients(drawn.weights, drawn.total, indices))
 
 
 def slice_points(positions: Tensor, offsets: Tensor, total: int, batch_size: int) -> Tensor:
