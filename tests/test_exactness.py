@@ -103,7 +103,7 @@ def small_sampler(n: int, flatten: str, unseen: int, seed: int) -> fastis.Sample
     generator = torch.Generator().manual_seed(seed)
     importance = 1 + torch.rand(n, generator=generator)
     importance[:: n // 5] *= 8
-    importance[3] *= 64
+    importance[3] *= 64 if flatten == "cap" else 16
     codes = code_of(importance, 0.0)
     codes[n - unseen :] = 0
     table.column(CODE).copy_(codes)
