@@ -20,41 +20,45 @@ struct Search {
   int64_t node[kBlock];
 };
 
-// Unseen items and the constant of "mix" have weights beside what the group's starts tell.
-int find_in_mixed_group(const Table& t, int level, int64_t parent, uint64_t& x) {
+// What has weights beside the seen light items that the nodes' starts add up.
+enum class Beside { nothing, unseen, unseen_and_offset };
+
+// The child of `parent` that x falls into; x is then counted from that child's beginning.
+template <Beside beside>
+int find_child(const Table& t, int level, int64_t parent, uint64_t& x) {
   const int64_t first = parent * kRadix, at = t.levels.first[level] + first;
-  const int64_t span = int64_t{1} << (2 + 4 * level), offset = t.scalars->offset;
-  const uint64_t unseen = static_cast<uint64_t>(t.scalars->unseen);
-  uint64_t starts[kRadix];
-  for (int j = 0; j < kRadix; ++j) {
-    const int64_t begin = std::min((first + j) * span, t.num_samples);
-    starts[j] = t.starts[at + j] + t.unseen_starts[at + j] * unseen +
-                static_cast<uint64_t>((begin - first * span) * offset);
+  const uint64_t* starts = t.starts + at;
+  alignas(64) uint64_t all[kRadix];
+  if (beside != Beside::nothing) {
+    const uint32_t* before = t.unseen_starts + at;
+    const uint64_t unseen = static_cast<uint64_t>(t.scalars->unseen);
+    for (int j = 0; j < kRadix; ++j) all[j] = starts[j] + before[j] * unseen;
+    starts = all;
+  }
+  if (beside == Beside::unseen_and_offset) {
+    const int64_t span = int64_t{1} << (2 + 4 * level), offset = t.scalars->offset;
+    const int64_t items = t.num_samples - first * span;
+    for (int j = 0; j < kRadix; ++j) {
+      all[j] += static_cast<uint64_t>((j * span < items ? j * span : items) * offset);
+    }
   }
   const int child = find_in_group(starts, x);
   x -= starts[child];
   return child;
 }
 
-int find_in_plain_group(const Table& t, int level, int64_t parent, uint64_t& x) {
-  const uint64_t* starts = t.starts + t.levels.first[level] + parent * kRadix;
-  const int child = find_in_group(starts, x);
-  x -= starts[child];
-  return child;
-}
-
-// The record of a leaf that x falls into, and its weight. Records beyond the last weigh nothing.
-template <bool kPlain>
+// The record of a leaf that x falls into, and its weight. Records beyond the last weigh nothing
+// that x could fall into.
+template <Beside beside>
 int64_t find_in_leaf(const Table& t, int64_t node, uint64_t x, uint64_t& weight) {
   const Record* records = t.records + node * kLeaf;
   const int e0 = static_cast<int>(t.scalars->exponent);
   uint64_t weights[kLeaf];
   for (int j = 0; j < kLeaf; ++j) {
     weights[j] = light_weight(records[j].code, e0);
-    if (kPlain) continue;
-    const bool is_unseen = records[j].last < 0, is_heavy = (records[j].code & kHeavyFlag) != 0;
-    weights[j] =
-        is_heavy ? 0 : weights[j] + (is_unseen ? t.scalars->unseen : 0) + t.scalars->offset;
+    if (beside == Beside::nothing) continue;
+    const uint64_t unseen = records[j].last < 0 ? t.scalars->unseen : 0;
+    weights[j] += records[j].code & kHeavyFlag ? 0 : unseen + t.scalars->offset;
   }
   const uint64_t second = weights[0], third = second + weights[1], fourth = third + weights[2];
   const int at = (x >= second) + (x >= third) + (x >= fourth);
@@ -63,26 +67,27 @@ int64_t find_in_leaf(const Table& t, int64_t node, uint64_t x, uint64_t& weight)
 }
 
 // Level by level for the whole block, so that the cache misses of its draws overlap.
-template <bool kPlain>
+template <Beside beside>
 void descend(const Table& t, Search& s) {
   std::fill_n(s.node, s.size, 0);
   for (int level = t.levels.depth - 1; level >= 0; --level) {
+    const int64_t below = level > 0 ? t.levels.first[level - 1] : 0;
     for (int b = 0; b < s.size; ++b) {
-      const int child = kPlain ? find_in_plain_group(t, level, s.node[b], s.x[b])
-                               : find_in_mixed_group(t, level, s.node[b], s.x[b]);
+      const int child = find_child<beside>(t, level, s.node[b], s.x[b]);
       const int64_t node = s.node[b] * kRadix + child;
       s.node[b] = node;
       if (level == 0) {
         __builtin_prefetch(t.records + node * kLeaf);
-      } else {
-        const uint64_t* group = t.starts + t.levels.first[level - 1] + node * kRadix;
-        __builtin_prefetch(group);
-        __builtin_prefetch(group + kRadix / 2);
+        continue;
       }
+      const int64_t group = below + node * kRadix;
+      __builtin_prefetch(t.starts + group);
+      __builtin_prefetch(t.starts + group + kRadix / 2);
+      if (beside != Beside::nothing) __builtin_prefetch(t.unseen_starts + group);
     }
   }
   for (int b = 0; b < s.size; ++b) {
-    s.node[b] = find_in_leaf<kPlain>(t, s.node[b], s.x[b], s.weight[b]);
+    s.node[b] = find_in_leaf<beside>(t, s.node[b], s.x[b], s.weight[b]);
   }
 }
 
@@ -93,7 +98,9 @@ class Distribution {
   explicit Distribution(const Table& table) : t_(table) {
     settle(t_);
     const Scalars& s = *t_.scalars;
-    plain_ = s.seen == t_.num_samples && s.offset == 0;
+    beside_ = s.offset != 0             ? Beside::unseen_and_offset
+              : s.seen < t_.num_samples ? Beside::unseen
+                                        : Beside::nothing;
     theta_ = static_cast<uint64_t>(s.theta);
     heavy_total_ = s.num_heavy > 0 ? s.num_heavy * theta_ : 0;
     total_ = heavy_total_ + static_cast<uint64_t>(s.light + (t_.num_samples - s.seen) * s.unseen +
@@ -114,7 +121,16 @@ class Distribution {
         search.x[search.size++] = points[b] - heavy_total_;
       }
     }
-    plain_ ? descend<true>(t_, search) : descend<false>(t_, search);
+    switch (beside_) {
+      case Beside::nothing:
+        descend<Beside::nothing>(t_, search);
+        break;
+      case Beside::unseen:
+        descend<Beside::unseen>(t_, search);
+        break;
+      case Beside::unseen_and_offset:
+        descend<Beside::unseen_and_offset>(t_, search);
+    }
     for (int b = 0; b < search.size; ++b) {
       indices[search.position[b]] = search.node[b];
       weights[search.position[b]] = coefficient(search.weight[b]);
@@ -130,7 +146,7 @@ class Distribution {
   }
 
   const Table& t_;
-  bool plain_;  // all items seen, no constant of "mix"
+  Beside beside_;
   uint64_t total_, theta_, heavy_total_;
 };
 
