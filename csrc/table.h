@@ -41,19 +41,19 @@ constexpr int kRadix = 16;  // nodes of a level below one of the next
 constexpr int kMaxLevels = 10;
 constexpr int64_t kNoCap = int64_t{1} << 62;
 
-// The tree over the records: level 0 has one node per kLeaf records, the top at most kRadix nodes.
+// The tree over the records: level 0 has one node per kLeaf records, the top at most `most` nodes.
 struct Levels {
   int depth = 0;
   int64_t first[kMaxLevels], size[kMaxLevels];  // nodes; a level starts on a multiple of kRadix
 
-  FASTIS_HD explicit Levels(int64_t num_samples) {
+  FASTIS_HD explicit Levels(int64_t num_samples, int64_t most = kRadix) {
     int64_t nodes = (num_samples + kLeaf - 1) / kLeaf, start = 0;
     for (;; nodes = (nodes + kRadix - 1) / kRadix) {
       first[depth] = start;
       size[depth] = nodes;
       start += (nodes + kRadix - 1) / kRadix * kRadix;
       ++depth;
-      if (nodes <= kRadix) break;
+      if (nodes <= most) break;
     }
     total_ = start;
   }

@@ -8,6 +8,7 @@
 
 #include "cpu/structure.h"
 #include "fastis.h"
+#include "variance.h"
 
 namespace fastis::FASTIS_ISA {
 namespace {
@@ -159,28 +160,8 @@ void update_state(const Table& t, const int64_t* indices, const float* observed,
   }
 }
 
-void derive(const Table& t, double n) {
-  Variance& v = *t.variance;
-  const double A = v.second / v.weight, U = v.uniform / v.weight;
-  const double O2 = v.first_squared / v.weight, G2 = v.mean_squared / v.weight;
-  const double bessel = n / (n - 1);
-  const double mu2 = t.unbiased ? (n * G2 - A) / (n - 1) : G2;
-  v.trace_is = t.unbiased ? bessel * (A - G2) : A - G2;
-  v.trace_uniform = U - mu2;
-  v.trace_optimal = t.unbiased ? bessel * (O2 - G2) : O2 - G2;
-  v.effective_batch_size = n * v.trace_uniform / v.trace_is;
-  const double o2 = t.unbiased ? (n * O2 - A) / (n - 1) : O2;
-  const double gap = U - o2;
-  v.efficiency = gap > 0 ? (A - o2) / gap : std::numeric_limits<double>::quiet_NaN();
-  const double factor = v.effective_batch_size / n;
-  const bool adjust = t.scalars->updates >= t.warmup_draws && std::isfinite(factor) && factor > 0;
-  v.factor = adjust ? factor : 1.0;
-}
-
-// Kutsuna 2025, Proposition 4.1, from one minibatch; smoothed before any ratio is formed.
 void update_variance(const Table& t, const float* weights, const float* score, int64_t n,
                      const float* mean_grad, int64_t num_classes) {
-  Variance& v = *t.variance;
   constexpr int kLanes = 8;
   double a[kLanes] = {}, u[kLanes] = {}, o[kLanes] = {}, A = 0, U = 0, O = 0, G2 = 0;
   for (int64_t b = 0; b + kLanes <= n; b += kLanes) {
@@ -206,15 +187,7 @@ void update_variance(const Table& t, const float* weights, const float* score, i
   A /= n;
   U /= n;
   O /= n;
-  if (!std::isfinite(A + U + O * O + G2)) return;
-  if (t.scalars->updates == t.warmup_draws) v = Variance{};  // another distribution from here on
-  const double keep = t.smoothing, add = 1 - keep;
-  v.weight = keep * v.weight + add;
-  v.second = keep * v.second + add * A;
-  v.uniform = keep * v.uniform + add * U;
-  v.first_squared = keep * v.first_squared + add * O * O;
-  v.mean_squared = keep * v.mean_squared + add * G2;
-  derive(t, static_cast<double>(n));
+  smooth(t, {A, U, O * O, G2}, static_cast<double>(n));
 }
 
 bool in_range(const int64_t* indices, int64_t n, int64_t num_samples) {

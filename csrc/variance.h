@@ -1,0 +1,51 @@
+// The variance traces from minibatch moments (Kutsuna 2025, Proposition 4.1), for host and device.
+#pragma once
+
+#include <cmath>
+
+#include "table.h"
+
+namespace fastis {
+
+FASTIS_HD inline bool finite(double x) { return x - x == 0; }
+
+// Of one minibatch: A = E[r^2 x^2], U = E[r x^2], O^2 = E[r x]^2, |G|^2 (math: variance traces).
+struct Moments {
+  double second, uniform, first_squared, mean_squared;
+};
+
+// Traces, effective minibatch size, efficiency and factor from the smoothed moments.
+FASTIS_HD inline void derive(const Table& t, double n) {
+  Variance& v = *t.variance;
+  const double A = v.second / v.weight, U = v.uniform / v.weight;
+  const double O2 = v.first_squared / v.weight, G2 = v.mean_squared / v.weight;
+  const double bessel = n / (n - 1);
+  const double mu2 = t.unbiased ? (n * G2 - A) / (n - 1) : G2;
+  v.trace_is = t.unbiased ? bessel * (A - G2) : A - G2;
+  v.trace_uniform = U - mu2;
+  v.trace_optimal = t.unbiased ? bessel * (O2 - G2) : O2 - G2;
+  v.effective_batch_size = n * v.trace_uniform / v.trace_is;
+  const double o2 = t.unbiased ? (n * O2 - A) / (n - 1) : O2;
+  const double gap = U - o2;
+  v.efficiency = gap > 0 ? (A - o2) / gap : static_cast<double>(NAN);
+  const double factor = v.effective_batch_size / n;
+  const bool adjust = t.scalars->updates >= t.warmup_draws && finite(factor) && factor > 0;
+  v.factor = adjust ? factor : 1.0;
+}
+
+// Takes the moments of a minibatch of n into the moving averages, unless one is not finite.
+// Averages are smoothed before any ratio is formed.
+FASTIS_HD inline void smooth(const Table& t, const Moments& m, double n) {
+  Variance& v = *t.variance;
+  if (!finite(m.second + m.uniform + m.first_squared + m.mean_squared)) return;
+  if (t.scalars->updates == t.warmup_draws) v = Variance{};  // another distribution from here on
+  const double keep = t.smoothing, add = 1 - keep;
+  v.weight = keep * v.weight + add;
+  v.second = keep * v.second + add * m.second;
+  v.uniform = keep * v.uniform + add * m.uniform;
+  v.first_squared = keep * v.first_squared + add * m.first_squared;
+  v.mean_squared = keep * v.mean_squared + add * m.mean_squared;
+  derive(t, n);
+}
+
+}  // namespace fastis
