@@ -1,18 +1,20 @@
 """Variance of the minibatch gradient under the drawing schemes, at fixed networks on the way.
 
-    python bench/gradient_variance.py --data fashion_mnist.npz [--json FILE]
+    python bench/gradient_variance.py --data fashion_mnist.npz [--order label] [--json FILE]
 
-Trains LeNet-5 with EMAIS (bench/train.py's job), stops at some iterations, and there draws many
-minibatches from the same state of the sampler under each scheme, measuring the trace of the
-covariance of the estimate (1/B) sum r g around its mean:
+Trains LeNet-5 with EMAIS (bench/train.py's job), stops at some iterations, and there computes the
+trace of the covariance of the estimate (1/B) sum r g exactly, from the integer weights of the next
+draw (no random draws: rare large coefficients would make them too noisy to compare):
 
-- ``logits``: g is the gradient at the logits, of all samples known exactly, over many draws;
-- ``parameters``: the gradient of all parameters by backward, over fewer draws.
+- independent ("multinomial") and uniform draws: (sum |g_i|^2 / (N^2 p_i) - |G|^2) / B;
+- "stratified": draw b falls into slice b of the cumulative distribution, so the mean gradient of
+  every slice is taken off instead of G;
+- "systematic": all points share one offset; between two offsets where some draw moves on to its
+  next item nothing changes, and the integral over them is a sum.
 
-Figures are relative to independent (multinomial) draws from the same probabilities, with a 95 %
-interval; ``uniform`` is independent uniform draws, for scale. Stratified and systematic draws
-divide the cumulative distribution into equal slices in the order of the data, so that order
-matters: ``--order label`` sorts the training set by its labels first.
+g is the gradient at the logits, or that of all parameters (by torch.func; "systematic" is left out
+there, as it would take a gradient per pair of samples). Figures are relative to independent draws.
+Slices follow the order of the data: ``--order label`` sorts the training set by its labels first.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,20 +36,62 @@ from bench.datasets import Dataset, load_dataset
 from bench.loop import Run, RunConfig
 from bench.provenance import provenance
 from bench.report import aligned, append_row
+from fastis.kernels.reference_weights import distribution
 
 SCHEMES = ("multinomial", "stratified", "systematic", "uniform")
 
 
-def sampler_like(sampler: fastis.Sampler, scheme: str, seed: int) -> fastis.Sampler:
-    """One that draws from the same state by another scheme, or uniformly."""
-    n, batch_size = sampler.num_samples, sampler.batch_size
-    if scheme == "uniform":
-        return fastis.Sampler(n, batch_size, method="uniform", seed=seed)
-    twin = fastis.Sampler(n, batch_size, method=sampler.method, scheme=scheme)
-    state = sampler.state_dict()
-    state["settings"] = {**state["settings"], "scheme": scheme, "seed": seed}
-    twin.load_state_dict(state)
-    return twin
+class Layout:
+    """Where each item lies in the cumulative distribution of the next draw, in units of slices."""
+
+    def __init__(self, sampler: fastis.Sampler) -> None:
+        drawn = distribution(sampler._table)
+        others = torch.ones(len(drawn.weights), dtype=torch.bool)
+        others[drawn.heavy] = False
+        self.order = torch.cat([drawn.heavy, others.nonzero().flatten()])
+        self.p = drawn.weights.double()[self.order] / drawn.total
+        self.num_slices = sampler.batch_size
+        ends = torch.cumsum(drawn.weights[self.order], 0).double() / drawn.total
+        self.ends = ends * self.num_slices
+        self.starts = torch.cat([self.ends.new_zeros(1), self.ends[:-1]])
+
+    def pieces(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The items cut at the slices' borders: position in the order, slice, part of the slice."""
+        borders = torch.arange(1, self.num_slices, dtype=torch.float64)
+        cuts = torch.cat([self.ends, borders]).sort().values
+        lengths = torch.diff(cuts, prepend=cuts.new_zeros(1))
+        middles = cuts - lengths / 2
+        position = torch.searchsorted(self.ends, middles, right=True).clamp(max=len(self.p) - 1)
+        return position, middles.long().clamp(max=self.num_slices - 1), lengths
+
+
+def scheme_traces(layout: Layout, g: Tensor) -> dict[str, float]:
+    """Exact traces for gradients ``g`` [N, C]: all four schemes."""
+    batch_size, n = layout.num_slices, len(g)
+    rg = g[layout.order] / (n * layout.p)[:, None]
+    mean = g.mean(0).square().sum()
+    second = (layout.p * rg.square().sum(1)).sum()
+    position, slices, lengths = layout.pieces()
+    slice_means = torch.zeros(batch_size, g.shape[1], dtype=g.dtype)
+    slice_means.index_add_(0, slices, lengths[:, None] * rg[position])
+    # Systematic: as the offset grows from 0 to 1, pieces replace each other within their slices.
+    starts = (torch.cumsum(lengths, 0) - lengths - slices).clamp(min=0.0)
+    at_zero = torch.searchsorted(slices, torch.arange(batch_size))
+    first = torch.zeros(len(slices), dtype=torch.bool)
+    first[at_zero] = True
+    step = rg[position]
+    step[1:] = step[1:] - rg[position[:-1]]
+    events = (~first).nonzero().flatten()
+    events = events[starts[events].argsort(stable=True)]
+    sums = torch.cat([rg[position[at_zero]].sum(0)[None], step[events]]).cumsum(0)
+    offsets = torch.cat([starts.new_zeros(1), starts[events], starts.new_ones(1)])
+    shared = (torch.diff(offsets) * (sums / batch_size).square().sum(1)).sum()
+    return {
+        "multinomial": float((second - mean) / batch_size),
+        "stratified": float((second - slice_means.square().sum(1).mean()) / batch_size),
+        "systematic": float(shared - mean),
+        "uniform": float((g.square().sum(1).mean() - mean) / batch_size),
+    }
 
 
 @torch.no_grad()
@@ -59,49 +104,49 @@ def logit_gradients(model: torch.nn.Module, dataset: Dataset) -> Tensor:
     return torch.cat(rows)
 
 
-class Trace:
-    """The trace of a covariance from draws around a mean that may be estimated, and its error."""
+def parameter_traces(run: Run, layout: Layout) -> dict[str, float]:
+    """Exact traces for the gradients of all parameters; nothing of size N x parameters is kept."""
+    model, dataset, batch_size = run.model, run.dataset, layout.num_slices
+    parameters = dict(model.named_parameters())
 
-    def __init__(self, mean: Tensor | None) -> None:
-        self.mean, self.sum, self.squares = mean, 0.0, []
+    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        logits = torch.func.functional_call(model, parameters, (x[None],))
+        return F.cross_entropy(logits, y[None])
 
-    def add(self, gradient: Tensor) -> None:
-        self.sum = self.sum + gradient
-        centred = gradient if self.mean is None else gradient - self.mean
-        self.squares.append(float(centred.square().sum()))
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+    n = len(dataset.y_train)
+    norms = []
+    for x, y in tqdm(
+        list(zip(dataset.x_train.split(100), dataset.y_train.split(100), strict=True)),
+        desc="norms", leave=False, disable=not sys.stderr.isatty(),
+    ):  # fmt: skip
+        grads = per_sample(parameters, x, y)
+        norms.append(sum(g.detach().flatten(1).double().square().sum(1) for g in grads.values()))
+    squares = torch.cat(norms)
 
-    def result(self) -> tuple[float, float]:
-        """Estimate and standard error."""
-        squares = torch.tensor(self.squares, dtype=torch.float64)
-        n = len(squares)
-        mean = 0.0 if self.mean is not None else float((self.sum / n).square().sum())
-        bessel = 1.0 if self.mean is not None else n / (n - 1)
-        trace = bessel * (float(squares.mean()) - mean)
-        return trace, float(squares.std()) / n**0.5
+    def gradient(indices: Tensor, weights: Tensor) -> Tensor:
+        """sum_i weights_i g_i."""
+        losses = F.cross_entropy(
+            model(dataset.x_train[indices]), dataset.y_train[indices], reduction="none"
+        )
+        grads = torch.autograd.grad((weights.float() * losses).sum(), list(parameters.values()))
+        return torch.cat([g.flatten() for g in grads]).double()
 
-
-def parameter_gradient(run: Run, batch: fastis.Batch) -> Tensor:
-    x, y = run.dataset.x_train[batch.indices], run.dataset.y_train[batch.indices]
-    loss = fastis.cross_entropy(run.model(x), y, batch.weights).loss
-    grads = torch.autograd.grad(loss, list(run.model.parameters()))
-    return torch.cat([g.flatten() for g in grads])
-
-
-def measure(run: Run, draws: int, backwards: int) -> dict[str, dict[str, tuple[float, float]]]:
-    """Trace and standard error by space and scheme."""
-    g = logit_gradients(run.model, run.dataset)
-    traces: dict[str, dict[str, tuple[float, float]]] = {"logits": {}, "parameters": {}}
-    for scheme in SCHEMES:
-        sampler = sampler_like(run.sampler, scheme, seed=1)
-        logits, parameters = Trace(g.mean(0)), Trace(None)
-        for k in tqdm(range(draws), desc=scheme, leave=False, disable=not sys.stderr.isatty()):
-            batch = sampler.sample()
-            logits.add((batch.weights.double()[:, None] * g[batch.indices]).mean(0))
-            if k < backwards:
-                parameters.add(parameter_gradient(run, batch).double())
-        traces["logits"][scheme] = logits.result()
-        traces["parameters"][scheme] = parameters.result()
-    return traces
+    position, slices, lengths = layout.pieces()
+    weights = lengths / (n * layout.p[position])
+    total, slice_squares = 0.0, 0.0
+    for b in range(batch_size):
+        inside = slices == b
+        mean = gradient(layout.order[position[inside]], weights[inside])
+        slice_squares += float(mean.square().sum()) / batch_size
+        total = total + mean / batch_size
+    squared_mean = float(total.square().sum())
+    second = float((squares[layout.order] / (n * n * layout.p)).sum())
+    return {
+        "multinomial": (second - squared_mean) / batch_size,
+        "stratified": (second - slice_squares) / batch_size,
+        "uniform": (float(squares.mean()) - squared_mean) / batch_size,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,8 +159,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--order", choices=["file", "label"], default="file")
     parser.add_argument("--lr", type=float, default=0.03)
     parser.add_argument("--at", type=int, nargs="+", default=[1000, 3000, 6250])
-    parser.add_argument("--draws", type=int, default=20_000)
-    parser.add_argument("--backwards", type=int, default=1500)
     parser.add_argument("--json", type=Path, help="file to append a row an iteration to")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
@@ -124,29 +167,24 @@ def main(argv: list[str] | None = None) -> int:
         order = dataset.y_train.argsort(stable=True)
         x, y = dataset.x_train[order], dataset.y_train[order]
         dataset = replace(dataset, x_train=x, y_train=y)
-    config = RunConfig("emais", args.lr, seed=0, iterations=max(args.at))
-    run = Run(config, dataset)
+    run = Run(RunConfig("emais", args.lr, seed=0, iterations=max(args.at)), dataset)
     lines = [("iteration", "gradient of", *SCHEMES)]
     for iteration in sorted(args.at):
         run.train(iteration - run.sampler.step)
-        for space, traces in measure(run, args.draws, args.backwards).items():
-            base, base_error = traces["multinomial"]
-            ratios = {}
-            for scheme, (trace, error) in traces.items():
-                ratio = trace / base
-                relative = ((error / trace) ** 2 + (base_error / base) ** 2) ** 0.5
-                interval = 0.0 if scheme == "multinomial" else 1.96 * ratio * relative
-                ratios[scheme] = (ratio, interval)
-            cells = [f"{ratio:.3f} ± {half:.3f}" for ratio, half in ratios.values()]
-            lines.append((str(iteration), space, "1", *cells[1:]))
+        layout = Layout(run.sampler)
+        spaces = {
+            "logits": scheme_traces(layout, logit_gradients(run.model, run.dataset)),
+            "parameters": parameter_traces(run, layout),
+        }
+        for space, traces in spaces.items():
+            ratios = {name: value / traces["multinomial"] for name, value in traces.items()}
+            cells = [f"{ratios[name]:.3f}" if name in ratios else "-" for name in SCHEMES]
+            lines.append((str(iteration), space, *cells))
             if args.json:
                 row = {"benchmark": "gradient_variance", "order": args.order, "lr": args.lr}
-                row.update(iteration=iteration, space=space, draws=args.draws)
+                row.update(iteration=iteration, space=space, trace=traces, ratio=ratios)
                 row["data"] = Path(args.data).name if args.data else "default"
-                if space == "parameters":
-                    row["draws"] = args.backwards
-                row.update(trace=dict(traces), ratio=ratios, **provenance(torch.device("cpu")))
-                append_row(args.json, row)
+                append_row(args.json, {**row, **provenance(torch.device("cpu"))})
     print(aligned(lines))
     return 0
 

@@ -10,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import sweep
+
+import fastis
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import bench_step, datasets, loop, make_subset, plot, report, train
+from bench import bench_step, datasets, gradient_variance, loop, make_subset, plot, report, train
 from bench.loop import RunConfig
 from bench.models import build_model
 
@@ -309,3 +312,27 @@ def test_paired_differences(tmp_path, capsys):
     assert "test_error: +0.0000 ± 0.0000 over 3 seeds" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="METHOD:LR, got 'emais:7'"):
         compare.main([str(path), "--pair", "emais:7", "scan:0.01"])
+
+
+@pytest.mark.parametrize("scheme", ["multinomial", "stratified", "systematic"])
+def test_exact_traces_are_what_draws_scatter_by(scheme):
+    n, batch_size, draws = 300, 16, 4000
+    generator = torch.Generator().manual_seed(0)
+    g = torch.randn(n, 3, dtype=torch.float64, generator=generator)
+    sampler = fastis.Sampler(
+        n, batch_size, method=fastis.methods.EMAIS(warmup_epochs=0), scheme=scheme
+    )
+    score = torch.empty(n).log_normal_(0, 1.5, generator=generator)  # some reach the cap
+    sweep(sampler, score)
+    layout = gradient_variance.Layout(sampler)
+    assert torch.equal(layout.order.sort().values, torch.arange(n))
+    traces = gradient_variance.scheme_traces(layout, g)
+    squares = []
+    for _ in range(draws):
+        batch = sampler.sample()
+        estimate = (batch.weights.double()[:, None] * g[batch.indices]).mean(0)
+        squares.append((estimate - g.mean(0)).square().sum())
+    squares = torch.stack(squares)
+    # Beyond 5 standard errors about once in 1.7 million.
+    error = abs(float(squares.mean()) - traces[scheme])
+    assert error < 5 * float(squares.std()) / draws**0.5
