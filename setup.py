@@ -139,7 +139,7 @@ setup(
             "fastis._C",
             sources=relative("csrc/*.cpp") + relative("csrc/cpu/*.cpp"),
             include_dirs=[pybind11.get_include()],
-            depends=relative("csrc/*.h") + relative("csrc/cpu/*.h"),
+            depends=relative("csrc/*.h") + relative("csrc/cpu/*.h") + relative("csrc/device/*.h"),
             language="c++",
         )
     ],

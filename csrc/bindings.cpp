@@ -83,18 +83,18 @@ std::string build_info() {
   return info;
 }
 
+template <class T>
+T* address(const py::dict& tensors, const char* name) {
+  return reinterpret_cast<T*>(tensors[name].cast<uintptr_t>());
+}
+
 // From the tensors' addresses and the constants of fastis/table.py, both by name.
-fastis::Table make_table(const py::dict& tensors, const py::dict& constants) {
-  const auto address = [&](const char* name) { return tensors[name].cast<uintptr_t>(); };
+void fill_table(fastis::Table& t, const py::dict& tensors, const py::dict& constants) {
   const auto integer = [&](const char* name) { return constants[name].cast<int64_t>(); };
-  fastis::Table t;
-  t.records = reinterpret_cast<fastis::Record*>(address("records"));
-  t.scalars = reinterpret_cast<fastis::Scalars*>(address("scalars"));
-  t.variance = reinterpret_cast<fastis::Variance*>(address("variance"));
-  t.starts = reinterpret_cast<uint64_t*>(address("starts"));
-  t.unseen_starts = reinterpret_cast<uint32_t*>(address("unseen_starts"));
-  t.heavy = reinterpret_cast<int64_t*>(address("heavy"));
-  t.heavy_weights = reinterpret_cast<uint64_t*>(address("heavy_weights"));
+  t.records = address<fastis::Record>(tensors, "records");
+  t.scalars = address<fastis::Scalars>(tensors, "scalars");
+  t.variance = address<fastis::Variance>(tensors, "variance");
+  t.heavy = address<int64_t>(tensors, "heavy");
   t.num_samples = integer("num_samples");
   t.batch_size = integer("batch_size");
   t.warmup_draws = integer("warmup_draws");
@@ -111,7 +111,28 @@ fastis::Table make_table(const py::dict& tensors, const py::dict& constants) {
   t.importance = static_cast<fastis::Importance>(integer("importance"));
   t.flatten = static_cast<fastis::Flatten>(integer("flatten"));
   t.scheme = static_cast<fastis::Scheme>(integer("scheme"));
+}
+
+fastis::Table make_table(const py::dict& tensors, const py::dict& constants) {
+  fastis::Table t;
+  fill_table(t, tensors, constants);
+  t.starts = address<uint64_t>(tensors, "starts");
+  t.unseen_starts = address<uint32_t>(tensors, "unseen_starts");
+  t.heavy_weights = address<uint64_t>(tensors, "heavy_weights");
   t.levels = fastis::Levels(t.num_samples);
+  return t;
+}
+
+fastis::DeviceTable make_device_table(const py::dict& tensors, const py::dict& constants) {
+  fastis::DeviceTable t;
+  fill_table(t, tensors, constants);
+  t.sums = address<uint64_t>(tensors, "sums");
+  t.unseen = address<uint32_t>(tensors, "unseen");
+  t.claims = address<uint32_t>(tensors, "claims");
+  t.work = address<int64_t>(tensors, "work");
+  t.arrivals = address<unsigned>(tensors, "arrivals");
+  t.room = constants["room"].cast<int64_t>();
+  t.levels = fastis::Levels(t.num_samples, fastis::kDeviceTop);
   return t;
 }
 
@@ -151,8 +172,15 @@ PYBIND11_MODULE(_C, m) {
   py::class_<fastis::Table>(m, "Table")
       .def(py::init(&make_table))
       .def_property_readonly("address", [](const fastis::Table& t) { return uintptr_t(&t); });
+  py::class_<fastis::DeviceTable>(m, "DeviceTable")
+      .def(py::init(&make_device_table))
+      .def_property_readonly("address", [](const fastis::DeviceTable& t) { return uintptr_t(&t); });
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("structure_nodes", [](int64_t n) { return fastis::Levels(n).total(); });
+  m.def("device_structure_nodes",
+        [](int64_t n) { return fastis::Levels(n, fastis::kDeviceTop).total(); });
+  m.def("emulate_update", &fastis::emulated::update);
+  m.def("emulate_draw", &fastis::emulated::draw);
   m.def("locate", FASTIS_CPU(locate));
   m.def("alias_build", FASTIS_CPU(alias_build));
   m.def("alias_draw", FASTIS_CPU(alias_draw));

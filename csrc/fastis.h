@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "device/device_table.h"
 #include "table.h"
 
 namespace fastis {
@@ -17,6 +18,18 @@ struct Pointer {
 };
 
 }  // namespace fastis
+
+// The device's code run on the host, in an order that `stride` permutes: for tests of everything
+// but the launch (see device/grid.h).
+namespace fastis::emulated {
+
+void update(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
+            Pointer<const float> observed, Pointer<const float> weights, Pointer<const float> score,
+            int64_t n, Pointer<const float> mean_grad, int64_t num_classes, uint64_t stride);
+void draw(Pointer<const DeviceTable> table, Pointer<int64_t> indices, Pointer<float> weights,
+          uint64_t stride);
+
+}  // namespace fastis::emulated
 
 // The CPU entry points exist once per instruction set, each in a namespace of its own.
 #define FASTIS_NAMESPACE baseline

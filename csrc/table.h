@@ -100,6 +100,14 @@ FASTIS_HD inline int exponent_for(float floor, int headroom) {
   return exponent_of(code_of(floor, 0.0f)) - headroom;
 }
 
+// Flattening by "mix": the least constant c with B (peak + c) <= D (total + N c).
+FASTIS_HD inline int64_t mix_offset(uint64_t peak, uint64_t total, const Table& t) {
+  const __int128 batch = static_cast<__int128>(t.batch_size) * t.cap_denominator;
+  const __int128 over = batch * peak - static_cast<__int128>(t.cap_numerator) * total;
+  const __int128 divisor = static_cast<__int128>(t.cap_numerator) * t.num_samples - batch;
+  return over <= 0 ? 0 : static_cast<int64_t>((over + divisor - 1) / divisor);
+}
+
 // The largest shift of a mantissa that n new weights can have without overflowing a sum.
 FASTIS_HD inline int max_shift(int64_t n) { return 61 - 16 - ceil_log2(static_cast<uint64_t>(n)); }
 

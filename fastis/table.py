@@ -149,27 +149,59 @@ class Table:
 
     @cached_property
     def handle(self) -> int:
-        """Address of the compiled kernels' view; the structure is allocated on first use."""
+        """Address of the CPU kernels' view; the structure is allocated on first use."""
+        nodes = _C.structure_nodes(self.constants.num_samples)
+        heavy = max(1, self.constants.max_heavy)
+        return self._view_of(
+            _C.Table,
+            {
+                "starts": (nodes, torch.int64, 0),
+                "unseen_starts": (nodes, torch.int32, 0),
+                "heavy": (heavy, torch.int64, 0),
+                "heavy_weights": (heavy, torch.int64, 0),
+            },
+        )
+
+    @cached_property
+    def device_handle(self) -> int:
+        """Address (on the host) of the device kernels' view; allocates on first use."""
+        n = self.constants.num_samples
+        nodes = _C.device_structure_nodes(n)
+        room = 2 * (self.constants.max_heavy + 1) + 16
+        return self._view_of(
+            _C.DeviceTable,
+            {
+                "sums": (nodes, torch.int64, 0),
+                "unseen": (nodes, torch.int32, 0),
+                "claims": (n, torch.int32, -1),
+                "heavy": (room, torch.int64, 0),
+                "work": (5 * room, torch.int64, 0),
+                "arrivals": (1, torch.int32, 0),
+            },
+            room=room,
+        )
+
+    def _view_of(
+        self, view: type, layout: dict[str, tuple[int, torch.dtype, int]], **constants: int
+    ) -> int:
+        """Allocates the structure (tables with records only) and describes all tensors."""
+        if self.records is not None:
+            for name, (size, dtype, fill) in layout.items():
+                self._structure[name] = _zeros((size,), dtype, self.device)
+                if fill != 0:
+                    self._structure[name].fill_(fill)
+        elif "arrivals" in layout:
+            self._structure["arrivals"] = _zeros((1,), torch.int32, self.device)
         tensors: dict[str, Tensor | None] = {
+            **dict.fromkeys(layout),
             "records": self.records,
             "scalars": self.scalars,
             "variance": self.variance,
-            **dict.fromkeys(("starts", "unseen_starts", "heavy", "heavy_weights")),
+            **self._structure,
         }
-        if self.records is not None:
-            nodes = _C.structure_nodes(self.constants.num_samples)
-            max_heavy = max(1, self.constants.max_heavy)
-            for name, size, dtype in (
-                ("starts", nodes, torch.int64),
-                ("unseen_starts", nodes, torch.int32),
-                ("heavy", max_heavy, torch.int64),
-                ("heavy_weights", max_heavy, torch.int64),
-            ):
-                self._structure[name] = _zeros((size,), dtype, self.device)
-        tensors.update(self._structure)
         addresses = {name: 0 if t is None else t.data_ptr() for name, t in tensors.items()}
-        self._view = _C.Table(addresses, asdict(self.constants))
-        return self._view.address
+        self._view = view(addresses, {**asdict(self.constants), **constants})
+        return int(self._view.address)
 
     def column(self, position: int) -> Tensor:
         """A view of one column of the records, float32 for mean and variance."""

@@ -150,12 +150,6 @@ class Distribution {
   uint64_t total_, theta_, heavy_total_;
 };
 
-// floor((b total + u) / B) without leaving 64 bits.
-uint64_t slice_point(uint64_t b, uint64_t u, uint64_t total, uint64_t batch_size) {
-  const uint64_t quotient = total / batch_size, remainder = total % batch_size;
-  return b * quotient + (b * remainder + u) / batch_size;
-}
-
 // The points of draws b, b + 1, ... below the total.
 void place(const Table& t, uint64_t iteration, uint64_t total, int64_t first, int size,
            uint64_t* points) {

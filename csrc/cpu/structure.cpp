@@ -133,8 +133,7 @@ void flatten_by_cap(const Table& t, uint64_t mean_weight) {
   s.unseen = static_cast<int64_t>(std::min(theta, mean_weight));
 }
 
-// The constant added to every weight so that the largest meets the cap:
-// B (peak + c) <= D (total + N c).
+// A constant added to every weight, so that the largest meets the cap.
 void flatten_by_mix(const Table& t, uint64_t mean_weight) {
   Scalars& s = *t.scalars;
   const int64_t num_unseen = t.num_samples - s.seen;
@@ -148,10 +147,7 @@ void flatten_by_mix(const Table& t, uint64_t mean_weight) {
     s.ceiling = static_cast<int64_t>(ceiling);
     peak = std::max(peak, ceiling);
   }
-  const __int128 batch = static_cast<__int128>(t.batch_size) * t.cap_denominator;
-  const __int128 over = batch * peak - static_cast<__int128>(t.cap_numerator) * total;
-  const __int128 divisor = static_cast<__int128>(t.cap_numerator) * t.num_samples - batch;
-  s.offset = over <= 0 ? 0 : static_cast<int64_t>((over + divisor - 1) / divisor);
+  s.offset = mix_offset(peak, total, t);
   s.theta = kNoCap;
   s.unseen = static_cast<int64_t>(mean_weight);
 }

@@ -1,0 +1,21 @@
+#include "device/draw.h"
+#include "device/update.h"
+#include "fastis.h"
+
+namespace fastis::emulated {
+
+void update(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
+            Pointer<const float> observed, Pointer<const float> weights, Pointer<const float> score,
+            int64_t n, Pointer<const float> mean_grad, int64_t num_classes, uint64_t stride) {
+  device::HostGrid grid(stride);
+  device::update(grid, *table.address,
+                 {indices, observed, weights, score, n, mean_grad, num_classes});
+}
+
+void draw(Pointer<const DeviceTable> table, Pointer<int64_t> indices, Pointer<float> weights,
+          uint64_t stride) {
+  device::HostGrid grid(stride);
+  device::draw(grid, *table.address, indices.address, weights.address);
+}
+
+}  // namespace fastis::emulated

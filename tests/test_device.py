@@ -1,0 +1,180 @@
+"""The device's update and draw, run on the host: bit for bit what the reference does.
+
+csrc/device is written in phases over all threads of a launch. Here the phases run one index after
+the other, forwards, backwards and scrambled, so that a dependence on the order of threads shows.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import observe, sweep
+
+import fastis
+from fastis import _C, kernels
+from fastis.kernels.reference_weights import distribution
+from fastis.methods import EMAIS
+from fastis.table import LAST
+
+FORWARDS, BACKWARDS, SCRAMBLED = 1, 0, 7919
+
+
+class Emulator:
+    """The sampler's kernels for a table, one after the other."""
+
+    def __init__(self, stride: int) -> None:
+        self.stride = stride
+
+    def update(self, table, indices, observed, weights, score, mean_grad) -> bool:
+        _C.emulate_update(
+            table.device_handle,
+            indices.data_ptr(),
+            observed.data_ptr(),
+            weights.data_ptr(),
+            score.data_ptr(),
+            indices.numel(),
+            0 if mean_grad is None else mean_grad.data_ptr(),
+            0 if mean_grad is None else mean_grad.numel(),
+            self.stride,
+        )
+        return True
+
+    def draw(self, table, indices, weights) -> None:
+        _C.emulate_draw(table.device_handle, indices.data_ptr(), weights.data_ptr(), self.stride)
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """A context in which samplers run the device's code on the host."""
+
+    def enter(stride: int) -> None:
+        emulator = Emulator(stride)
+        for operation in ("update", "sample"):
+            module = SimpleNamespace(update=emulator.update, draw=emulator.draw)
+            monkeypatch.setitem(kernels._chosen, (operation, "cpu"), module)
+
+    yield enter
+    kernels._chosen.clear()
+
+
+def pair(**arguments) -> list[fastis.Sampler]:
+    return [fastis.Sampler(**{"seed": 3, **arguments}) for _ in range(2)]
+
+
+def assert_equal_tables(reference: fastis.Sampler, device: fastis.Sampler) -> None:
+    theirs, ours = reference.state_dict(), device.state_dict()
+    if "records" in ours:
+        assert torch.equal(ours["records"], theirs["records"])
+    assert torch.equal(ours["scalars"], theirs["scalars"])
+    torch.testing.assert_close(ours["variance"], theirs["variance"], equal_nan=True)
+
+
+def run(samplers, emulated, stride, steps, batch_size, spread=2.0, trend=0.0, size=None):
+    generator = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        size = size or batch_size
+        score = torch.empty(size).log_normal_(0, spread, generator=generator)
+        score *= 10.0 ** (trend * step)
+        score[torch.rand(size, generator=generator) < 0.02] = torch.nan
+        mean_grad = torch.randn(5, generator=generator)
+        kernels._chosen.clear()
+        with fastis.backend("reference"):
+            expected = samplers[0].sample()
+            samplers[0].update(expected, observe(score, mean_grad))
+        emulated(stride)
+        batch = samplers[1].sample()
+        assert torch.equal(batch.indices, expected.indices)
+        assert torch.equal(batch.weights, expected.weights)
+        samplers[1].update(batch, observe(score, mean_grad))
+    assert_equal_tables(*samplers)
+
+
+@pytest.mark.parametrize("stride", [FORWARDS, BACKWARDS, SCRAMBLED])
+@pytest.mark.parametrize("flatten", ["cap", "mix"])
+@pytest.mark.parametrize("scheme", ["multinomial", "stratified", "systematic"])
+def test_same_indices_coefficients_and_state(emulated, stride, flatten, scheme):
+    samplers = pair(
+        num_samples=700, batch_size=32, method=EMAIS(warmup_epochs=0), flatten=flatten,
+        scheme=scheme,
+    )  # fmt: skip
+    run(samplers, emulated, stride, steps=120, batch_size=32)
+
+
+@pytest.mark.parametrize("method", ["emais", "scan", "uniform", EMAIS(importance="sum", tau=30.0)])
+def test_methods_and_the_warm_up(emulated, method):
+    run(pair(num_samples=300, batch_size=16, method=method), emulated, SCRAMBLED, 80, 16)
+
+
+@pytest.mark.parametrize("trend", [-0.05, 0.05])
+@pytest.mark.parametrize("flatten", ["cap", "mix"])
+def test_rescaling_when_scores_move_by_decades(emulated, trend, flatten):
+    samplers = pair(
+        num_samples=200, batch_size=24, method=EMAIS(warmup_epochs=0, tau=3.0), flatten=flatten
+    )
+    run(samplers, emulated, SCRAMBLED, steps=200, batch_size=24, trend=trend)
+
+
+@pytest.mark.parametrize("duplicates", [0.2, 1, 1.5, 5, 40])
+def test_every_cap(emulated, duplicates):
+    samplers = pair(
+        num_samples=300, batch_size=40, method=EMAIS(warmup_epochs=0), max_duplicates=duplicates
+    )
+    run(samplers, emulated, SCRAMBLED, steps=60, batch_size=40, spread=3.0)
+    table = samplers[1]._table
+    assert int(table.scalars[8]) <= table.constants.max_heavy
+
+
+def test_many_levels_and_many_heavy_items(emulated):
+    n, batch_size = 2**17 + 3, 512
+    samplers = pair(num_samples=n, batch_size=batch_size, method=EMAIS(warmup_epochs=0))
+    generator = torch.Generator().manual_seed(1)
+    score = torch.empty(n).log_normal_(0, 3, generator=generator)
+    with fastis.backend("reference"):
+        sweep(samplers[0], score)
+    emulated(SCRAMBLED)
+    sweep(samplers[1], score)
+    assert_equal_tables(*samplers)
+    run(samplers, emulated, SCRAMBLED, steps=8, batch_size=batch_size, spread=3.0)
+    structure, scalars = samplers[1]._table._structure, samplers[1]._table.scalars
+    drawn = distribution(samplers[1]._table)
+    samplers[1].sample()
+    assert torch.equal(structure["heavy"][: int(scalars[8])], drawn.heavy)
+
+
+def test_sums_hold_every_integer(emulated):
+    n = 3001
+    sampler = fastis.Sampler(n, 32, method=EMAIS(warmup_epochs=0), seed=1)
+    emulated(SCRAMBLED)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(600):
+        batch = sampler.sample()
+        score = torch.empty(32).log_normal_(0, 2.5, generator=generator)
+        sampler.update(batch, observe(score))
+    sampler.sample()
+    table = sampler._table
+    drawn = distribution(table)
+    seen = table.column(LAST) >= 0
+    light = torch.where(seen, drawn.weights, 0)
+    light[drawn.heavy] = 0
+    sums = torch.nn.functional.pad(light, (0, -n % 4)).view(-1, 4).sum(1)
+    assert torch.equal(table._structure["sums"][: len(sums)], sums)
+    unseen = torch.nn.functional.pad((~seen).int(), (0, -n % 4)).view(-1, 4).sum(1)
+    assert torch.equal(table._structure["unseen"][: len(unseen)].long(), unseen)
+    assert (table._structure["claims"] == -1).all()
+
+
+def test_a_sample_drawn_many_times_is_observed_once(emulated):
+    for stride in (FORWARDS, BACKWARDS, SCRAMBLED):
+        samplers = pair(num_samples=10, batch_size=8, method=EMAIS(warmup_epochs=0))
+        indices = torch.tensor([3, 5, 3, 3, 5, 0, 3, 9])
+        score = torch.tensor([torch.nan, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, torch.inf])
+        kernels._chosen.clear()
+        with fastis.backend("reference"):
+            samplers[0].update(fastis.Batch(indices, torch.ones(8)), observe(score))
+        emulated(stride)
+        samplers[1].update(fastis.Batch(indices, torch.ones(8)), observe(score))
+        assert_equal_tables(*samplers)
+        assert samplers[1].mean[[0, 3, 5, 9]].tolist() == [6.0, 3.0, 2.0, 0.0]
+        assert samplers[1].skipped == 2
