@@ -127,7 +127,8 @@ class BuildExtension(build_ext):
         for source in relative("csrc/cuda/*.cu"):
             target = Path(self.build_temp) / "cuda" / (Path(source).stem + ".o")
             target.parent.mkdir(parents=True, exist_ok=True)
-            flags = ["-std=c++17", "-O3", "--fmad=false", "-Icsrc", "-Xcompiler", "-fPIC"]
+            flags = ["-std=c++17", "-O3", "--fmad=false", "-Icsrc", "-DFASTIS_CUDA=1"]
+            flags += ["-Xcompiler", "-fPIC"]
             self.spawn([nvcc, "-c", source, "-o", str(target), *flags, "--threads", "2", *targets])
             objects.append(str(target))
         return objects

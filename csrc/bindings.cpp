@@ -187,6 +187,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("draw_points", FASTIS_CPU(draw_points));
 
   // On the step's path.
+#ifdef FASTIS_CUDA
+  m.def("cuda_error_string", &fastis::cuda::error_string);
+  fastis::define_fast<struct CudaUpdate>(m, "cuda_update", &fastis::cuda::update);
+  fastis::define_fast<struct CudaDraw>(m, "cuda_draw", &fastis::cuda::draw);
+  fastis::define_fast<struct CudaUpdateAndDraw>(m, "cuda_update_and_draw",
+                                                &fastis::cuda::update_and_draw);
+#endif
   fastis::define_fast<struct Update>(m, "update", FASTIS_CPU(update));
   fastis::define_fast<struct Draw>(m, "draw", FASTIS_CPU(draw));
   fastis::define_fast<struct CrossEntropy>(m, "cross_entropy", FASTIS_CPU(cross_entropy));

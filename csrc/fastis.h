@@ -31,6 +31,27 @@ void draw(Pointer<const DeviceTable> table, Pointer<int64_t> indices, Pointer<fl
 
 }  // namespace fastis::emulated
 
+#ifdef FASTIS_CUDA
+// Launches on `stream` of `device`; the CUDA error, 0 for none. A table's address is on the host.
+namespace fastis::cuda {
+
+const char* error_string(int64_t error);
+int64_t update(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
+               Pointer<const float> observed, Pointer<const float> weights,
+               Pointer<const float> score, int64_t n, Pointer<const float> mean_grad,
+               int64_t num_classes, int64_t device, uint64_t stream);
+int64_t draw(Pointer<const DeviceTable> table, Pointer<int64_t> indices, Pointer<float> weights,
+             int64_t device, uint64_t stream);
+// Both in one launch: what is learnt of a minibatch, then the next one.
+int64_t update_and_draw(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
+                        Pointer<const float> observed, Pointer<const float> weights,
+                        Pointer<const float> score, int64_t n, Pointer<const float> mean_grad,
+                        int64_t num_classes, Pointer<int64_t> next_indices,
+                        Pointer<float> next_weights, int64_t device, uint64_t stream);
+
+}  // namespace fastis::cuda
+#endif
+
 // The CPU entry points exist once per instruction set, each in a namespace of its own.
 #define FASTIS_NAMESPACE baseline
 #include "cpu/entry_points.h"

@@ -1,0 +1,24 @@
+"""Draws on a GPU: csrc/cuda/sampler.cu, one launch, no host synchronisation.
+
+Given weights and alias tables are served by the reference's integer-exact PyTorch operations.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastis.kernels import _C, reference_sample
+from fastis.kernels.cuda_update import check, stream_of
+from fastis.table import FLATTEN, Table
+
+_POWER = FLATTEN["power"]
+
+
+def draw(table: Table, indices: Tensor, weights: Tensor) -> None:
+    """See :func:`fastis.kernels.reference_sample.draw`."""
+    if table.constants.flatten == _POWER:  # it moves every weight at every step: O(N) anyway
+        reference_sample.draw(table, indices, weights)
+        return
+    device = table.device.index
+    addresses = indices.data_ptr(), weights.data_ptr()
+    check(_C.cuda_draw(table.device_handle, *addresses, device, stream_of(device)))
