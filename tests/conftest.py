@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import pytest
@@ -11,6 +12,10 @@ from torch import Tensor
 import fastis
 
 torch.set_num_threads(1)
+
+# In the process that test_triton.py starts, the losses are tested with Triton's interpreter alone.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+LOSS_BACKENDS = ["triton"] if INTERPRETED else ["reference", "cpu"]
 
 
 class Observation(NamedTuple):

@@ -56,21 +56,24 @@ def test_import_loads_neither_triton_nor_matplotlib():
 
 
 def test_backends_have_the_same_functions():
-    import importlib
+    import importlib.util
     import inspect
 
-    for operation in ("update", "sample"):
+    columns = [("update", "cpu"), ("sample", "cpu")]
+    if importlib.util.find_spec("triton"):
+        columns.append(("loss", "triton"))
+    for operation, backend in columns:
         reference = importlib.import_module(f"fastis.kernels.reference_{operation}")
-        compiled = importlib.import_module(f"fastis.kernels.cpu_{operation}")
+        compiled = importlib.import_module(f"fastis.kernels.{backend}_{operation}")
         for name, function in inspect.getmembers(compiled, inspect.isfunction):
-            if function.__module__ != compiled.__name__:
+            if function.__module__ != compiled.__name__ or name.startswith("_"):
                 continue
             assert inspect.signature(function) == inspect.signature(getattr(reference, name))
 
 
 def test_unknown_backend_is_an_error():
     with (
-        pytest.raises(ValueError, match="name must be one of reference, cpu, got 'tpu'"),
+        pytest.raises(ValueError, match="name must be one of reference, cpu, triton, got 'tpu'"),
         fastis.backend("tpu"),
     ):
         pass

@@ -5,12 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import LOSS_BACKENDS
 
 import fastis
 from fastis import operators
 
 
-@pytest.fixture(params=["reference", "cpu"], autouse=True)
+@pytest.fixture(params=LOSS_BACKENDS, autouse=True)
 def backend(request):
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import INTERPRETED, LOSS_BACKENDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,16 +18,17 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 CLASSES = [1, 2, 3, 7, 8, 9, 10, 16, 17, 33, 64, 65, 100, 1000]
 # Slack on PyTorch's own error: a few roundings of the result's dtype.
 SLACK = {torch.float64: 1e-14, torch.float32: 5e-7, torch.bfloat16: 5e-7, torch.float16: 5e-7}
-# Half an ulp of gradients of at most 1, which are rounded once to the logits' dtype.
+# Half an ulp of gradients of at most 1, which are rounded once to the logits' dtype; a whole one in
+# Triton's interpreter, which truncates to bfloat16.
 ROUNDING = {
     torch.float64: 0.0,
     torch.float32: 0.0,
-    torch.bfloat16: 2.0**-8,
+    torch.bfloat16: 2.0**-7 if INTERPRETED else 2.0**-8,
     torch.float16: 2.0**-11,
 }
 
 
-@pytest.fixture(params=["reference", "cpu"], autouse=True)
+@pytest.fixture(params=LOSS_BACKENDS, autouse=True)
 def backend(request):
     """One backend at a time, on one thread: the tensors are small and the machine may be shared."""
     before = torch.get_num_threads()
@@ -91,7 +93,7 @@ def check_scored(out, logits, loss_none, weights, denominator, theirs=None):
 @pytest.mark.parametrize("num_classes", CLASSES)
 def test_cross_entropy_sizes(dtype, num_classes):
     torch.manual_seed(num_classes)
-    for batch in (1, 3, 33, 128):
+    for batch in (1, 3, 33) if INTERPRETED and num_classes > 60 else (1, 3, 33, 128):
         logits = (3 * torch.randn(batch, num_classes)).to(dtype).requires_grad_()
         target = torch.randint(num_classes, (batch,))
         weights = torch.rand(batch) + 0.5
@@ -140,7 +142,7 @@ def test_cross_entropy_options(dtype, num_classes, soft):
 @pytest.mark.parametrize("num_labels", [1, 2, 3, 7, 8, 9, 17, 100, 1500])
 def test_label_losses(dtype, num_labels):
     torch.manual_seed(num_labels)
-    for batch in (1, 3, 40):
+    for batch in (1, 3) if INTERPRETED and num_labels > 100 else (1, 3, 40):
         logits = (4 * torch.randn(batch, num_labels)).to(dtype).requires_grad_()
         target = torch.rand(batch, num_labels)
         weights = torch.rand(batch) + 0.5
@@ -300,7 +302,7 @@ def test_empty_batches(shape):
     shift=st.floats(-50, 50),
     seed=st.integers(0, 2**31),
 )
-@pytest.mark.parametrize("name", ["reference", "cpu"])
+@pytest.mark.parametrize("name", LOSS_BACKENDS)
 def test_properties(name, batch, num_classes, dtype, layout, shift, seed):
     """Strides do not matter, gradients sum to 0, a shift of all logits changes nothing."""
     torch.manual_seed(seed)
@@ -334,8 +336,8 @@ def test_properties(name, batch, num_classes, dtype, layout, shift, seed):
 @pytest.mark.parametrize("num_classes", [10, 200])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_do_not_change_a_bit(num_classes, dtype, backend):
-    if backend == "reference":
-        pytest.skip("torch's own sums may depend on its threads")
+    if backend != "cpu":
+        pytest.skip("a promise of the compiled kernels alone")
     torch.manual_seed(0)
     logits = torch.randn(600000 // num_classes, num_classes).to(dtype).requires_grad_()
     target = torch.randint(num_classes, logits.shape[:1])

@@ -9,17 +9,20 @@ backend     loss                update                sample
 ==========  ==================  ====================  ====================
 reference   reference_loss      reference_update      reference_sample
 cpu         cpu_loss            cpu_update            cpu_sample
+triton      triton_loss
 ==========  ==================  ====================  ====================
 
 ``reference`` is plain PyTorch and runs on every device: the oracle of the tests and the fall-back
-where nothing faster was built. The fastest backend installed for a device is chosen once and
-remembered; :func:`backend` forces one.
+where nothing faster was built. ``triton`` serves CUDA tensors, and CPU tensors only for tests: in
+Triton's interpreter (``TRITON_INTERPRET=1``) and when it is asked for. The fastest backend that is
+installed for a device is chosen once and remembered; :func:`backend` forces one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -34,12 +37,17 @@ except ImportError as error:  # a source tree that was never built, or a wheel f
 else:
     _C_MISSING = ""
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "triton")
 OPERATIONS = ("loss", "update", "sample")
 # Backends in order of speed, by the device of the tensors and the operation.
 _FASTEST_FIRST = {
     "cpu": {"loss": ("cpu",), "update": ("cpu",), "sample": ("cpu",)},
+    "cuda": {"loss": ("triton",)},
 }
+# (backend, device, operation) that serves only when it is forced.
+_ON_REQUEST = {("triton", "cpu", "loss")}
+# The oldest release that the kernels were compiled and interpreted with.
+_OLDEST_TRITON = (3, 6)
 
 _forced: str | None = None
 _chosen: dict[tuple[str, str], ModuleType] = {}
@@ -49,9 +57,34 @@ def missing(name: str, operation: str, device_type: str) -> str:
     """Why backend ``name`` can't do ``operation`` on ``device_type``; empty when it can."""
     if name == "reference":
         return ""
-    if name not in _FASTEST_FIRST.get(device_type, {}).get(operation, ()):
+    named = name in _FASTEST_FIRST.get(device_type, {}).get(operation, ())
+    if not named and (name, device_type, operation) not in _ON_REQUEST:
         return f"backend {name!r} has no {operation} kernels for {device_type} tensors"
-    return _C_MISSING
+    if name == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            "its kernels run on CPU tensors only in Triton's interpreter "
+            "(TRITON_INTERPRET=1, set before triton is imported)"
+        )
+    return _not_installed(name)
+
+
+def _not_installed(name: str) -> str:
+    """Why backend ``name`` is not there for any device; empty when it is."""
+    if name == "triton":
+        return _triton_missing()
+    return "" if name == "reference" else _C_MISSING
+
+
+def _triton_missing() -> str:
+    """Why there is no usable triton; empty when there is. Imports it: not called on the way in."""
+    try:
+        import triton
+    except Exception as error:  # a broken installation raises whatever it likes
+        return f"triton could not be imported ({error})"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < _OLDEST_TRITON:
+        oldest = ".".join(map(str, _OLDEST_TRITON))
+        return f"triton {triton.__version__} is older than {oldest}, the oldest release supported"
+    return ""
 
 
 def kernels_for(operation: str, device_type: str) -> ModuleType:
@@ -102,8 +135,9 @@ def backend(name: str) -> Iterator[None]:
     global _forced
     if name not in BACKENDS:
         raise ValueError(f"name must be one of {', '.join(BACKENDS)}, got {name!r}")
-    if name != "reference" and _C_MISSING:
-        raise RuntimeError(f"backend {name!r} was asked for, but {_C_MISSING}")
+    why = _not_installed(name)
+    if why:
+        raise RuntimeError(f"backend {name!r} was asked for, but {why}")
     before, _forced = _forced, name
     _chosen.clear()
     try:
@@ -116,6 +150,7 @@ def backend(name: str) -> Iterator[None]:
 def show_config() -> None:
     """Prints versions, devices, and which backend serves which operation (or why it can't)."""
     import platform
+    from importlib.metadata import PackageNotFoundError, version
 
     import numpy
 
@@ -127,6 +162,10 @@ def show_config() -> None:
         print(f"compiled extension: missing: {_C_MISSING}")
     else:
         print(f"compiled extension: {_C.build_info()}, instruction set in use: {_C.isa()}")
+    try:
+        print(f"triton {version('triton')}")
+    except PackageNotFoundError:
+        print("triton: not installed")
     print(f"threads: {torch.get_num_threads()}")
     devices = ["cpu"]
     if torch.cuda.is_available():
@@ -138,7 +177,8 @@ def show_config() -> None:
         print(f"cuda: not available ({reason})")
     for device_type in devices:
         for operation in OPERATIONS:
-            served = [b for b in reversed(BACKENDS) if not missing(b, operation, device_type)]
+            candidates = (*_FASTEST_FIRST[device_type].get(operation, ()), "reference")
+            served = [b for b in candidates if not missing(b, operation, device_type)]
             lacking = [
                 f"{b}: {why}" for b in BACKENDS if (why := missing(b, operation, device_type))
             ]

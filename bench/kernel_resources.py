@@ -1,0 +1,299 @@
+"""Registers, shared memory and spills of the GPU kernels, compiled here without a GPU.
+
+    python bench/kernel_resources.py            # compile all, write results/triton_resources.json
+    python bench/kernel_resources.py --check    # compile all and compare with that file
+    python bench/kernel_resources.py --sm 90    # one architecture; writes nothing
+
+Every launch that the losses make for the shapes below is recorded (on meta tensors: no data, no
+device) and its kernel compiled for every architecture with the constants and warps it would be
+launched with, as Triton would on the first call. The numbers are read from the cubins with the
+cuobjdump that Triton carries, so :func:`resource_usage` reads those of nvcc as well.
+
+``--check`` fails on a kernel that does not compile, on one that spills or uses local memory, on one
+that is missing from the file, and on registers that grew by more than ``SLACK`` since the file was
+written: compilers differ by a few, a changed kernel by more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from bench.report import aligned
+
+RESULTS = Path(__file__).parent / "results" / "triton_resources.json"
+ARCHITECTURES = (80, 90, 100, 120)
+# Registers by which a kernel may grow before --check complains: releases of the compiler differ.
+SLACK = 24
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+}
+
+
+class Usage(NamedTuple):
+    """What a kernel takes: registers and stack a thread, shared memory a block in bytes."""
+
+    registers: int
+    shared: int
+    local: int
+
+
+class Launch(NamedTuple):
+    """A kernel as it was asked for: everything that decides its machine code."""
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible: tuple[str, ...]
+    num_warps: int
+
+    @property
+    def key(self) -> str:
+        """Two launches with one key are one compiled kernel."""
+        name = self.kernel.__name__
+        return repr((name, self.signature, self.constants, self.divisible, self.num_warps))
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def losses() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Named calls that between them launch every kernel in the configurations that matter."""
+    from fastis.kernels import triton_loss
+
+    bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    short = {bf16: "bf16", fp16: "fp16", fp32: "fp32"}
+
+    def cross_entropy(
+        *shape: int, dtype: torch.dtype = bf16, grad: bool = True, mean: bool = False,
+        soft: bool = False, smoothing: float = 0.0, r: bool = True, classes: bool = False,
+    ) -> tuple[str, Callable[[], object]]:  # fmt: skip
+        target = meta(*shape) if soft else meta(*shape[:-1], dtype=torch.int64)
+        weights = meta(shape[0]) if r else None
+        class_weights = meta(shape[-1]) if classes else None
+        denominator = float(shape[0]) if r else None
+        words = [
+            "cross_entropy", "x".join(map(str, shape)), short[dtype], *["soft"] * soft,
+            *["smoothed"] * bool(smoothing), *["class_weights"] * classes, *["grad"] * grad,
+            *["mean_grad"] * mean,
+        ]  # fmt: skip
+        return " ".join(words), lambda: triton_loss.cross_entropy(
+            meta(*shape, dtype=dtype), target, weights, class_weights, -100, smoothing, denominator,
+            True, grad, mean,
+        )  # fmt: skip
+
+    def labels(
+        name: str, *shape: int, dtype: torch.dtype = bf16, mean: bool = True
+    ) -> tuple[str, Callable[[], object]]:
+        middle = (meta(shape[1]), 1.0) if name.startswith("binary") else (1.0,)
+        words = [name, "x".join(map(str, shape)), short[dtype], "grad", *["mean_grad"] * mean]
+        return " ".join(words), lambda: getattr(triton_loss, name)(
+            meta(*shape, dtype=dtype), meta(*shape), meta(shape[0]), *middle, float(shape[0]), True,
+            True, mean,
+        )  # fmt: skip
+
+    yield cross_entropy(8192, 128256, grad=False)
+    yield cross_entropy(8192, 128256)
+    yield cross_entropy(8192, 128256, dtype=fp32)
+    yield cross_entropy(8192, 50257)
+    yield cross_entropy(8192, 50257, grad=False)
+    yield cross_entropy(16, 2048, 32000, r=False, classes=True)
+    yield cross_entropy(8192, 32000, dtype=fp16)
+    yield cross_entropy(32768, 1000, grad=False)
+    yield cross_entropy(32768, 1000)
+    yield cross_entropy(32768, 1000, mean=True)
+    yield cross_entropy(4096, 10, dtype=fp32, mean=True)
+    yield cross_entropy(128, 10, dtype=fp32, mean=True, r=False)
+    yield cross_entropy(4096, 4096, dtype=fp32, mean=True)
+    yield cross_entropy(4096, 1000, soft=True, mean=True)
+    yield cross_entropy(4096, 1000, smoothing=0.1, mean=True)
+    yield cross_entropy(4096, 4096, dtype=fp32, soft=True, classes=True, mean=True)
+    yield cross_entropy(8192, 128256, smoothing=0.1)
+    yield cross_entropy(1024, 32000, soft=True, classes=True)
+    yield labels("binary_cross_entropy_with_logits", 4096, 1000)
+    yield labels("binary_cross_entropy_with_logits", 256, 150528, mean=False)
+    yield labels("mse_loss", 4096, 4096, dtype=fp32)
+    yield labels("mse_loss", 128, 10, dtype=fp32)
+    grad, half = meta(8192, 1000, dtype=bf16), meta(8192, 1000)
+    scale = triton_loss.scale_grad
+
+    def in_place() -> None:
+        with mock.patch.object(triton_loss, "_keeps_graph", return_value=False):
+            scale(grad, meta())
+
+    yield "scale_grad bf16 in place", in_place
+    yield "scale_grad bf16", lambda: scale(grad, meta())
+    yield "scale_grad fp32 to fp16", lambda: scale(half, meta(), fp16)
+    yield "scale_grad bf16 by rows", lambda: scale(grad, meta(8192))
+
+
+def recorded() -> dict[str, list[Launch]]:
+    """The launches behind each named call."""
+    from fastis.kernels import triton_loss
+
+    launches: dict[str, list[Launch]] = {}
+    for name, call in losses():
+        found = launches[name] = []
+
+        def record(kernel, grid, num_warps, *arguments, found=found, **constants):  # type: ignore
+            found.append(_as_launched(kernel, num_warps, arguments, constants))
+
+        with mock.patch.object(triton_loss, "_launch", record):
+            call()
+    return launches
+
+
+def _as_launched(
+    kernel: Any, num_warps: int, arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> Launch:
+    """Types and specialisations as Triton derives them from the arguments of a launch."""
+    signature, fixed, divisible = {}, dict(constants), []
+    for parameter, value in zip(kernel.params, arguments, strict=False):
+        name, special = parameter.name, not parameter.do_not_specialize
+        if value is None or (special and type(value) is int and value == 1):
+            fixed[name] = value
+        elif isinstance(value, Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+            divisible.append(name)  # torch aligns its allocations
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if special and value % 16 == 0:
+                divisible.append(name)
+    for name in kernel.arg_names:
+        if name in fixed:
+            signature[name] = "constexpr"
+    ordered = {name: signature[name] for name in kernel.arg_names}
+    return Launch(kernel, ordered, fixed, tuple(divisible), num_warps)
+
+
+def compiled(launch: Launch, architecture: int) -> Any:
+    """The kernel compiled for compute capability ``architecture / 10``."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = launch.kernel.arg_names
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible}
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, attributes)
+    options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def cuobjdump() -> str:
+    """The one that Triton carries."""
+    import triton.backends.nvidia
+
+    return str(Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump")
+
+
+def resource_usage(cubin: bytes) -> dict[str, Usage]:
+    """Usage by kernel of a cubin, Triton's or nvcc's; of shared memory the static part."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [cuobjdump(), "--dump-resource-usage", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    return {
+        name: Usage(int(registers), int(shared), int(stack) + int(local))
+        for name, registers, stack, shared, local in re.findall(pattern, listing)
+    }
+
+
+def measure(architectures: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """A row per distinct kernel and architecture."""
+    seen: dict[str, str] = {}
+    for call, launches in recorded().items():
+        for launch in launches:
+            if launch.key in seen:
+                continue
+            seen[launch.key] = call
+            name = launch.kernel.__name__
+            for architecture in architectures:
+                kernel = compiled(launch, architecture)
+                (usage,) = resource_usage(kernel.asm["cubin"]).values()
+                # What Triton lays out in shared memory is asked for at launch.
+                usage = usage._replace(shared=kernel.metadata.shared)
+                row = {"kernel": name, "call": call, "sm": architecture}
+                yield {**row, "num_warps": launch.num_warps, **usage._asdict()}
+
+
+def identity(row: dict[str, Any]) -> tuple[str, str, int]:
+    return row["kernel"], row["call"], row["sm"]
+
+
+def complaints(rows: list[dict[str, Any]], kept: list[dict[str, Any]]) -> list[str]:
+    """What is wrong with ``rows``, alone and beside the rows of the file."""
+    found = []
+    before = {identity(row): row for row in kept}
+    for row in rows:
+        name = "{} of {!r} for sm_{}".format(*identity(row))
+        if row["local"]:
+            found.append(f"{name} spills: {row['local']} bytes of local memory a thread")
+        old = before.pop(identity(row), None)
+        if old is None:
+            found.append(f"{name} is not in {RESULTS.name}: run bench/kernel_resources.py")
+        elif row["registers"] > old["registers"] + SLACK:
+            found.append(f"{name}: {old['registers']} registers became {row['registers']}")
+    if {row["sm"] for row in rows} == set(ARCHITECTURES):
+        found += [f"{'{} of {!r} for sm_{}'.format(*key)} is launched no more" for key in before]
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [("kernel", "call", "warps", "sm", "registers", "shared", "local")]
+    lines += [
+        (row["kernel"], row["call"],
+         *(str(row[k]) for k in ("num_warps", "sm", "registers", "shared", "local")))
+        for row in rows
+    ]  # fmt: skip
+    return aligned(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="compare with the file, write nothing")
+    parser.add_argument("--sm", type=int, nargs="+", default=ARCHITECTURES, help="architectures")
+    args = parser.parse_args(argv)
+    import triton
+
+    rows = list(measure(args.sm))
+    print(f"triton {triton.__version__}")
+    print(table(rows))
+    if set(args.sm) != set(ARCHITECTURES) and not args.check:
+        return 0
+    if args.check:
+        found = complaints(rows, json.loads(RESULTS.read_text())["kernels"])
+        print("\n".join(found) or f"{len(rows)} compiled kernels as in {RESULTS.name}")
+        return bool(found)
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    RESULTS.write_text(
+        f'{{"triton": "{triton.__version__}", "kernels": [\n{lines}\n]}}\n', encoding="utf-8"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

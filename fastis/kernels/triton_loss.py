@@ -1,0 +1,388 @@
+"""The loss column in Triton: allocates the outputs and launches the kernels.
+
+Same functions, signatures and results as :mod:`fastis.kernels.reference_loss`, from float32,
+bfloat16 and float16 logits, in float32 arithmetic. Float64 logits and empty batches go to that
+reference. Nothing here waits for the device, and equal calls give equal bits: partial sums in
+memory and fixed orders of addition, no atomics. A label out of range makes its row NaN: to raise,
+the host would have to wait.
+
+A call takes one to three launches: torch's denominator where it must be summed from the labels, the
+rows, and the sums over rows; a small batch takes a single one.
+
+Runs on CUDA tensors and, under ``TRITON_INTERPRET=1``, on CPU tensors: that is how it is tested
+where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastis.kernels import reference_loss
+from fastis.kernels.reference_loss import Scored, compute_dtype, grad_dtype
+from fastis.kernels.triton_cross_entropy import label_sweeps_kernel, label_tiles_kernel
+from fastis.kernels.triton_distribution import (
+    distribution_sweeps_kernel,
+    distribution_tiles_kernel,
+)
+from fastis.kernels.triton_geometry import (
+    Tiles,
+    alignment,
+    cdiv,
+    column_sums,
+    is_whole,
+    label_launch,
+    label_parts,
+    power_of_two,
+    row_launch,
+    scaling,
+)
+from fastis.kernels.triton_label_loss import label_loss_kernel
+from fastis.kernels.triton_reduce import (
+    denominator_kernel,
+    finish_columns_kernel,
+    finish_tokens_kernel,
+    scale_all_kernel,
+    scale_rows_kernel,
+)
+
+__all__ = [
+    "binary_cross_entropy_with_logits",
+    "compute_dtype",
+    "cross_entropy",
+    "grad_dtype",
+    "mse_loss",
+    "scale_grad",
+]
+
+# torch 2.6 and newer tell a backward pass whether its graph outlives it.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+_functorch_active = torch._C._are_functorch_transforms_active
+_SCALE_BLOCK = 4096
+_SCALE_PROGRAMS = 1024
+
+
+class _Outputs(NamedTuple):
+    """The results of a call, and where its rows write: the results themselves or parts of sums."""
+
+    loss: Tensor
+    losses: Tensor
+    score: Tensor
+    mean_grad: Tensor | None
+    grad: Tensor | None
+    row_loss: Tensor | None
+    row_losses: Tensor
+    row_score: Tensor
+    row_mean_grad: Tensor | None
+
+    @property
+    def scored(self) -> Scored:
+        return self.loss, self.losses, self.score, self.mean_grad, self.grad
+
+
+class _Denominator(NamedTuple):
+    """A number's inverse, or ``[num_parts]`` parts on the device whose sum is the denominator."""
+
+    parts: Tensor | None
+    inverse: float
+    num_parts: int
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weights: Tensor | None,
+    class_weights: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    denominator: float | Tensor | None,
+    reduce: bool,
+    with_grad: bool,
+    with_mean_grad: bool,
+) -> Scored:
+    """Rows of unit column stride are read where they lie; other strides are copied first."""
+    if not _serves(logits):
+        return reference_loss.cross_entropy(
+            logits, target, weights, class_weights, ignore_index, label_smoothing, denominator,
+            reduce, with_grad, with_mean_grad,
+        )  # fmt: skip
+    num_classes = logits.shape[-1]
+    flat = logits.detach().reshape(-1, num_classes)
+    if num_classes > 1 and flat.stride(1) != 1:
+        flat = flat.contiguous()
+    target = target.contiguous()
+    labels = target.dtype == torch.int64
+    by_label = labels and label_smoothing == 0
+    rows, stride, itemsize = flat.shape[0], flat.stride(0), flat.element_size()
+    if with_grad:
+        itemsize = grad_dtype(flat.dtype).itemsize  # as wide as the wider of the two accesses
+    aligned = alignment(flat.data_ptr(), stride, itemsize)
+    plan = row_launch(
+        rows, num_classes, aligned=aligned, itemsize=itemsize, with_grad=with_grad,
+        with_mean_grad=with_mean_grad, by_label=by_label,
+    )  # fmt: skip
+    whole = is_whole(rows, num_classes)
+    out = _outputs(logits, rows, plan.programs, whole, reduce, with_grad, with_mean_grad)
+    label_denominator = labels and reduce and denominator is None
+    if label_denominator and not whole:
+        below = _label_denominator(target, class_weights, ignore_index, num_classes)
+    else:
+        below = _known_denominator(float(rows) if denominator is None else denominator, reduce)
+    tokens = rows // logits.shape[0]
+    arguments = [
+        flat, target, weights, class_weights, below.parts, out.grad, out.row_losses, out.row_score,
+        out.row_loss,
+    ]  # fmt: skip
+    scalars: list[int | float] = [tokens, stride, ignore_index]
+    if not by_label:
+        scalars += [1.0 - label_smoothing, label_smoothing / num_classes]
+    constants = {
+        "NUM_CLASSES": num_classes,
+        "ALIGNED": aligned,
+        "DENOMINATOR_PARTS": below.num_parts,
+    }
+    if isinstance(plan, Tiles):
+        _launch(
+            label_tiles_kernel if by_label else distribution_tiles_kernel,
+            (plan.programs,), plan.num_warps,
+            *arguments, out.row_mean_grad, below.inverse, rows, *scalars, **constants,
+            LABEL_DENOMINATOR=label_denominator and whole, REDUCE=reduce, WHOLE=whole,
+            BLOCK_R=plan.block_rows, BLOCK_C=plan.block_columns,
+        )  # fmt: skip
+    else:
+        if by_label:
+            constants["STAGES"] = plan.stages
+        _launch(
+            label_sweeps_kernel if by_label else distribution_sweeps_kernel,
+            (plan.programs,), plan.num_warps,
+            *arguments, below.inverse, *scalars, **constants,
+            CHUNKS=plan.chunks, LANES=plan.lanes, VECTOR=plan.vector,
+        )  # fmt: skip
+    if logits.dim() == 3:
+        _finish_tokens(out, weights, below, plan.programs, tokens, reduce and not whole)
+    elif not whole:
+        _finish_columns(out, below, plan.programs, rows, reduce)
+    return out.scored
+
+
+def binary_cross_entropy_with_logits(
+    logits: Tensor,
+    target: Tensor,
+    weights: Tensor | None,
+    pos_weight: Tensor | None,
+    divisor: float,
+    denominator: float | Tensor,
+    reduce: bool,
+    with_grad: bool,
+    with_mean_grad: bool,
+) -> Scored:
+    """Binary cross-entropy of ``[B, L]`` logits; a sample's sum over labels is over ``divisor``."""
+    if not _serves(logits):
+        return reference_loss.binary_cross_entropy_with_logits(
+            logits, target, weights, pos_weight, divisor, denominator, reduce, with_grad,
+            with_mean_grad,
+        )  # fmt: skip
+    return _label_loss(
+        True, logits, target, weights, pos_weight, divisor, denominator, reduce, with_grad,
+        with_mean_grad,
+    )  # fmt: skip
+
+
+def mse_loss(
+    prediction: Tensor,
+    target: Tensor,
+    weights: Tensor | None,
+    divisor: float,
+    denominator: float | Tensor,
+    reduce: bool,
+    with_grad: bool,
+    with_mean_grad: bool,
+) -> Scored:
+    """Squared error of ``[B, L]``; a sample's sum is over ``divisor``."""
+    if not _serves(prediction):
+        return reference_loss.mse_loss(
+            prediction, target, weights, divisor, denominator, reduce, with_grad, with_mean_grad
+        )
+    return _label_loss(
+        False, prediction, target, weights, None, divisor, denominator, reduce, with_grad,
+        with_mean_grad,
+    )  # fmt: skip
+
+
+def scale_grad(grad: Tensor, grad_output: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``grad`` times ``grad_output``, in place when nobody will read ``grad`` again.
+
+    The host does not know whether ``grad_output`` is 1, and a second backward pass through a
+    retained graph must find ``grad`` unchanged, so one that may come gets a new tensor. A backward
+    pass that frees its graph, the usual one, holds the last reference to ``grad``: it is scaled
+    where it lies, by a kernel that leaves at once where the device finds a 1. torch itself reuses
+    the buffers of compiled graphs under the same condition (donated buffers). Before torch 2.6,
+    which can't tell, the tensor is always new.
+    """
+    dtype = grad.dtype if dtype is None else dtype
+    # vmap over grad_output hides its batch from a kernel.
+    if grad.dtype == torch.float64 or grad.numel() == 0 or _functorch_active():
+        return reference_loss.scale_grad(grad, grad_output, dtype)
+    in_place = dtype == grad.dtype and grad.is_contiguous() and not _keeps_graph()
+    grad = grad.contiguous()
+    out = grad if in_place else torch.empty_like(grad, dtype=dtype)
+    scale = grad_output.detach().to(torch.float32)
+    if scale.dim() == 0:
+        programs = min(cdiv(grad.numel(), _SCALE_BLOCK), _SCALE_PROGRAMS)
+        _launch(
+            scale_all_kernel, (programs,), 8,
+            grad, out, scale, grad.numel(), IN_PLACE=in_place, BLOCK=_SCALE_BLOCK,
+        )  # fmt: skip
+    else:
+        rows = grad.shape[0]
+        plan = scaling(rows, grad.numel() // rows)
+        _launch(
+            scale_rows_kernel, (plan.programs, plan.column_programs), 8,
+            grad, out, scale, rows, grad.numel() // rows, scale.stride(0),
+            BLOCK_R=plan.block_rows, BLOCK_C=plan.block_columns,
+        )  # fmt: skip
+    return out
+
+
+def _serves(logits: Tensor) -> bool:
+    """Whether the kernels take these logits; the rest is the reference's."""
+    return logits.dtype != torch.float64 and 0 < logits.numel() // logits.shape[-1] < 2**31
+
+
+def _launch(
+    kernel: Any, grid: tuple[int, ...], num_warps: int, *arguments: Any, **constants: Any
+) -> None:
+    """Launches on the device of the first tensor.
+
+    Contraction into fused multiply-adds is wanted (no result depends on it by more than rounding)
+    and asked for by name, because its default is not the same in all releases of Triton.
+    """
+    device = next(a.device for a in arguments if isinstance(a, Tensor))
+    guard: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        guard = torch.cuda.device(device)
+    with guard:
+        kernel[grid](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=True)
+
+
+def _outputs(
+    logits: Tensor,
+    rows: int,
+    programs: int,
+    whole: bool,
+    reduce: bool,
+    with_grad: bool,
+    with_mean_grad: bool,
+) -> _Outputs:
+    """All tensors of a call: one row per sample unless the logits are ``[B, T, C]``."""
+    batch, columns = logits.shape[0], logits.shape[-1]
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=logits.device)
+
+    losses, score = empty(batch), empty(batch)
+    loss = empty() if reduce else empty(batch)
+    mean_grad = empty(columns) if with_mean_grad else None
+    grad = None
+    if with_grad:
+        kept = grad_dtype(logits.dtype)
+        grad = torch.empty(logits.shape, dtype=kept, device=logits.device)
+    row_losses, row_score = losses, score
+    row_loss: Tensor | None = loss
+    row_mean_grad = mean_grad
+    if logits.dim() == 3:
+        row_losses, row_score = empty(2, rows)
+        row_loss = loss if reduce else None
+    if not whole:
+        row_loss = empty(programs) if reduce else row_loss
+        row_mean_grad = empty(programs, columns) if with_mean_grad else None
+    return _Outputs(
+        loss, losses, score, mean_grad, grad, row_loss, row_losses, row_score, row_mean_grad
+    )
+
+
+def _known_denominator(denominator: float | Tensor, reduce: bool) -> _Denominator:
+    if not reduce:
+        return _Denominator(None, 1.0, 0)
+    if isinstance(denominator, Tensor):
+        return _Denominator(denominator.reshape(1).to(torch.float32), 1.0, 1)
+    return _Denominator(None, 1 / denominator if denominator else math.inf, 0)
+
+
+def _label_denominator(
+    target: Tensor, class_weights: Tensor | None, ignore_index: int, num_classes: int
+) -> _Denominator:
+    """torch's: the weights of the unignored labels, to be added up from parts."""
+    rows = target.numel()
+    count = label_parts(rows)
+    parts = torch.empty(count, dtype=torch.float32, device=target.device)
+    _launch(
+        denominator_kernel, (count,), 4,
+        target, class_weights, parts, rows, ignore_index, NUM_CLASSES=num_classes, BLOCK=1024,
+    )  # fmt: skip
+    return _Denominator(parts, 1.0, count)
+
+
+def _finish_columns(
+    out: _Outputs, below: _Denominator, parts: int, rows: int, reduce: bool
+) -> None:
+    """The reduced loss and the mean gradient from the programs' parts."""
+    if not reduce and out.mean_grad is None:
+        return
+    columns = 0 if out.mean_grad is None else len(out.mean_grad)
+    plan = column_sums(parts, columns)
+    _launch(
+        finish_columns_kernel, (plan.programs + 1,), plan.num_warps,
+        out.row_loss if reduce else None, out.loss if reduce else None, below.parts, below.inverse,
+        out.row_mean_grad, out.mean_grad, parts, rows,
+        DENOMINATOR_PARTS=below.num_parts, NUM_COLUMNS=columns, BLOCK_P=plan.block_parts,
+        BLOCK_C=plan.block_columns,
+    )  # fmt: skip
+
+
+def _finish_tokens(
+    out: _Outputs, weights: Tensor | None, below: _Denominator, parts: int, tokens: int,
+    sum_parts: bool,
+) -> None:  # fmt: skip
+    """Losses and scores of samples from those of their tokens, and the loss from its parts."""
+    loss = out.loss if sum_parts or out.row_loss is None else None
+    _launch(
+        finish_tokens_kernel, (len(out.losses) + sum_parts,), 4,
+        out.row_losses, out.row_score, weights, out.losses, out.score,
+        out.row_loss if sum_parts else None, loss, below.parts, below.inverse, parts, tokens,
+        DENOMINATOR_PARTS=below.num_parts, BLOCK=min(power_of_two(tokens), 1024),
+    )  # fmt: skip
+
+
+def _label_loss(
+    binary: bool,
+    logits: Tensor,
+    target: Tensor,
+    weights: Tensor | None,
+    pos_weight: Tensor | None,
+    divisor: float,
+    denominator: float | Tensor,
+    reduce: bool,
+    with_grad: bool,
+    with_mean_grad: bool,
+) -> Scored:
+    logits, target = logits.detach().contiguous(), target.contiguous()
+    rows, labels = logits.shape
+    plan = label_launch(rows, labels, with_mean_grad)
+    whole = is_whole(rows, labels)
+    out = _outputs(logits, rows, plan.programs, whole, reduce, with_grad, with_mean_grad)
+    below = _known_denominator(denominator, reduce)
+    _launch(
+        label_loss_kernel, (plan.programs,), plan.num_warps,
+        logits, target, weights, pos_weight, below.parts, out.grad, out.row_losses, out.row_score,
+        out.row_loss, out.row_mean_grad, below.inverse, 1 / divisor, rows,
+        NUM_LABELS=labels, BINARY=binary, DENOMINATOR_PARTS=below.num_parts, REDUCE=reduce,
+        WHOLE=whole, BLOCK_R=plan.block_rows, BLOCK_C=plan.block_columns,
+    )  # fmt: skip
+    if not whole:
+        _finish_columns(out, below, plan.programs, rows, reduce)
+    return out.scored

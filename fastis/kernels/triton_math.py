@@ -1,0 +1,101 @@
+"""Arithmetic that the Triton losses share: exp and log1p that keep digits, a row's closed form.
+
+Written without fused multiply-adds by name: every form here is right with or without contraction.
+Error bounds are those of the C++ kernels, whose polynomials these are (Cephes expf, logf).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+RAISE = tl.constexpr(2.0**80)
+LOWER = tl.constexpr(2.0**-80)
+
+
+@triton.jit
+def exp_term(x):
+    """exp(x), x <= 0, for the terms of a sum that has a term 1: one instruction, subnormals are 0.
+
+    The argument is rounded at |x| 2^-24, where exp(x) is small by as much.
+    """
+    return tl.exp2(x * LOG2_E)
+
+
+@triton.jit
+def exp_full(x):
+    """exp(x), x <= 0 or NaN, within 2 ulp down to the smallest subnormal: exp(-88) is 6e-39."""
+    x = tl.where(x < -105.0, -105.0, x)
+    n = tl.floor(x * LOG2_E + 0.5)
+    # ln 2 in two parts: n times the first is exact.
+    r = (x - n * 0.693359375) + n * 2.12194440e-4
+    p = 1.9875691500e-4 * r + 1.3981999507e-3
+    p = p * r + 8.3334519073e-3
+    p = p * r + 4.1665795894e-2
+    p = p * r + 1.6666665459e-1
+    p = p * r + 5.0000001201e-1
+    p = p * (r * r) + r + 1.0
+    # 2^n in two factors: the product may be subnormal, a factor may not.
+    k = tl.where(x == x, n, 0.0).to(tl.int32)
+    half = k >> 1
+    return p * _two_to(half) * _two_to(k - half)
+
+
+@triton.jit
+def _two_to(k):
+    return ((k + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def log1p(y, inverse):
+    """log(1 + y), y >= 0 or NaN, right to the last ulps for tiny y; ``inverse`` is 1 / (1 + y)."""
+    w = 1.0 + y
+    lost = (y - (w - 1.0)) * inverse  # what 1 + y rounded away
+    bits = w.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) >> 23  # the mantissa is then in [sqrt(1/2), sqrt(2))
+    e = exponent.to(tl.float32)
+    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    p = 7.0376836292e-2 * f - 1.1514610310e-1
+    p = p * f + 1.1676998740e-1
+    p = p * f - 1.2420140846e-1
+    p = p * f + 1.4249322787e-1
+    p = p * f - 1.6668057665e-1
+    p = p * f + 2.0000714765e-1
+    p = p * f - 2.4999993993e-1
+    p = p * f + 3.3333331174e-1
+    g = f * f
+    small = p * f * g + (e * -2.12194440e-4 + lost)
+    return e * 0.693359375 + (f + (g * -0.5 + small))
+
+
+@triton.jit
+def root_of_squares(large, raised):
+    """sqrt(sum x^2) from ``large = sum x^2`` and ``raised = sum (2^80 x)^2``.
+
+    Of numbers as small as exp(-88) too, whose squares are 0; where ``raised`` overflows, ``large``
+    is far from that.
+    """
+    return tl.where(large < 1e-30, tl.sqrt_rn(raised) * LOWER, tl.sqrt_rn(large))
+
+
+@triton.jit
+def solve_label_row(z_y, m, s, q):
+    """loss, ``|g|`` and the softmax's factor of rows with a class label (Kutsuna 2025, section 7).
+
+    ``m`` is the largest logit but that of the label (or z_y where there is none above -inf),
+    ``s = sum exp(z_j - m)`` and ``q = sum exp(z_j - m)^2`` over ``j != y``. Then
+    ``p_j = exp(z_j - m) factor`` and ``g_y = -s factor``: nothing is subtracted from 1.
+    """
+    d = z_y - m
+    leads = d >= 0
+    x = exp_full(-tl.abs(d))
+    a = tl.where(leads, x, 1.0)
+    inverse = tl.div_rn(1.0, s * a + tl.where(leads, 1.0, x))
+    excess = tl.where(leads, s * x, (s - 1.0) + x)
+    loss = log1p(excess, inverse) + tl.where(leads, 0.0, -d)
+    factor = a * inverse
+    # +inf at the label would look like certainty; torch has NaN there.
+    factor = tl.where(z_y == float("inf"), float("nan"), factor)
+    loss = tl.where(z_y == float("inf"), float("nan"), loss)
+    return loss, tl.sqrt_rn(s * s + q) * factor, factor
