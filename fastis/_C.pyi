@@ -28,6 +28,21 @@ def emulate_update(
     stride: int,
 ) -> None: ...
 def emulate_draw(table: int, indices: int, weights: int, stride: int) -> None: ...
+def cuda_error_string(error: int) -> str: ...
+def cuda_update(
+    table: int,
+    indices: int,
+    observed: int,
+    weights: int,
+    score: int,
+    n: int,
+    mean_grad: int,
+    num_classes: int,
+    device: int,
+    stream: int,
+    /,
+) -> int: ...
+def cuda_draw(table: int, indices: int, weights: int, device: int, stream: int, /) -> int: ...
 def update(
     table: int,
     indices: int,

@@ -59,7 +59,7 @@ def test_backends_have_the_same_functions():
     import importlib.util
     import inspect
 
-    columns = [("update", "cpu"), ("sample", "cpu")]
+    columns = [(o, b) for o in ("update", "sample") for b in ("cpu", "cuda")]
     if importlib.util.find_spec("triton"):
         columns.append(("loss", "triton"))
     for operation, backend in columns:
@@ -73,7 +73,9 @@ def test_backends_have_the_same_functions():
 
 def test_unknown_backend_is_an_error():
     with (
-        pytest.raises(ValueError, match="name must be one of reference, cpu, triton, got 'tpu'"),
+        pytest.raises(
+            ValueError, match="name must be one of reference, cpu, triton, cuda, got 'tpu'"
+        ),
         fastis.backend("tpu"),
     ):
         pass

@@ -10,6 +10,7 @@ backend     loss                update                sample
 reference   reference_loss      reference_update      reference_sample
 cpu         cpu_loss            cpu_update            cpu_sample
 triton      triton_loss
+cuda                            cuda_update           cuda_sample
 ==========  ==================  ====================  ====================
 
 ``reference`` is plain PyTorch and runs on every device: the oracle of the tests and the fall-back
@@ -37,12 +38,12 @@ except ImportError as error:  # a source tree that was never built, or a wheel f
 else:
     _C_MISSING = ""
 
-BACKENDS = ("reference", "cpu", "triton")
+BACKENDS = ("reference", "cpu", "triton", "cuda")
 OPERATIONS = ("loss", "update", "sample")
 # Backends in order of speed, by the device of the tensors and the operation.
 _FASTEST_FIRST = {
     "cpu": {"loss": ("cpu",), "update": ("cpu",), "sample": ("cpu",)},
-    "cuda": {"loss": ("triton",)},
+    "cuda": {"loss": ("triton",), "update": ("cuda",), "sample": ("cuda",)},
 }
 # (backend, device, operation) that serves only when it is forced.
 _ON_REQUEST = {("triton", "cpu", "loss")}
@@ -72,6 +73,8 @@ def _not_installed(name: str) -> str:
     """Why backend ``name`` is not there for any device; empty when it is."""
     if name == "triton":
         return _triton_missing()
+    if name == "cuda" and _C is not None and not hasattr(_C, "cuda_update"):
+        return "fastis._C was built without CUDA (no nvcc at build time, or FASTIS_CUDA=0)"
     return "" if name == "reference" else _C_MISSING
 
 

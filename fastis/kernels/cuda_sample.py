@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastis.kernels import _C, reference_sample
-from fastis.kernels.cuda_update import check, stream_of
+from fastis.kernels.cuda_launch import launch
 from fastis.table import FLATTEN, Table
 
 _POWER = FLATTEN["power"]
@@ -18,7 +18,5 @@ def draw(table: Table, indices: Tensor, weights: Tensor) -> None:
     """See :func:`fastis.kernels.reference_sample.draw`."""
     if table.constants.flatten == _POWER:  # it moves every weight at every step: O(N) anyway
         reference_sample.draw(table, indices, weights)
-        return
-    device = table.device.index
-    addresses = indices.data_ptr(), weights.data_ptr()
-    check(_C.cuda_draw(table.device_handle, *addresses, device, stream_of(device)))
+    else:
+        launch(_C.cuda_draw, table, indices.data_ptr(), weights.data_ptr())
