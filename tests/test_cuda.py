@@ -90,3 +90,118 @@ def test_the_loop_trains_on_the_device():
         scheduler.step()
         optimizer.zero_grad()
     assert (model(x).argmax(1) == y).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("flatten", ["cap", "mix", "power"])
+def test_flattening_and_heavy_tails(flatten):
+    samplers = [
+        fastis.Sampler(
+            5000, 300, method=EMAIS(warmup_epochs=0), flatten=flatten, seed=4, device=device
+        )
+        for device in ("cpu", "cuda")
+    ]
+    generator = torch.Generator().manual_seed(0)
+    for step in range(60):
+        score = torch.empty(300).log_normal_(0, 3, generator=generator) * 10.0 ** (step / 20)
+        score[::50] = torch.nan
+        batches = [sampler.sample() for sampler in samplers]
+        assert torch.equal(batches[0].indices, batches[1].indices.cpu())
+        assert torch.equal(batches[0].weights, batches[1].weights.cpu())
+        samplers[0].update(batches[0], observe(score))
+        samplers[1].update(batches[1], observe(score.cuda()))
+    states = [sampler.state_dict() for sampler in samplers]
+    assert torch.equal(states[0]["records"], states[1]["records"].cpu())
+    assert torch.equal(states[0]["scalars"], states[1]["scalars"].cpu())
+
+
+@pytest.mark.parametrize("batch_size", [128, 4096])
+def test_large_tables(batch_size):
+    n = 2**22 + 5
+    samplers = [
+        fastis.Sampler(n, batch_size, method=EMAIS(warmup_epochs=0), seed=4, device=device)
+        for device in ("cpu", "cuda")
+    ]
+    generator = torch.Generator().manual_seed(0)
+    everything = torch.empty(n).log_normal_(0, 2, generator=generator)
+    for sampler, device in zip(samplers, ("cpu", "cuda"), strict=True):
+        batch = fastis.Batch(torch.arange(n, device=device), torch.ones(n, device=device))
+        sampler.update(batch, observe(everything.to(device)))
+    for _ in range(5):
+        score = torch.empty(batch_size).log_normal_(0, 3, generator=generator)
+        batches = [sampler.sample() for sampler in samplers]
+        assert torch.equal(batches[0].indices, batches[1].indices.cpu())
+        samplers[0].update(batches[0], observe(score))
+        samplers[1].update(batches[1], observe(score.cuda()))
+
+
+def test_a_sample_drawn_many_times_is_observed_once_on_the_device():
+    indices = torch.randint(50, (4096,), generator=torch.Generator().manual_seed(0))
+    score = torch.rand(4096, generator=torch.Generator().manual_seed(1))
+    samplers = [
+        fastis.Sampler(100, 16, method=EMAIS(warmup_epochs=0), device=d) for d in ("cpu", "cuda")
+    ]
+    samplers[0].update(fastis.Batch(indices, torch.ones(4096)), observe(score))
+    batch = fastis.Batch(indices.cuda(), torch.ones(4096, device="cuda"))
+    samplers[1].update(batch, observe(score.cuda()))
+    states = [sampler.state_dict() for sampler in samplers]
+    assert torch.equal(states[0]["records"], states[1]["records"].cpu())
+
+
+def test_the_same_step_gives_the_same_bits_a_hundred_times():
+    sampler = fastis.Sampler(20_000, 4096, method=EMAIS(warmup_epochs=0), seed=1, device="cuda")
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    score = torch.empty(4096, device="cuda").log_normal_(0, 2, generator=generator)
+    for _ in range(10):
+        sampler.update(sampler.sample(), observe(score))
+    state = sampler.state_dict()
+    first = None
+    for _ in range(100):
+        sampler.load_state_dict(state)
+        batch = sampler.sample()
+        sampler.update(batch, observe(score, score[:10]))
+        after = [*batch, *(v for v in sampler.state_dict().values() if torch.is_tensor(v))]
+        after = [tensor.view(torch.uint8) for tensor in after]
+        first = after if first is None else first
+        assert all(torch.equal(a, b) for a, b in zip(first, after, strict=True))
+
+
+def test_a_captured_step_goes_on_as_an_eager_one():
+    sampler = fastis.Sampler(3000, 64, seed=2, device="cuda")  # two epochs of warm-up first
+    score = torch.rand(64, device="cuda") + 0.1
+    kept = []
+
+    def step():
+        kept[:] = [sampler.sample()]
+        sampler.update(kept[0], observe(score))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    twin = fastis.Sampler(3000, 64, seed=2)
+    twin.load_state_dict(sampler.state_dict())
+    for _ in range(120):  # over the border between the phases, which the device decides
+        graph.replay()
+        expected = twin.sample()
+        assert torch.equal(kept[0].indices.cpu(), expected.indices)
+        assert torch.equal(kept[0].weights.cpu(), expected.weights)
+        twin.update(expected, observe(score.cpu()))
+    assert sampler.step == twin.step == 123
+
+
+def test_no_step_waits_for_the_device():
+    sampler = fastis.Sampler(3000, 64, method=EMAIS(warmup_epochs=0), device="cuda")
+    score = torch.rand(64, device="cuda")
+    sampler.update(sampler.sample(), observe(score))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(5):
+            sampler.update(sampler.sample(), observe(score))
+            sampler.lr_factor()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
