@@ -154,11 +154,15 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("address", [](const fastis::Table& t) { return uintptr_t(&t); });
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("structure_nodes", [](int64_t n) { return fastis::Levels(n).total(); });
+  m.def("integers", FASTIS_CPU(integers));
   m.def("alias_build", FASTIS_CPU(alias_build));
-  m.def("alias_draw", FASTIS_CPU(alias_draw));
+  m.def("alias_resolve", FASTIS_CPU(alias_resolve));
   m.def("draw_points", FASTIS_CPU(draw_points));
 
   // On the step's path.
+  fastis::define_fast<struct Weigh>(m, "weigh", FASTIS_CPU(weigh));
+  fastis::define_fast<struct Search>(m, "search", FASTIS_CPU(search));
+  fastis::define_fast<struct AliasDraw>(m, "alias_draw", FASTIS_CPU(alias_draw));
   fastis::define_fast<struct Update>(m, "update", FASTIS_CPU(update));
   fastis::define_fast<struct Draw>(m, "draw", FASTIS_CPU(draw));
   fastis::define_fast<struct CrossEntropy>(m, "cross_entropy", FASTIS_CPU(cross_entropy));
