@@ -182,8 +182,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("emulate_update", &fastis::emulated::update);
   m.def("emulate_draw", &fastis::emulated::draw);
   m.def("locate", FASTIS_CPU(locate));
+  m.def("integers", FASTIS_CPU(integers));
   m.def("alias_build", FASTIS_CPU(alias_build));
-  m.def("alias_draw", FASTIS_CPU(alias_draw));
+  m.def("alias_resolve", FASTIS_CPU(alias_resolve));
   m.def("draw_points", FASTIS_CPU(draw_points));
 
   // On the step's path.
@@ -194,6 +195,9 @@ PYBIND11_MODULE(_C, m) {
   fastis::define_fast<struct CudaUpdateAndDraw>(m, "cuda_update_and_draw",
                                                 &fastis::cuda::update_and_draw);
 #endif
+  fastis::define_fast<struct Weigh>(m, "weigh", FASTIS_CPU(weigh));
+  fastis::define_fast<struct Search>(m, "search", FASTIS_CPU(search));
+  fastis::define_fast<struct AliasDraw>(m, "alias_draw", FASTIS_CPU(alias_draw));
   fastis::define_fast<struct Update>(m, "update", FASTIS_CPU(update));
   fastis::define_fast<struct Draw>(m, "draw", FASTIS_CPU(draw));
   fastis::define_fast<struct CrossEntropy>(m, "cross_entropy", FASTIS_CPU(cross_entropy));

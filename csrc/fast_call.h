@@ -19,6 +19,8 @@ struct FromPython {
       return object == Py_True;
     } else if constexpr (std::is_floating_point_v<T>) {
       return static_cast<T>(PyFloat_AsDouble(object));
+    } else if constexpr (std::is_unsigned_v<T>) {
+      return static_cast<T>(PyLong_AsUnsignedLongLong(object));
     } else {
       return static_cast<T>(PyLong_AsLongLong(object));
     }

@@ -55,11 +55,29 @@ def update(
 ) -> bool: ...
 def draw(table: int, indices: int, weights: int, /) -> None: ...
 def locate(table: int, points: int, count: int, indices: int, weights: int) -> None: ...
-def alias_build(weights: int, n: int, total: int, own: int, alias: int) -> None: ...
-def alias_draw(
+def weigh(
+    format: int, weights: int, n: int, threads: int, ends: int, shift_and_total: int, /
+) -> bool: ...
+def integers(format: int, weights: int, n: int, shift: int, threads: int, out: int) -> None: ...
+def search(
+    format: int,
     weights: int,
-    own: int,
-    alias: int,
+    n: int,
+    shift: int,
+    ends: int,
+    total: int,
+    seed: int,
+    first: int,
+    count: int,
+    indices: int,
+    coefficients: int,
+    /,
+) -> None: ...
+def alias_build(
+    format: int, weights: int, n: int, shift: int, total: int, threads: int, table: int
+) -> None: ...
+def alias_draw(
+    table: int,
     n: int,
     total: int,
     seed: int,
@@ -67,6 +85,10 @@ def alias_draw(
     count: int,
     indices: int,
     coefficients: int,
+    /,
+) -> None: ...
+def alias_resolve(
+    table: int, n: int, total: int, points: int, count: int, indices: int, coefficients: int
 ) -> None: ...
 def draw_points(total: int, seed: int, first: int, count: int, points: int) -> None: ...
 def cross_entropy(

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from fastis import check
 from fastis.kernels import kernels_for
-from fastis.kernels.reference_sample import coefficients
-from fastis.kernels.reference_weights import quantise, water_level
+from fastis.kernels.reference_sample import alias_contents
+from fastis.kernels.reference_weights import Weights, water_level
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_LEAST_RATE = 2.0**-1000  # of the largest: smaller positive weights count as that, in a race
 
 
 class Batch(NamedTuple):
@@ -37,6 +38,9 @@ class MinibatchSource:
 
 class AliasTable:
     """Static weights, drawn with replacement in O(1) a draw (Walker 1977; integer exact).
+
+    16 bytes a weight, and one random access a draw. The weights are not kept: changing them later
+    changes nothing here. Copies and pickles.
 
     Parameters
     ----------
@@ -57,34 +61,29 @@ class AliasTable:
     """
 
     def __init__(self, weights: Tensor, *, max_prob: float | None = None) -> None:
-        integers = _integer_weights(weights)
+        weighed = _weigh(weights, "weights")
         if max_prob is not None:
-            integers = _capped(integers, max_prob, "max_prob")
-        self._weights = integers
-        self._total = int(integers.sum())
-        kernels = kernels_for("sample", integers.device.type)
-        self._own, self._alias = kernels.alias_build(integers, self._total)
+            weighed = _capped(weighed, max_prob, "max_prob")
+        self._total = weighed.total
+        self._table = kernels_for("sample", weighed.values.device.type).alias_build(weighed)
 
     def __len__(self) -> int:
-        return self._weights.numel()
+        return len(self._table)
 
     def __repr__(self) -> str:
-        return f"AliasTable({len(self)} weights, device={self._weights.device})"
+        return f"AliasTable({len(self)} weights, device={self._table.device})"
 
     @property
     def probabilities(self) -> Tensor:
-        """float64 [N]: exactly what is drawn."""
-        return self._weights.double() / float(self._total)
+        """float64 [N]: exactly what is drawn, added up from the table. O(N)."""
+        return alias_contents(self._table, self._total).double() / float(self._total)
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Batch:
         """``num_samples`` independent draws; ``generator`` as in torch (None: the global one)."""
         count = check.integer("num_samples", num_samples, 0)
-        seed = _seed_from(generator, self._weights.device)
-        kernels = kernels_for("sample", self._weights.device.type)
-        indices, r = kernels.alias_draw(
-            self._weights, self._total, self._own, self._alias, seed, 0, count
-        )
-        return Batch(indices, r)
+        seed = _seed_from(generator, self._table.device)
+        kernels = kernels_for("sample", self._table.device.type)
+        return Batch(*kernels.alias_draw(self._table, self._total, seed, 0, count))
 
 
 def sample(
@@ -151,13 +150,14 @@ def sample(
                 f"max_duplicates must be None without replacement, got {max_duplicates!r}"
             )
         return _race(source, count, generator)
-    integers = _integer_weights(source, name="source")
+    weighed = _weigh(source, "source")
     if max_duplicates is not None:
-        least = count / integers.numel()
-        most = check.number("max_duplicates", max_duplicates, least)
+        n = weighed.values.numel()
+        most = check.number("max_duplicates", max_duplicates, count / n)
         if most < count:
-            integers = _capped(integers, most / count, "max_duplicates / num_samples")
-    return _sample_by_search(integers, count, generator)
+            weighed = _capped(weighed, most / count, "max_duplicates / num_samples")
+    seed = _seed_from(generator, source.device)
+    return Batch(*kernels_for("sample", source.device.type).search(weighed, seed, 0, count))
 
 
 def _sample_from_sampler(
@@ -181,67 +181,77 @@ def _sample_from_sampler(
     return source.sample()
 
 
-def _sample_by_search(integers: Tensor, count: int, generator: torch.Generator | None) -> Batch:
-    ends = torch.cumsum(integers, 0)
-    total = int(ends[-1])
-    seed = _seed_from(generator, integers.device)
-    kernels = kernels_for("sample", integers.device.type)
-    points = kernels.draw_points(total, seed, 0, count, integers.device)
-    indices = torch.searchsorted(ends, points, right=True)
-    return Batch(indices, coefficients(integers, total, indices))
-
-
 def _race(weights: Tensor, count: int, generator: torch.Generator | None) -> Batch:
     """Item i arrives after an exponential time of rate w_i; the first ``count`` win."""
-    checked = _checked(weights, "source").double()
-    rates = checked / checked.max()
-    possible = int((rates > 0).sum())
+    values = _vector(weights, "source")
+    least, most = (float(v) for v in torch.aminmax(values))
+    if not (least >= 0 and 0 < most < float("inf")):
+        raise _unusable(values, "source")
+    rates = values.double() / most
+    if values.dtype == torch.float64:  # else the least quotient is far from underflow
+        rates = torch.where(values > 0, rates.clamp(min=_LEAST_RATE), rates)
+    possible = int(torch.count_nonzero(rates))
     if count > possible:
         raise ValueError(
             "num_samples must be at most the number of positive weights without replacement, "
             f"{possible}, got {count}"
         )
-    arrivals = torch.empty_like(rates).exponential_(generator=generator) / rates
-    first = torch.topk(arrivals, min(count + 1, rates.numel()), largest=False, sorted=True)
+    n = rates.numel()
+    kernels = kernels_for("sample", rates.device.type)
+    points = kernels.draw_points(1 << 62, _seed_from(generator, rates.device), 0, n, rates.device)
+    # -log(1 - u), 0 < u < 1: of full precision near 0, where the winners are; neither 0 nor
+    # infinite, so that a rate of 0 comes after all others.
+    u = points.double().add_(0.5).mul_(2.0**-62 * (1 - 2.0**-53))
+    arrivals = u.neg_().log1p_().neg_().div_(rates)
+    first = torch.topk(arrivals, min(count + 1, n), largest=False, sorted=True)
     indices = first.indices[:count]
     if count == possible:
         inclusion = torch.ones(count, dtype=torch.float64, device=rates.device)
-    elif bool((rates[rates > 0] == 1).all()):
+    elif bool((rates[indices] == 1).all()) and bool((rates[rates > 0] == 1).all()):
         inclusion = torch.full_like(rates[:count], count / possible)
     else:
         inclusion = -torch.expm1(-rates[indices] * first.values[count])
-    return Batch(indices, (1 / (rates.numel() * inclusion)).float())
+    return Batch(indices, (1 / (n * inclusion)).float())
 
 
-def _checked(weights: Tensor, name: str) -> Tensor:
-    """A usable float vector of weights, or an error; reads one flag from the device."""
+def _vector(weights: Tensor, name: str) -> Tensor:
     device = weights.device if isinstance(weights, Tensor) else torch.device("cpu")
     weights = check.vector(name, weights, None, _FLOATS, device).detach()
     if weights.numel() == 0:
         raise ValueError(f"{name} must have at least one weight, got shape [0]")
-    least, most = (float(v) for v in torch.aminmax(weights))
-    if not (least >= 0 and 0 < most < float("inf")):
-        raise ValueError(
-            f"{name} must be finite and non-negative with a positive weight among them, "
-            f"got weights from {least} to {most}"
-        )
     return weights
 
 
-def _integer_weights(weights: Tensor, name: str = "weights") -> Tensor:
-    return quantise(_checked(weights, name).double())
+def _weigh(weights: Tensor, name: str) -> Weights:
+    """The integer weights of a usable float vector, or an error; reads them from the device."""
+    values = _vector(weights, name)
+    weighed: Weights | None = kernels_for("sample", values.device.type).weigh(values)
+    if weighed is None:
+        raise _unusable(values, name)
+    return weighed
 
 
-def _capped(integers: Tensor, max_prob: float, name: str) -> Tensor:
-    n = integers.numel()
+def _unusable(weights: Tensor, name: str) -> ValueError:
+    least, most = (float(v) for v in torch.aminmax(weights))
+    return ValueError(
+        f"{name} must be finite and non-negative with a positive weight among them, "
+        f"got weights from {least} to {most}"
+    )
+
+
+def _capped(weights: Weights, max_prob: float, name: str) -> Weights:
+    n = weights.values.numel()
     most = check.number(name, max_prob, 0.0)
     ratio = Fraction(most).limit_denominator(1 << 40)
     if ratio * n < 1:
         raise ValueError(f"{name} must be at least 1/N = {1 / n:.6g}, got {most!r}")
     if ratio >= 1:
-        return integers
+        return weights
+    kernels = kernels_for("sample", weights.values.device.type)
+    integers = kernels.integers(weights)
     theta = water_level(integers, 1, ratio.numerator, ratio.denominator)
-    return integers.clamp(max=theta)
+    capped: Weights = kernels.weigh(integers.clamp(max=theta))
+    return capped
 
 
 def _seed_from(generator: torch.Generator | None, device: torch.device) -> int:

@@ -19,12 +19,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from functools import cached_property
-from math import ceil, prod
+from math import ceil
 
 import torch
 from torch import Tensor
 
 from fastis.kernels import _C
+from fastis.memory import zeros
 
 # Positions in `scalars`.
 DRAWS, UPDATES, SKIPPED, EXPONENT, TOTAL, SEEN, VALID = range(7)
@@ -47,7 +48,6 @@ DURABLE_SCALARS = VALID  # the rest describes the structure and is rebuilt
 # Columns of `records`.
 MEAN, VAR, LAST, CODE = range(4)
 
-HUGE_PAGE = 2 << 20  # bytes
 LEAF = 4  # records below a node of the sampling structure (kLeaf in csrc/table.h)
 NO_EXPONENT = -1000  # e0 of a table that has seen nothing
 UNIFORM_WEIGHT = 1 << 15  # every item's integer weight in such a table
@@ -116,18 +116,6 @@ def _bits(n: int) -> int:
     return (n - 1).bit_length()
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Like ``torch.zeros``, but on huge pages where the CPU has them: accesses will be random."""
-    size = prod(shape) * dtype.itemsize
-    if device.type != "cpu" or _C is None or size < HUGE_PAGE:
-        return torch.zeros(shape, dtype=dtype, device=device)
-    pages = -(-size // HUGE_PAGE)
-    memory = torch.empty((pages + 1) * HUGE_PAGE, dtype=torch.uint8, device=device)
-    start = -memory.data_ptr() % HUGE_PAGE
-    _C.advise_huge_pages(memory.data_ptr() + start, pages * HUGE_PAGE)
-    return memory[start : start + size].zero_().view(dtype).view(shape)
-
-
 class Table:
     """The tensors of one sampler on one device. See the module's docstring."""
 
@@ -142,7 +130,7 @@ class Table:
         self.records: Tensor | None = None
         if constants.has_records:
             padded = -(-constants.num_samples // LEAF) * LEAF  # whole leaves for the kernels
-            records = _zeros((padded, 4), torch.int32, device)
+            records = zeros((padded, 4), torch.int32, device)
             records[:, LAST] = -1
             self.records = records[: constants.num_samples]
         self._structure: dict[str, Tensor] = {}
@@ -187,11 +175,11 @@ class Table:
         """Allocates the structure (tables with records only) and describes all tensors."""
         if self.records is not None:
             for name, (size, dtype, fill) in layout.items():
-                self._structure[name] = _zeros((size,), dtype, self.device)
+                self._structure[name] = zeros((size,), dtype, self.device)
                 if fill != 0:
                     self._structure[name].fill_(fill)
         elif "arrivals" in layout:
-            self._structure["arrivals"] = _zeros((1,), torch.int32, self.device)
+            self._structure["arrivals"] = zeros((1,), torch.int32, self.device)
         tensors: dict[str, Tensor | None] = {
             **dict.fromkeys(layout),
             "records": self.records,

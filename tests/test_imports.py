@@ -16,7 +16,8 @@ PACKAGE = Path(fastis.__file__).parent
 # Who may import whom, inside the package: everything not named here is forbidden.
 ALLOWED = {
     "check": set(),
-    "table": {"kernels"},
+    "table": {"kernels", "memory"},
+    "memory": {"kernels"},
     "sampling": {"check", "kernels"},
     "variance": {"table"},
     "lr": set(),
@@ -26,7 +27,7 @@ ALLOWED = {
     "loss_arguments": {"kernels"},
     "scored": {"kernels", "loss_arguments", "operators"},
     "operators": {"kernels", "loss_arguments"},
-    "kernels": {"_C", "__version__", "kernels", "table"},
+    "kernels": {"_C", "__version__", "kernels", "memory", "table"},
 }
 
 

@@ -6,12 +6,8 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import fastis
-from fastis.kernels import cpu_sample, reference_sample
-from fastis.kernels.reference_weights import quantise
 
 ODD_WEIGHTS = {
     "size 1": [3.0],
@@ -24,50 +20,6 @@ ODD_WEIGHTS = {
     "huge": [1e300, 2e300, 3e300],
     "ascending": list(range(1, 101)),
 }
-
-
-def contents(own, alias, weights, total):
-    """What every item gets over all buckets."""
-    n = weights.numel()
-    capacity = reference_sample.capacities(total, n, weights.device)
-    assert (own >= 0).all()
-    assert (own <= capacity).all()
-    got = torch.zeros_like(weights)
-    got.index_add_(0, torch.arange(n), own)
-    got.index_add_(0, alias, capacity - own)
-    return got
-
-
-integer_weights = st.one_of(
-    st.lists(st.integers(0, 20), min_size=1, max_size=60),
-    st.lists(st.integers(0, 2**50), min_size=1, max_size=60),
-    st.lists(st.sampled_from([0, 1, 5, 5, 5, 10**6]), min_size=1, max_size=60),
-).filter(lambda w: sum(w) > 0)
-
-
-@given(integer_weights)
-@settings(max_examples=400, deadline=None)
-def test_alias_buckets_hold_the_weights_item_by_item(values):
-    weights = torch.tensor(values)
-    total = int(weights.sum())
-    own, alias = cpu_sample.alias_build(weights, total)
-    assert torch.equal(contents(own, alias, weights, total), weights)
-    expected = reference_sample.alias_build(weights, total)
-    capacity = reference_sample.capacities(total, weights.numel(), weights.device)
-    assert torch.equal(own, expected[0])
-    assert torch.equal(alias[own < capacity], expected[1][own < capacity])
-
-
-@pytest.mark.parametrize("values", [[3, 1, 4, 1, 5], [0, 0, 7], [1, 1, 1, 1], [100, 1, 1]])
-def test_alias_draws_every_point_of_a_small_total_exactly(values, monkeypatch):
-    # Enumerates all x below the total instead of random ones: the counts are then the weights.
-    weights = torch.tensor(values)
-    total = int(weights.sum())
-    monkeypatch.setattr(reference_sample, "draw_points", lambda total, *_: torch.arange(total))
-    own, alias = cpu_sample.alias_build(weights, total)
-    indices, r = reference_sample.alias_draw(weights, total, own, alias, 0, 0, total)
-    assert torch.bincount(indices, minlength=len(values)).tolist() == values
-    torch.testing.assert_close(r, total / (len(values) * weights[indices]).float())
 
 
 @pytest.mark.parametrize("name", ODD_WEIGHTS)
@@ -86,26 +38,6 @@ def test_odd_weights(any_backend, name, dtype):
         assert (weights[batch.indices] > 0).all()
         expected = 1 / (len(table) * table.probabilities[batch.indices])
         torch.testing.assert_close(batch.weights.double(), expected, rtol=1e-7, atol=0)
-
-
-def test_backends_draw_the_same_from_an_alias_table():
-    weights = torch.rand(1000, generator=torch.Generator().manual_seed(0))
-    drawn = []
-    for name in ("reference", "cpu"):
-        with fastis.backend(name):
-            table = fastis.AliasTable(weights)
-            drawn.append(table.sample(300, generator=torch.Generator().manual_seed(5)))
-    assert torch.equal(drawn[0].indices, drawn[1].indices)
-    assert torch.equal(drawn[0].weights, drawn[1].weights)
-
-
-def test_one_key_gives_the_same_in_one_call_and_in_many():
-    weights = quantise(torch.rand(100, generator=torch.Generator().manual_seed(0)).double())
-    total = int(weights.sum())
-    own, alias = cpu_sample.alias_build(weights, total)
-    whole = cpu_sample.alias_draw(weights, total, own, alias, 9, 0, 50)[0]
-    single = [cpu_sample.alias_draw(weights, total, own, alias, 9, b, 1)[0] for b in range(50)]
-    assert torch.equal(whole, torch.cat(single))
 
 
 def test_max_prob_caps():

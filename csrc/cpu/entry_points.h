@@ -23,16 +23,32 @@ void draw(Pointer<const Table> table, Pointer<int64_t> indices /* [B] */,
 void locate(Pointer<const Table> table, Pointer<const uint64_t> points /* [count] */, int64_t count,
             Pointer<int64_t> indices /* [count] */, Pointer<float> weights /* [count] */);
 
-// An alias table of n integer weights (`total` is their sum), and `count` draws from it, the
-// first of them number `first` of the stream of `seed`; coefficients = total / (n weight).
-void alias_build(Pointer<const uint64_t> weights /* [n] */, int64_t n, uint64_t total,
-                 Pointer<uint64_t> own /* [n] */, Pointer<int64_t> alias /* [n] */);
-void alias_draw(Pointer<const uint64_t> weights /* [n] */, Pointer<const uint64_t> own /* [n] */,
-                Pointer<const int64_t> alias /* [n] */, int64_t n, uint64_t total, uint64_t seed,
-                int64_t first, int64_t count, Pointer<int64_t> indices /* [count] */,
+// Draws from given weights. format: 0 float, 1 double, 2 bfloat16, 3 float16 of the weights, whose
+// integers are floor(w 2^shift), at least 1 where w > 0; 4: int64, the integers themselves.
+// weigh: the shift with which they add up to about 2^61, that total, and the running sums of groups
+// of 64. False: a weight is negative or not finite, or all are 0.
+bool weigh(int format, Pointer<const void> weights /* [N] */, int64_t n, int threads,
+           Pointer<uint64_t> ends /* [ceil(N / 64)] */, Pointer<int64_t> shift_and_total /* [2] */);
+void integers(int format, Pointer<const void> weights /* [N] */, int64_t n, int shift, int threads,
+              Pointer<uint64_t> out /* [N] */);
+// `count` draws, the first of them number `first` of the stream of `seed`, by searching `ends`;
+// coefficients = total / (N integer).
+void search(int format, Pointer<const void> weights /* [N] */, int64_t n, int shift,
+            Pointer<const uint64_t> ends, uint64_t total, uint64_t seed, int64_t first,
+            int64_t count, Pointer<int64_t> indices /* [count] */,
+            Pointer<float> coefficients /* [count] */);
+// The alias table of the weights; draws from it, or the items of given points below the total.
+void alias_build(int format, Pointer<const void> weights /* [N] */, int64_t n, int shift,
+                 uint64_t total, int threads, Pointer<uint64_t> table /* [N, 2] */);
+void alias_draw(Pointer<const uint64_t> table /* [N, 2] */, int64_t n, uint64_t total,
+                uint64_t seed, int64_t first, int64_t count, Pointer<int64_t> indices /* [count] */,
                 Pointer<float> coefficients /* [count] */);
+void alias_resolve(Pointer<const uint64_t> table /* [N, 2] */, int64_t n, uint64_t total,
+                   Pointer<const uint64_t> points /* [count] */, int64_t count,
+                   Pointer<int64_t> indices /* [count] */, Pointer<float> coefficients);
 void draw_points(uint64_t total, uint64_t seed, int64_t first, int64_t count,
                  Pointer<uint64_t> points /* [count] */);
+
 // Cross-entropy: loss, score and gradient in one pass. format: 0 float, 1 double, 2 bfloat16,
 // 3 float16 of the logits; other tensors are float (double for double), grad is in the logits'
 // format (float for float16). A null pointer: no such tensor.

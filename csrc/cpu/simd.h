@@ -11,6 +11,7 @@
 // GCC 12 warns of its own AVX-512 intrinsics.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #endif
@@ -121,11 +122,40 @@ inline Mask<F> iota() {
 template <class F>
 inline Vec<F> max(Vec<F> a, Vec<F> b) {
 #if defined(__AVX512F__) && FASTIS_VECTOR_BYTES == 64
-  if constexpr (sizeof(F) == 4) return _mm512_max_ps(a, b);
+  if constexpr (sizeof(F) == 4) {
+    return _mm512_max_ps(a, b);
+  } else {
+    return _mm512_max_pd(a, b);
+  }
 #elif defined(__AVX2__) && FASTIS_VECTOR_BYTES == 32
-  if constexpr (sizeof(F) == 4) return _mm256_max_ps(a, b);
-#endif
+  if constexpr (sizeof(F) == 4) {
+    return _mm256_max_ps(a, b);
+  } else {
+    return _mm256_max_pd(a, b);
+  }
+#else
   return select<F>(a > b, a, b);
+#endif
+}
+
+// a < b ? a : b, thus b where either is NaN.
+template <class F>
+inline Vec<F> min(Vec<F> a, Vec<F> b) {
+#if defined(__AVX512F__) && FASTIS_VECTOR_BYTES == 64
+  if constexpr (sizeof(F) == 4) {
+    return _mm512_min_ps(a, b);
+  } else {
+    return _mm512_min_pd(a, b);
+  }
+#elif defined(__AVX2__) && FASTIS_VECTOR_BYTES == 32
+  if constexpr (sizeof(F) == 4) {
+    return _mm256_min_ps(a, b);
+  } else {
+    return _mm256_min_pd(a, b);
+  }
+#else
+  return select<F>(a < b, a, b);
+#endif
 }
 
 // a * b + c, rounded once where the machine can.

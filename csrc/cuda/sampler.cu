@@ -1,6 +1,7 @@
-// The sampler's launches: update, draw, and both in one. Cooperative, since a launch's phases wait for
-// each other; a minibatch of up to 256 is one block, which waits without the rest of the device.
-// Bytes touched a sample: an update 64 (record, claim) and 8 a level, a draw 128 a level and 64.
+// The sampler's launches: update, draw, and both in one. Cooperative, since a launch's phases wait
+// for each other; a minibatch of up to 256 is one block, which waits without the rest of the
+// device. Bytes touched a sample: an update 64 (record, claim) and 8 a level, a draw 128 a level
+// and 64.
 #include "cuda/grid.cuh"
 #include "device/draw.h"
 #include "device/update.h"
@@ -71,15 +72,15 @@ int64_t update(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
                Pointer<const float> score, int64_t n, Pointer<const float> mean_grad,
                int64_t num_classes, int64_t device, uint64_t stream) {
   const Minibatch minibatch{indices, observed, weights, score, n, mean_grad, num_classes};
-  return launch<DeviceTable, Minibatch>(static_cast<int>(device), stream, n,
-                                                    &update_kernel, *table, minibatch);
+  return launch<DeviceTable, Minibatch>(static_cast<int>(device), stream, n, &update_kernel, *table,
+                                        minibatch);
 }
 
 int64_t draw(Pointer<const DeviceTable> table, Pointer<int64_t> indices, Pointer<float> weights,
              int64_t device, uint64_t stream) {
-  return launch<DeviceTable, int64_t*, float*>(static_cast<int>(device), stream,
-                                                     table->batch_size, &draw_kernel, *table,
-                                                     indices.address, weights.address);
+  return launch<DeviceTable, int64_t*, float*>(static_cast<int>(device), stream, table->batch_size,
+                                               &draw_kernel, *table, indices.address,
+                                               weights.address);
 }
 
 int64_t update_and_draw(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,

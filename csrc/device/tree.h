@@ -1,8 +1,8 @@
 // The device's tree: adding to it, filling it, and recomputing weights from the state.
 #pragma once
 
-#include "device/grid.h"
 #include "device/device_table.h"
+#include "device/grid.h"
 #include "weights.h"
 
 namespace fastis::device {

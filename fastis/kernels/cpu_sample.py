@@ -1,4 +1,4 @@
-"""Draws on the CPU: csrc/cpu/sample.cpp and csrc/cpu/alias.cpp."""
+"""Draws on the CPU: csrc/cpu/{sample,weigh,search,alias_*}.cpp."""
 
 from __future__ import annotations
 
@@ -6,9 +6,26 @@ import torch
 from torch import Tensor
 
 from fastis.kernels import _C, reference_sample
+from fastis.kernels.reference_weights import Weights
+from fastis.memory import empty
 from fastis.table import FLATTEN, Table
 
 _POWER = FLATTEN["power"]
+# Of given weights: code of the format.
+_FORMATS = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.int64: 4,
+}
+_GROUP = 64  # weights to one of the running sums
+# Weights from which a second thread was measured to win.
+_PARALLEL_WEIGHTS = 1 << 17
+
+
+def _threads(n: int) -> int:
+    return 1 if n < _PARALLEL_WEIGHTS else torch.get_num_threads()
 
 
 def draw(table: Table, indices: Tensor, weights: Tensor) -> None:
@@ -29,28 +46,92 @@ def locate(table: Table, points: Tensor, indices: Tensor, weights: Tensor) -> No
         _C.locate(table.handle, *addresses)
 
 
-def alias_build(weights: Tensor, total: int) -> tuple[Tensor, Tensor]:
+def weigh(values: Tensor) -> Weights | None:
+    """See :func:`fastis.kernels.reference_sample.weigh`; one running sum for 64 weights."""
+    n = values.numel()
+    ends = torch.empty(-(-n // _GROUP), dtype=torch.int64)
+    found = torch.empty(2, dtype=torch.int64)
+    code = _FORMATS[values.dtype]
+    if not _C.weigh(code, values.data_ptr(), n, _threads(n), ends.data_ptr(), found.data_ptr()):
+        return None
+    shift, total = found.tolist()
+    return Weights(values, shift, total, ends)
+
+
+def integers(weights: Weights) -> Tensor:
+    """See :func:`fastis.kernels.reference_sample.integers`."""
+    values, n = weights.values, weights.values.numel()
+    out = empty((n,), torch.int64, values.device)
+    code = _FORMATS[values.dtype]
+    _C.integers(code, values.data_ptr(), n, weights.shift, _threads(n), out.data_ptr())
+    return out
+
+
+def search(weights: Weights, seed: int, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """See :func:`fastis.kernels.reference_sample.search`."""
+    indices = torch.empty(count, dtype=torch.int64)
+    coefficients = torch.empty(count, dtype=torch.float32)
+    _C.search(
+        _FORMATS[weights.values.dtype],
+        weights.values.data_ptr(),
+        weights.values.numel(),
+        weights.shift,
+        weights.ends.data_ptr(),
+        weights.total,
+        seed,
+        first,
+        count,
+        indices.data_ptr(),
+        coefficients.data_ptr(),
+    )
+    return indices, coefficients
+
+
+def alias_build(weights: Weights) -> Tensor:
     """See :func:`fastis.kernels.reference_sample.alias_build`."""
-    own, alias = torch.empty_like(weights), torch.empty_like(weights)
-    _C.alias_build(weights.data_ptr(), weights.numel(), total, own.data_ptr(), alias.data_ptr())
-    return own, alias
+    values, n = weights.values, weights.values.numel()
+    table = empty((n, 2), torch.int64, values.device)
+    _C.alias_build(
+        _FORMATS[values.dtype],
+        values.data_ptr(),
+        n,
+        weights.shift,
+        weights.total,
+        _threads(n),
+        table.data_ptr(),
+    )
+    return table
 
 
 def alias_draw(
-    weights: Tensor, total: int, own: Tensor, alias: Tensor, seed: int, first: int, count: int
+    table: Tensor, total: int, seed: int, first: int, count: int
 ) -> tuple[Tensor, Tensor]:
     """See :func:`fastis.kernels.reference_sample.alias_draw`."""
     indices = torch.empty(count, dtype=torch.int64)
     coefficients = torch.empty(count, dtype=torch.float32)
     _C.alias_draw(
-        weights.data_ptr(),
-        own.data_ptr(),
-        alias.data_ptr(),
-        weights.numel(),
+        table.data_ptr(),
+        len(table),
         total,
         seed,
         first,
         count,
+        indices.data_ptr(),
+        coefficients.data_ptr(),
+    )
+    return indices, coefficients
+
+
+def alias_resolve(table: Tensor, total: int, points: Tensor) -> tuple[Tensor, Tensor]:
+    """See :func:`fastis.kernels.reference_sample.alias_resolve`."""
+    indices = torch.empty_like(points)
+    coefficients = torch.empty(points.shape, dtype=torch.float32)
+    _C.alias_resolve(
+        table.data_ptr(),
+        len(table),
+        total,
+        points.data_ptr(),
+        points.numel(),
         indices.data_ptr(),
         coefficients.data_ptr(),
     )

@@ -9,7 +9,29 @@ from torch import Tensor
 
 from fastis.kernels import _C, reference_sample
 from fastis.kernels.cuda_launch import launch
+from fastis.kernels.reference_sample import (
+    alias_build,
+    alias_draw,
+    alias_resolve,
+    draw_points,
+    integers,
+    locate,
+    search,
+    weigh,
+)
 from fastis.table import FLATTEN, Table
+
+__all__ = [
+    "alias_build",
+    "alias_draw",
+    "alias_resolve",
+    "draw",
+    "draw_points",
+    "integers",
+    "locate",
+    "search",
+    "weigh",
+]
 
 _POWER = FLATTEN["power"]
 

@@ -130,16 +130,38 @@ def power(weights: Tensor, constants: Constants) -> Tensor:
     return quantise((gamma * logs).exp())
 
 
-def quantise(weights: Tensor) -> Tensor:
-    """float64 [N], not all 0 -> int64 [N] with a sum of about 2^61; 0 only where the weight is 0.
+class Weights(NamedTuple):
+    """Weights that add up to an integer."""
 
-    Scaled by powers of two alone, so that every backend gets the same integers.
+    values: Tensor  # float [N], whose integers are those of integers(); or int64 [N], the integers
+    shift: int
+    total: int
+    ends: Tensor  # int64: running sums of the integers, spaced as the backend likes
+
+
+SUM_BITS = 61
+
+
+def integers(values: Tensor, shift: int) -> Tensor:
+    """floor(w 2^shift) as int64, but at least 1 where w > 0."""
+    w = values.double()
+    half = shift // 2  # in two factors, since 2^shift itself may overflow
+    return torch.where(w > 0, (w * 2.0**half * 2.0 ** (shift - half)).long().clamp(min=1), 0)
+
+
+def shift_of(values: Tensor) -> int:
+    """The shift with which the integers of ``values``, not all 0, add up to about 2^61.
+
+    A power of two alone, so that every backend gets the same integers. With it the bit length of
+    the sum, were nothing cut off, is 61.
     """
-    bits = (weights.numel() - 1).bit_length()
-    _, exponent = math.frexp(float(weights.max()))  # max < 2^exponent
-    half = exponent // 2  # in two factors, since 2^-exponent itself may overflow
-    weights = weights * 2.0**-half * 2.0 ** (half - exponent)
-    first_try = (weights * 2.0 ** (61 - bits)).long().sum()  # exact, and tells what is spare
-    spare = 61 - int(first_try).bit_length()
-    integers = (weights * 2.0 ** (61 - bits + spare)).long()
-    return torch.where(weights > 0, integers.clamp(min=1), 0)
+    n = values.numel()
+    _, exponent = math.frexp(float(values.max()))  # max < 2^exponent
+    first = SUM_BITS - (n - 1).bit_length() - exponent
+    at_most = int(integers(values, first).sum()) + n  # each integer is off by less than 1
+    return first + SUM_BITS - at_most.bit_length()
+
+
+def quantise(values: Tensor) -> Tensor:
+    """float [N], not all 0 -> int64 [N] with a sum of about 2^61; 0 only where the weight is 0."""
+    return integers(values, shift_of(values))

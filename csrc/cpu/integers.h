@@ -1,0 +1,163 @@
+// Integer weights from float ones, a vector at a time: floor(w 2^shift), but at least 1 where w >
+// 0. Bit for bit what integers() of fastis/kernels/reference_weights.py gives: a float is a
+// mantissa times a power of two, so the product is a shift of the mantissa.
+#pragma once
+
+#include "cpu/random.h"
+
+namespace fastis::FASTIS_ISA {
+
+// Of a format's mantissa, the leading one included.
+template <class S>
+constexpr int kDigits = 24;
+template <>
+constexpr int kDigits<double> = 53;
+template <>
+constexpr int kDigits<BFloat16> = 8;
+template <>
+constexpr int kDigits<Float16> = 11;
+
+// Counts from 64 on give 0.
+inline Words shift_left(Words x, Words count) {
+#if defined(__AVX512F__) && FASTIS_VECTOR_BYTES == 64
+  return reinterpret_cast<Words>(_mm512_sllv_epi64((__m512i)x, (__m512i)count));
+#elif defined(__AVX2__) && FASTIS_VECTOR_BYTES == 32
+  return reinterpret_cast<Words>(_mm256_sllv_epi64((__m256i)x, (__m256i)count));
+#else
+  for (int j = 0; j < kWords; ++j) x[j] = count[j] < 64 ? x[j] << count[j] : 0;
+  return x;
+#endif
+}
+
+inline Words shift_right(Words x, Words count) {
+#if defined(__AVX512F__) && FASTIS_VECTOR_BYTES == 64
+  return reinterpret_cast<Words>(_mm512_srlv_epi64((__m512i)x, (__m512i)count));
+#elif defined(__AVX2__) && FASTIS_VECTOR_BYTES == 32
+  return reinterpret_cast<Words>(_mm256_srlv_epi64((__m256i)x, (__m256i)count));
+#else
+  for (int j = 0; j < kWords; ++j) x[j] = count[j] < 64 ? x[j] >> count[j] : 0;
+  return x;
+#endif
+}
+
+inline Words where(Mask<double> mask, Words yes) { return bit_cast<Words>(mask) & yes; }
+
+// w finite and not negative. kSubnormal: some may be below 2^-1022 (floats in doubles never are).
+template <bool kSubnormal>
+inline Words to_integers(Vec<double> w, int shift) {
+  constexpr uint64_t kImplicit = uint64_t{1} << 52;
+  const Words zero{};
+  const Words bits = bit_cast<Words>(w) & ~(uint64_t{1} << 63);  // -0 is 0
+  Words exponent = bits >> 52, mantissa = bits & (kImplicit - 1);
+  if constexpr (kSubnormal) {
+    mantissa |= where(exponent != zero, zero + kImplicit);
+    exponent += where(exponent == zero, zero + 1);
+  } else {
+    mantissa |= kImplicit;  // of 0 too, which is then shifted out
+  }
+  const Words left = exponent + static_cast<uint64_t>(int64_t{shift} - 1075);
+  const Words integers = shift_left(mantissa, left) | shift_right(mantissa, zero - left);
+  return integers + where((integers == zero) & (bits != zero), zero + 1);
+}
+
+// The exact value rounded once; x below 2^63.
+inline Vec<double> to_double(Words x) {
+  constexpr uint64_t kLow = 0xFFFFFFFFu;
+  const auto low = bit_cast<Vec<double>>((x & kLow) | 0x4330000000000000u);  // 2^52 + low half
+  const auto high = bit_cast<Vec<double>>((x >> 32) | 0x4530000000000000u);  // 2^84 + high half
+  return (high - 0x1.00000001p84) + low;
+}
+
+// Half as many floats as a vector has. (GCC converts them in quarters where left to itself.)
+typedef float HalfFloats __attribute__((vector_size(FASTIS_VECTOR_BYTES / 2)));
+
+inline Vec<double> widen(HalfFloats x) {
+#if defined(__AVX512F__) && FASTIS_VECTOR_BYTES == 64
+  return _mm512_cvtps_pd((__m256)x);
+#elif defined(__AVX2__) && FASTIS_VECTOR_BYTES == 32
+  return _mm256_cvtps_pd((__m128)x);
+#else
+  return __builtin_convertvector(x, Vec<double>);
+#endif
+}
+
+inline HalfFloats narrow(Vec<double> x) {
+#if defined(__AVX512F__) && FASTIS_VECTOR_BYTES == 64
+  return (HalfFloats)_mm512_cvtpd_ps((__m512d)x);
+#elif defined(__AVX2__) && FASTIS_VECTOR_BYTES == 32
+  return (HalfFloats)_mm256_cvtpd_ps((__m256d)x);
+#else
+  return __builtin_convertvector(x, HalfFloats);
+#endif
+}
+
+// What one load of a format becomes, in doubles.
+template <class F>
+struct Doubles {
+  Vec<double> part[2];
+};
+template <>
+struct Doubles<double> {
+  Vec<double> part[1];
+};
+inline Doubles<float> to_doubles(Vec<float> x) {
+  struct Halves {
+    HalfFloats part[2];
+  };
+  const auto halves = bit_cast<Halves>(x);
+  return {{widen(halves.part[0]), widen(halves.part[1])}};
+}
+inline Doubles<double> to_doubles(Vec<double> x) { return {{x}}; }
+
+// integers [count, rounded up to whole vectors of S] of `count` weights.
+template <class S>
+inline void read_integers(const S* weights, int count, int shift, uint64_t* integers) {
+  constexpr int kStep = kLanes<Compute<S>>;
+  for (int i = 0; i < count; i += kStep) {
+    const auto w =
+        count - i < kStep ? load_some(weights + i, count - i, Compute<S>(0)) : load(weights + i);
+    const auto doubles = to_doubles(w);
+    int at = i;
+    for (const Vec<double> part : doubles.part) {
+      store_as(integers + at, to_integers<kDigits<S> == 53>(part, shift));
+      at += kWords;
+    }
+  }
+}
+inline void read_integers(const int64_t* weights, int count, int, uint64_t* integers) {
+  std::memcpy(integers, weights, sizeof(uint64_t) * count);
+}
+
+constexpr int kIntegers = 4;
+constexpr int kGroup = 64;  // weights to one of the running sums that weigh() makes for search()
+
+// Weights as they lie in memory, of any format.
+struct Weights {
+  int format;  // 0 float, 1 double, 2 bfloat16, 3 float16, kIntegers: int64, taken as they are
+  const void* values;
+  int64_t n;
+  int shift;
+
+  template <class Visitor>
+  auto visit(const Visitor& visitor) const {
+    switch (format) {
+      case 0:
+        return visitor(static_cast<const float*>(values));
+      case 1:
+        return visitor(static_cast<const double*>(values));
+      case 2:
+        return visitor(static_cast<const BFloat16*>(values));
+      case 3:
+        return visitor(static_cast<const Float16*>(values));
+      default:
+        return visitor(static_cast<const int64_t*>(values));
+    }
+  }
+
+  // integers [count, rounded up to 16 of them]
+  void read(int64_t first, int count, uint64_t* integers) const {
+    visit([&](const auto* values) { read_integers(values + first, count, shift, integers); });
+  }
+};
+
+}  // namespace fastis::FASTIS_ISA
