@@ -90,6 +90,7 @@ case $mode in
     mkdir -p "$results"
     step "step time, GPU" "$python" bench/bench_step.py --device cuda --json "$results/step.jsonl"
     step "step time, CPU" "$python" bench/bench_step.py --json "$results/step.jsonl"
+    step "loss, GPU" "$python" bench/bench_gpu_loss.py --json "$results/gpu_loss.jsonl"
     step "loss, CPU" "$python" bench/bench_loss.py --json "$results/loss.jsonl"
     step "update, CPU" "$python" bench/bench_update.py --json "$results/update.jsonl"
     step "training" "$python" bench/train.py --device cuda --seeds 3 --out "$results/train"

@@ -9,9 +9,9 @@ device) and its kernel compiled for every architecture with the constants and wa
 launched with, as Triton would on the first call. The numbers are read from the cubins with the
 cuobjdump that Triton carries, so :func:`resource_usage` reads those of nvcc as well.
 
-``--check`` fails on a kernel that does not compile, on one that spills or uses local memory, on one
-that is missing from the file, and on registers that grew by more than ``SLACK`` since the file was
-written: compilers differ by a few, a changed kernel by more.
+``--check`` fails on a kernel that does not compile, on one that spills, on one that is missing from
+the file, and on registers that grew by more than ``SLACK`` since the file was written: releases of
+the compiler differ by some (triton 3.6.0 from 3.7.1 by 30 at most), a changed kernel by more.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from bench.report import aligned
 
 RESULTS = Path(__file__).parent / "results" / "triton_resources.json"
 ARCHITECTURES = (80, 90, 100, 120)
-# Registers by which a kernel may grow before --check complains: releases of the compiler differ.
-SLACK = 24
+SLACK = 32
+# Bytes of stack that are no spilling loop: the compiler keeps up to four numbers there at will.
+STACK = 16
 
 _TYPES = {
     torch.float32: "fp32",
@@ -248,7 +249,7 @@ def complaints(rows: list[dict[str, Any]], kept: list[dict[str, Any]]) -> list[s
     before = {identity(row): row for row in kept}
     for row in rows:
         name = "{} of {!r} for sm_{}".format(*identity(row))
-        if row["local"]:
+        if row["local"] > STACK:
             found.append(f"{name} spills: {row['local']} bytes of local memory a thread")
         old = before.pop(identity(row), None)
         if old is None:

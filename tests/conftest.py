@@ -17,6 +17,16 @@ torch.set_num_threads(1)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 LOSS_BACKENDS = ["triton"] if INTERPRETED else ["reference", "cpu"]
 
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    def fma(self, x, y, z):
+        """Rounded once, as on a GPU; the interpreter's own is x * y + z in float32."""
+        exact = x.data.astype("float64") * y.data + z.data
+        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = fma
+
 
 class Observation(NamedTuple):
     """What the sampler reads of a ScoredLoss."""

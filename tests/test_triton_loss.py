@@ -493,6 +493,13 @@ def test_the_gradient_is_scaled_in_place_only_where_the_graph_is_freed(monkeypat
 
 
 @interpreted
+def test_the_read_ceiling_reads_all():
+    from bench.gpu_ceilings import check_read
+
+    check_read(torch.randint(1 << 16, (3 * 4096,), dtype=torch.int32))
+
+
+@interpreted
 def test_interpreter_is_on():
     assert triton.knobs.runtime.interpret
     with fastis.backend("triton"):

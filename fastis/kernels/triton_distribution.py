@@ -96,7 +96,7 @@ def distribution_tiles_kernel(
         t_rest = tl.sum(tl.where(is_top, 0.0, t), 1)
         t_top = tl.sum(tl.where(is_top, t, 0.0), 1)
         cross = tl.sum(tl.where(here, t * -x, 0.0), 1)
-        share = tl.div_rn(1.0, 1.0 + s)
+        share = 1.0 / (1.0 + s)
         total = t_rest + t_top
         g = e * (total * share)[:, None] - t
         # p_top sum(t) - t_top without the difference of two numbers near 1.
@@ -284,7 +284,7 @@ def distribution_sweeps_kernel(
         t_top = _target_block(
             share_ptr, class_weights_ptr, top, top < NUM_CLASSES, label, keep, spread, SOFT
         )
-        share = tl.div_rn(1.0, 1.0 + s)
+        share = 1.0 / (1.0 + s)
         total = t_rest + t_top
         loss = (cross + total * log1p(s, share)) * bad
         norm = bad * _grad_row(

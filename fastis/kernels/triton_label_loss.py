@@ -22,7 +22,7 @@ def _binary_cross_entropy(z, y, on):
     """loss and g of an element; ``on`` is pos_weight y."""
     off = 1.0 - y
     x = exp_full(-tl.abs(z))
-    inverse = tl.div_rn(1.0, 1.0 + x)
+    inverse = 1.0 / (1.0 + x)
     tail = log1p(x, inverse)
     up = tl.where(z >= 0, inverse, x * inverse)  # sigmoid(z)
     down = tl.where(z >= 0, x * inverse, inverse)  # sigmoid(-z)
