@@ -3,8 +3,9 @@
 # used (torch, pytest, pybind11, and nvcc for the CUDA kernels).
 #
 #   bench/gpu_check.sh quick      build in place, the GPU tests
-#   bench/gpu_check.sh sanitize   the same tests under compute-sanitizer (memcheck, then racecheck)
-#   bench/gpu_check.sh bench      step time and the training comparison; rows into the results
+#   bench/gpu_check.sh sanitize   the same tests under compute-sanitizer (memcheck, racecheck,
+#                                 initcheck)
+#   bench/gpu_check.sh bench      benchmarks with their peers; rows into gpu.jsonl, a table last
 #
 # Results go to $OUT, or bench/results. Every mode ends within nine minutes: what is left over then
 # is stopped and reported as such. FASTIS_CUDA=1 makes a missing nvcc an error.
@@ -81,18 +82,19 @@ case $mode in
   sanitize)
     # Without torch's caching allocator every tensor has bounds of its own to overstep.
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    for tool in memcheck racecheck; do
+    for tool in memcheck racecheck initcheck; do
       step "$tool" bash -c 'gpu_tests "$@"' _ compute-sanitizer --tool "$tool" \
         --error-exitcode 9 --target-processes all
     done
     ;;
   bench)
     mkdir -p "$results"
-    step "step time, GPU" "$python" bench/bench_step.py --device cuda --json "$results/step.jsonl"
-    step "step time, CPU" "$python" bench/bench_step.py --json "$results/step.jsonl"
-    step "loss, GPU" "$python" bench/bench_gpu_loss.py --json "$results/gpu_loss.jsonl"
-    step "loss, CPU" "$python" bench/bench_loss.py --json "$results/loss.jsonl"
-    step "update, CPU" "$python" bench/bench_update.py --json "$results/update.jsonl"
+    rows=$results/gpu.jsonl
+    step "losses" "$python" bench/bench_gpu_loss.py --json "$rows"
+    step "a step in one graph" "$python" bench/bench_graph.py --json "$rows"
+    step "eager step" "$python" bench/bench_step.py --device cuda --json "$rows"
+    step "sampling, CPU" "$python" bench/bench_sample.py --json "$results/cpu.jsonl" --seconds 3
+    step "losses, CPU" "$python" bench/bench_loss.py --json "$results/cpu.jsonl"
     step "training" "$python" bench/train.py --device cuda --seeds 3 --out "$results/train"
     ;;
 esac

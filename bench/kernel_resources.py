@@ -1,13 +1,14 @@
 """Registers, shared memory and spills of the GPU kernels, compiled here without a GPU.
 
-    python bench/kernel_resources.py            # compile all, write results/triton_resources.json
+    python bench/kernel_resources.py            # compile all, write results/kernel_resources.json
     python bench/kernel_resources.py --check    # compile all and compare with that file
     python bench/kernel_resources.py --sm 90    # one architecture; writes nothing
 
 Every launch that the losses make for the shapes below is recorded (on meta tensors: no data, no
 device) and its kernel compiled for every architecture with the constants and warps it would be
-launched with, as Triton would on the first call. The numbers are read from the cubins with the
-cuobjdump that Triton carries, so :func:`resource_usage` reads those of nvcc as well.
+launched with, as Triton would on the first call. The sources in csrc/cuda are compiled by nvcc,
+with the flags of setup.py, where there is one. The numbers are read from the cubins with the
+cuobjdump that Triton carries.
 
 ``--check`` fails on a kernel that does not compile, on one that spills, on one that is missing from
 the file, and on registers that grew by more than ``SLACK`` since the file was written: releases of
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,7 +36,7 @@ from torch import Tensor
 
 from bench.report import aligned
 
-RESULTS = Path(__file__).parent / "results" / "triton_resources.json"
+RESULTS = Path(__file__).parent / "results" / "kernel_resources.json"
 ARCHITECTURES = (80, 90, 100, 120)
 SLACK = 32
 # Bytes of stack that are no spilling loop: the compiler keeps up to four numbers there at will.
@@ -239,6 +241,26 @@ def measure(architectures: Iterable[int]) -> Iterator[dict[str, Any]]:
                 yield {**row, "num_warps": launch.num_warps, **usage._asdict()}
 
 
+def measure_cuda(architectures: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """A row per kernel of csrc/cuda and architecture; none without nvcc."""
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        return
+    top = Path(__file__).resolve().parents[1]
+    for source in sorted((top / "csrc" / "cuda").glob("*.cu")):
+        for architecture in architectures:
+            with tempfile.TemporaryDirectory() as folder:
+                cubin = Path(folder) / "kernels.cubin"
+                command = [nvcc, "-cubin", str(source), "-o", str(cubin), f"-I{top / 'csrc'}"]
+                command += ["-std=c++17", "-O3", "--fmad=false", "-DFASTIS_CUDA=1"]
+                subprocess.run([*command, f"-arch=sm_{architecture}"], check=True)
+                found = resource_usage(cubin.read_bytes())
+            for mangled, usage in sorted(found.items()):
+                name = re.findall(r"\d+([a-z_]+_kernel)E", mangled)[0]
+                row = {"kernel": name, "call": source.name, "sm": architecture}
+                yield {**row, "num_warps": 8, **usage._asdict()}
+
+
 def identity(row: dict[str, Any]) -> tuple[str, str, int]:
     return row["kernel"], row["call"], row["sm"]
 
@@ -256,7 +278,12 @@ def complaints(rows: list[dict[str, Any]], kept: list[dict[str, Any]]) -> list[s
             found.append(f"{name} is not in {RESULTS.name}: run bench/kernel_resources.py")
         elif row["registers"] > old["registers"] + SLACK:
             found.append(f"{name}: {old['registers']} registers became {row['registers']}")
+    sources = {row["call"] for row in rows}
     if {row["sm"] for row in rows} == set(ARCHITECTURES):
+        # Where there is no nvcc, nothing is said of its kernels.
+        before = {
+            key: old for key, old in before.items() if key[1] in sources or ".cu" not in key[1]
+        }
         found += [f"{'{} of {!r} for sm_{}'.format(*key)} is launched no more" for key in before]
     return found
 
@@ -280,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     import triton
 
-    rows = list(measure(args.sm))
+    rows = [*measure(args.sm), *measure_cuda(args.sm)]
     print(f"triton {triton.__version__}")
     print(table(rows))
     if set(args.sm) != set(ARCHITECTURES) and not args.check:
