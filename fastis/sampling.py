@@ -96,6 +96,9 @@ def sample(
 ) -> Batch:
     """Draws a minibatch of indices with their importance-sampling coefficients.
 
+    From weights it takes one pass over them (two for float64) and a search for each draw; for many
+    draws from weights that stay the same, build an :class:`AliasTable`.
+
     Parameters
     ----------
     source : Sampler, AliasTable or float tensor [N]

@@ -49,6 +49,8 @@ SHAPES = {
     "zeros at the end": lambda n: lognormal(n) * (torch.arange(n) < n // 4 + 1),
     "negative zeros": lambda n: torch.where(torch.arange(n) % 3 == 0, lognormal(n), -0.0),
     "few values": lambda n: (torch.arange(n) * 7 % 4).double() + (torch.arange(n) == 0),
+    # Sums that doubles hold exactly, of weights that the shift cuts off.
+    "fading": lambda n: lognormal(n) * 2.0 ** (-10 * (torch.arange(n) // 1024)).double(),
     "light first": lambda n: 1.0 + (torch.arange(n) >= n // 2).double(),
 }
 SIZES = [1, 2, 3, 63, 64, 65, 257, 1023, 1025, 5000]

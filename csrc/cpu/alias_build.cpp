@@ -15,13 +15,13 @@
 namespace fastis::FASTIS_ISA {
 namespace {
 
-constexpr int kBlock = 256;  // items that are read at once; both sides of a part stay in the L1
-constexpr int kPadding = 16;
+constexpr int kBlock = 256;   // items that are read at once; both sides of a part stay in the L1
+constexpr int kPadding = 16;  // items: vectors are read and written whole
 
 struct Job {
   Weights weights;
   Buckets buckets;
-  double total, n;
+  double total, n;  // for the coefficients
   Bucket* table;
   int64_t blocks;
 
@@ -122,9 +122,9 @@ template <bool kHeavy>
 class Side {
  public:
   int size = 0, at = 0;
-  int64_t base;  // index of the block's first item
-  int64_t next;  // block to read after this one
-  uint64_t total;
+  int64_t base;    // index of the block's first item
+  int64_t next;    // block to read after this one
+  uint64_t total;  // 1 + D or S at the end of the block
   alignas(64) uint32_t place[kBlock + kPadding];
   alignas(64) uint64_t weight[kBlock + kPadding];  // of heavy items 1 + S_(j-1) + weight
   alignas(64) float coefficient[kBlock + kPadding];
@@ -198,6 +198,7 @@ struct Split {
   int64_t rank = 0;  // items merged before
 };
 
+// A stretch of the merge: the buckets of the items in it.
 class Part {
  public:
   Part(const Job& job, const Before* before, const Split& from)
@@ -257,7 +258,8 @@ class Part {
     }
   }
 
-  // The last heavy item of a block stays open until the next one is known.
+  // Of a heavy item's bucket the sweep leaves capacity + S_j - D_i to itself; the rest goes to the
+  // next heavy item. The last one of a block stays open until that is known.
   void close_heavy(int begin, int end, const uint16_t* light_of) {
     const int closed = end < heavy_.size ? end : heavy_.size - 1;
     Bucket* const table = job_.table + heavy_.base;

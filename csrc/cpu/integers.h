@@ -57,7 +57,8 @@ inline Words to_integers(Vec<double> w, int shift) {
   }
   const Words left = exponent + static_cast<uint64_t>(int64_t{shift} - 1075);
   const Words integers = shift_left(mantissa, left) | shift_right(mantissa, zero - left);
-  return integers + where((integers == zero) & (bits != zero), zero + 1);
+  // 1 more where they are 0 and w is not; a mask is -1.
+  return integers - bit_cast<Words>(integers == zero) + bit_cast<Words>(bits == zero);
 }
 
 // The exact value rounded once; x below 2^63.
