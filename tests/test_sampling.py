@@ -153,6 +153,19 @@ def test_a_race_of_weights_beyond_the_range_of_their_quotients():
     torch.testing.assert_close(drawn.weights, torch.full((3,), 0.25))
 
 
+def test_torchs_default_device_is_not_asked(any_backend):
+    weights = torch.rand(100)
+    with torch.device("meta"):
+        table = fastis.AliasTable(weights, max_prob=0.5)
+        drawn = [
+            table.sample(10),
+            fastis.sample(weights, 10, max_duplicates=2.0),
+            fastis.sample(weights, 10, replacement=False),
+        ]
+    for batch in drawn:
+        assert batch.indices.device == batch.weights.device == weights.device
+
+
 def test_generator_is_torchs():
     weights = torch.rand(50)
     for replacement in (True, False):
