@@ -19,7 +19,9 @@ from fastis.kernels.reference_sample import alias_contents
 from fastis.kernels.reference_weights import Weights, water_level
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_LEAST_RATE = 2.0**-1000  # of the largest: smaller positive weights count as that, in a race
+# In a race: of the largest rate; smaller positive weights count as that.
+_LEAST_RATE = 2.0**-1000
+_RACE_CHUNK = (1 << 18, 1 << 26)  # items at once: what stays in a CPU's cache; on other devices
 
 
 class Batch(NamedTuple):
@@ -190,31 +192,48 @@ def _race(weights: Tensor, count: int, generator: torch.Generator | None) -> Bat
     least, most = (float(v) for v in torch.aminmax(values))
     if not (least >= 0 and 0 < most < float("inf")):
         raise _unusable(values, "source")
-    rates = values.double() / most
-    if values.dtype == torch.float64:  # else the least quotient is far from underflow
-        rates = torch.where(values > 0, rates.clamp(min=_LEAST_RATE), rates)
-    possible = int(torch.count_nonzero(rates))
+    possible = int(torch.count_nonzero(values))
     if count > possible:
         raise ValueError(
             "num_samples must be at most the number of positive weights without replacement, "
             f"{possible}, got {count}"
         )
-    n = rates.numel()
-    kernels = kernels_for("sample", rates.device.type)
-    points = kernels.draw_points(1 << 62, _seed_from(generator, rates.device), 0, n, rates.device)
+    seed = _seed_from(generator, values.device)
+    n, chunk = values.numel(), _RACE_CHUNK[values.device.type != "cpu"]
+    heats = [
+        _heat(values[begin : begin + chunk], most, count + 1, seed, begin)
+        for begin in range(0, n, chunk)
+    ]
+    arrivals, candidates = (torch.cat(part) for part in zip(*heats, strict=True))
+    first = torch.topk(arrivals, min(count + 1, len(arrivals)), largest=False, sorted=True)
+    indices = candidates[first.indices[:count]]
+    rates = _rates(values[indices], most)
+    if count == possible:
+        inclusion = torch.ones_like(rates)
+    elif bool((rates == 1).all()) and bool(((values == most) | (values == 0)).all()):
+        inclusion = torch.full_like(rates, count / possible)
+    else:
+        inclusion = -torch.expm1(-rates * first.values[count])
+    return Batch(indices, (1 / (n * inclusion)).float())
+
+
+def _rates(values: Tensor, most: float) -> Tensor:
+    rates = values.double() / most
+    return torch.where(values > 0, rates.clamp(min=_LEAST_RATE), 0.0)
+
+
+def _heat(
+    values: Tensor, most: float, winners: int, seed: int, begin: int
+) -> tuple[Tensor, Tensor]:
+    """The first arrivals among some items, the first of them item ``begin``: times and items."""
+    n, kernels = values.numel(), kernels_for("sample", values.device.type)
+    points = kernels.draw_points(1 << 62, seed, begin, n, values.device)
     # -log(1 - u), 0 < u < 1: of full precision near 0, where the winners are; neither 0 nor
     # infinite, so that a rate of 0 comes after all others.
     u = points.double().add_(0.5).mul_(2.0**-62 * (1 - 2.0**-53))
-    arrivals = u.neg_().log1p_().neg_().div_(rates)
-    first = torch.topk(arrivals, min(count + 1, n), largest=False, sorted=True)
-    indices = first.indices[:count]
-    if count == possible:
-        inclusion = torch.ones(count, dtype=torch.float64, device=rates.device)
-    elif bool((rates[indices] == 1).all()) and bool((rates[rates > 0] == 1).all()):
-        inclusion = torch.full_like(rates[:count], count / possible)
-    else:
-        inclusion = -torch.expm1(-rates[indices] * first.values[count])
-    return Batch(indices, (1 / (n * inclusion)).float())
+    arrivals = u.neg_().log1p_().neg_().div_(_rates(values, most))
+    first = torch.topk(arrivals, min(winners, n), largest=False, sorted=False)
+    return first.values, first.indices + begin
 
 
 def _vector(weights: Tensor, name: str) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fastis
+from fastis import sampling
 
 ODD_WEIGHTS = {
     "size 1": [3.0],
@@ -128,6 +129,41 @@ def test_without_replacement_known_inclusion():
     everything = fastis.sample(torch.tensor([1.0, 0, 2, 3]), 3, replacement=False)
     assert set(everything.indices.tolist()) == {0, 2, 3}
     torch.testing.assert_close(everything.weights, torch.full((3,), 0.25))
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 300, 900])
+def test_a_race_in_heats_is_the_same_race(count, monkeypatch):
+    weights = torch.rand(1000) * (torch.arange(1000) % 10 > 0)
+    drawn = []
+    for chunk in (1000, 64, 999, 1):
+        monkeypatch.setattr(sampling, "_RACE_CHUNK", (chunk, chunk))
+        generator = torch.Generator().manual_seed(2)
+        drawn.append(fastis.sample(weights, count, replacement=False, generator=generator))
+    assert (weights[drawn[0].indices] > 0).all()
+    for other in drawn[1:]:
+        assert torch.equal(other.indices, drawn[0].indices)
+        assert torch.equal(other.weights, drawn[0].weights)
+
+
+def test_a_race_of_weights_beyond_the_range_of_their_quotients():
+    weights = torch.tensor([1e308, 0.0, 1e-300, 5e-324], dtype=torch.float64)
+    drawn = fastis.sample(weights, 3, replacement=False)
+    assert drawn.indices[0] == 0
+    assert set(drawn.indices.tolist()) == {0, 2, 3}
+    torch.testing.assert_close(drawn.weights, torch.full((3,), 0.25))
+
+
+def test_torchs_default_device_is_not_asked(any_backend):
+    weights = torch.rand(100)
+    with torch.device("meta"):
+        table = fastis.AliasTable(weights, max_prob=0.5)
+        drawn = [
+            table.sample(10),
+            fastis.sample(weights, 10, max_duplicates=2.0),
+            fastis.sample(weights, 10, replacement=False),
+        ]
+    for batch in drawn:
+        assert batch.indices.device == batch.weights.device == weights.device
 
 
 def test_generator_is_torchs():

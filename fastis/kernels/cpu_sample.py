@@ -49,8 +49,8 @@ def locate(table: Table, points: Tensor, indices: Tensor, weights: Tensor) -> No
 def weigh(values: Tensor) -> Weights | None:
     """See :func:`fastis.kernels.reference_sample.weigh`; one running sum for 64 weights."""
     n = values.numel()
-    ends = torch.empty(-(-n // _GROUP), dtype=torch.int64)
-    found = torch.empty(2, dtype=torch.int64)
+    ends = values.new_empty(-(-n // _GROUP), dtype=torch.int64)
+    found = values.new_empty(2, dtype=torch.int64)
     code = _FORMATS[values.dtype]
     if not _C.weigh(code, values.data_ptr(), n, _threads(n), ends.data_ptr(), found.data_ptr()):
         return None
@@ -69,8 +69,8 @@ def integers(weights: Weights) -> Tensor:
 
 def search(weights: Weights, seed: int, first: int, count: int) -> tuple[Tensor, Tensor]:
     """See :func:`fastis.kernels.reference_sample.search`."""
-    indices = torch.empty(count, dtype=torch.int64)
-    coefficients = torch.empty(count, dtype=torch.float32)
+    indices = weights.ends.new_empty(count)
+    coefficients = weights.ends.new_empty(count, dtype=torch.float32)
     _C.search(
         _FORMATS[weights.values.dtype],
         weights.values.data_ptr(),
@@ -107,8 +107,8 @@ def alias_draw(
     table: Tensor, total: int, seed: int, first: int, count: int
 ) -> tuple[Tensor, Tensor]:
     """See :func:`fastis.kernels.reference_sample.alias_draw`."""
-    indices = torch.empty(count, dtype=torch.int64)
-    coefficients = torch.empty(count, dtype=torch.float32)
+    indices = table.new_empty(count)
+    coefficients = table.new_empty(count, dtype=torch.float32)
     _C.alias_draw(
         table.data_ptr(),
         len(table),
@@ -125,7 +125,7 @@ def alias_draw(
 def alias_resolve(table: Tensor, total: int, points: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`fastis.kernels.reference_sample.alias_resolve`."""
     indices = torch.empty_like(points)
-    coefficients = torch.empty(points.shape, dtype=torch.float32)
+    coefficients = points.new_empty(points.shape, dtype=torch.float32)
     _C.alias_resolve(
         table.data_ptr(),
         len(table),
