@@ -114,6 +114,7 @@ def losses() -> Iterator[tuple[str, Callable[[], object]]]:
     yield cross_entropy(8192, 128256, grad=False)
     yield cross_entropy(8192, 128256)
     yield cross_entropy(8192, 128256, dtype=fp32)
+    yield cross_entropy(8192, 128256, dtype=fp32, grad=False)
     yield cross_entropy(8192, 50257)
     yield cross_entropy(8192, 50257, grad=False)
     yield cross_entropy(16, 2048, 32000, r=False, classes=True)
