@@ -64,12 +64,13 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     divisible: tuple[str, ...]
     num_warps: int
+    max_registers: int | None
 
     @property
     def key(self) -> str:
         """Two launches with one key are one compiled kernel."""
         name = self.kernel.__name__
-        return repr((name, self.signature, self.constants, self.divisible, self.num_warps))
+        return repr((name, *self[1:]))
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -168,6 +169,7 @@ def _as_launched(
 ) -> Launch:
     """Types and specialisations as Triton derives them from the arguments of a launch."""
     signature, fixed, divisible = {}, dict(constants), []
+    max_registers = fixed.pop("maxnreg", None)
     for parameter, value in zip(kernel.params, arguments, strict=False):
         name, special = parameter.name, not parameter.do_not_specialize
         if value is None or (special and type(value) is int and value == 1):
@@ -185,7 +187,7 @@ def _as_launched(
         if name in fixed:
             signature[name] = "constexpr"
     ordered = {name: signature[name] for name in kernel.arg_names}
-    return Launch(kernel, ordered, fixed, tuple(divisible), num_warps)
+    return Launch(kernel, ordered, fixed, tuple(divisible), num_warps, max_registers)
 
 
 def compiled(launch: Launch, architecture: int) -> Any:
@@ -197,7 +199,8 @@ def compiled(launch: Launch, architecture: int) -> Any:
     names = launch.kernel.arg_names
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible}
     source = ASTSource(launch.kernel, launch.signature, launch.constants, attributes)
-    options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}
+    options = {"num_warps": launch.num_warps, "maxnreg": launch.max_registers}
+    options["enable_fp_fusion"] = True
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 

@@ -31,6 +31,7 @@ from fastis.kernels.triton_distribution import (
 )
 from fastis.kernels.triton_geometry import (
     ACCESS_BYTES,
+    SWEEP_REGISTERS,
     Tiles,
     alignment,
     cdiv,
@@ -157,7 +158,7 @@ def cross_entropy(
         )  # fmt: skip
     else:
         if by_label:
-            constants["STAGES"] = plan.stages
+            constants |= {"STAGES": plan.stages, "maxnreg": SWEEP_REGISTERS}
         _launch(
             label_sweeps_kernel if by_label else distribution_sweeps_kernel,
             (plan.programs,), plan.num_warps,
