@@ -66,12 +66,13 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
     divisible: tuple[str, ...]
     num_warps: int
+    max_registers: int | None
 
     @property
     def key(self) -> str:
         """Two launches with one key are one compiled kernel."""
         name = self.kernel.__name__
-        return repr((name, self.signature, self.constants, self.divisible, self.num_warps))
+        return repr((name, *self[1:]))
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -116,6 +117,7 @@ def losses() -> Iterator[tuple[str, Callable[[], object]]]:
     yield cross_entropy(8192, 128256, grad=False)
     yield cross_entropy(8192, 128256)
     yield cross_entropy(8192, 128256, dtype=fp32)
+    yield cross_entropy(8192, 128256, dtype=fp32, grad=False)
     yield cross_entropy(8192, 50257)
     yield cross_entropy(8192, 50257, grad=False)
     yield cross_entropy(16, 2048, 32000, r=False, classes=True)
@@ -169,6 +171,7 @@ def _as_launched(
 ) -> Launch:
     """Types and specialisations as Triton derives them from the arguments of a launch."""
     signature, fixed, divisible = {}, dict(constants), []
+    max_registers = fixed.pop("maxnreg", None)
     for parameter, value in zip(kernel.params, arguments, strict=False):
         name, special = parameter.name, not parameter.do_not_specialize
         if value is None or (special and type(value) is int and value == 1):
@@ -186,7 +189,7 @@ def _as_launched(
         if name in fixed:
             signature[name] = "constexpr"
     ordered = {name: signature[name] for name in kernel.arg_names}
-    return Launch(kernel, ordered, fixed, tuple(divisible), num_warps)
+    return Launch(kernel, ordered, fixed, tuple(divisible), num_warps, max_registers)
 
 
 def compiled(launch: Launch, architecture: int) -> Any:
@@ -198,7 +201,8 @@ def compiled(launch: Launch, architecture: int) -> Any:
     names = launch.kernel.arg_names
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible}
     source = ASTSource(launch.kernel, launch.signature, launch.constants, attributes)
-    options = {"num_warps": launch.num_warps, "enable_fp_fusion": True}
+    options = {"num_warps": launch.num_warps, "maxnreg": launch.max_registers}
+    options["enable_fp_fusion"] = True
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 

@@ -17,8 +17,12 @@ pytestmark = [
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # Half an ulp of the gradient's dtype; float16 gradients are rounded in the backward pass.
 ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+# Every kind of launch in bfloat16, and one of each in the other formats: each is compiled first.
 SHAPES = [(128, 10), (4096, 10), (512, 1000), (300, 4096), (64, 4097), (96, 32000), (33, 50257),
           (64, 128256), (8, 262144), (16, 40, 300), (4, 8, 32000)]  # fmt: skip
+SOME_SHAPES = [(128, 10), (512, 1000), (64, 128256), (16, 40, 300)]
+CASES = [(shape, torch.bfloat16) for shape in SHAPES]
+CASES += [(shape, dtype) for shape in SOME_SHAPES for dtype in (torch.float32, torch.float16)]
 
 
 def batch_of(shape, dtype, soft=False, seed=0):
@@ -67,16 +71,15 @@ def test_the_device_picks_triton():
     assert kernels.kernels_for("loss", "cuda").__name__.endswith("triton_loss")
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)
 def test_class_labels(shape, dtype):
     logits, target, r, w = batch_of(shape, dtype)
     agree(logits, target)
     agree(logits, target, r, class_weights=w)
 
 
-@pytest.mark.parametrize("shape", [(128, 10), (512, 1000), (32, 5000), (8, 128256), (4, 9, 300)])
-@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(128, 10), (512, 1000), (8, 128256), (4, 9, 300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("soft", [False, True])
 def test_distributions(shape, dtype, soft):
     logits, target, r, w = batch_of(shape, dtype, soft)

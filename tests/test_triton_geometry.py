@@ -76,6 +76,7 @@ def test_plans_fit_a_gpu():
             assert plan.lanes == threads
             assert plan.vector == aligned
             assert block <= columns
+        assert block >= 1
         assert block & (block - 1) == 0
         assert block <= 64 * threads, "more elements than a thread has registers for"
 

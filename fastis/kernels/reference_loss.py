@@ -144,7 +144,8 @@ def mse_loss(
 def scale_grad(grad: Tensor, grad_output: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """``grad`` times the 0-d or ``[B]`` ``grad_output``, in ``dtype`` (default: that of ``grad``).
 
-    May return ``grad`` itself, but never changes it: a second backward pass reads it again.
+    May return ``grad`` itself, but does not change it where a second backward pass may read it
+    again: only a backend that knows that the graph is being freed scales in place.
     """
     scale = grad_output.reshape(grad_output.shape + (1,) * (grad.dim() - grad_output.dim()))
     return (grad * scale).to(grad.dtype if dtype is None else dtype)

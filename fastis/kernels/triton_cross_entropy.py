@@ -78,7 +78,7 @@ def label_tiles_kernel(
         if LABEL_DENOMINATOR:
             inverse = tl.div_rn(1.0, tl.sum(w, 0))
 
-        # An ignored row has no class but its "label" 0: all it gives is 0, whatever it holds.
+        # An ignored row has no class but a label at 0, and weight 0: all it gives is 0.
         is_label = columns == label[:, None]
         others = tl.where(is_label | (kept[:, None] == 0), float("-inf"), z)
         m = tl.max(others, 1)
@@ -87,11 +87,10 @@ def label_tiles_kernel(
         s = tl.sum(e, 1)
         loss, norm, factor = solve_label_row(z_y, m, s, tl.sum(e * e, 1))
         bad = tl.where(outside, float("nan"), 1.0)
-        loss = tl.where(kept, loss * w, 0.0) * bad
+        loss *= w * bad
+        factor *= w * bad
         tl.store(losses_ptr + rows, loss, mask=inside)
-        tl.store(score_ptr + rows, tl.where(kept, norm * tl.abs(w), 0.0) * bad, mask=inside)
-
-        factor = tl.where(kept, factor * w, 0.0) * bad
+        tl.store(score_ptr + rows, norm * tl.abs(w) * bad, mask=inside)
         if weights_ptr is not None:
             r = tl.load(weights_ptr + rows // tokens, mask=inside, other=0.0)
             loss *= r

@@ -37,6 +37,8 @@ RESIDENT_WARPS = 4096
 # Bytes of a row above which only one program is to work on each multiprocessor.
 WIDE_ROW_BYTES = 288 * 1024
 ACCESS_BYTES = 16
+# Of a thread in a sweep: sixteen warps then fit a multiprocessor, whatever the compiler likes.
+SWEEP_REGISTERS = 128
 
 
 class Tiles(NamedTuple):
@@ -134,11 +136,11 @@ def _sweeps(
     """Two warps at least; eight from 16,384 columns; twice as many for the widest gradients."""
     num_warps = min(power_of_two(columns + 1) // 4096, 8)
     if with_grad and columns * itemsize > WIDE_ROW_BYTES:
-        num_warps = 16
+        num_warps, elements = 16, elements // 2
     # The copies of a pipeline go past the first-level cache, where the second sweep wants the row.
     stages = 1 if with_grad else 3
     # Unaligned rows take an address an access: more than 16 of them would not fit in registers.
-    chunks = min(elements // aligned, 16)
+    chunks = min(max(elements // aligned, 1), 16)
     return Sweeps(chunks, 32 * num_warps, aligned, stages, num_warps, rows)
 
 

@@ -30,6 +30,8 @@ from fastis.kernels.triton_distribution import (
     distribution_tiles_kernel,
 )
 from fastis.kernels.triton_geometry import (
+    ACCESS_BYTES,
+    SWEEP_REGISTERS,
     Tiles,
     alignment,
     cdiv,
@@ -62,6 +64,7 @@ __all__ = [
 # torch 2.6 and newer tell a backward pass whether its graph outlives it.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 _functorch_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 _SCALE_BLOCK = 4096
 _SCALE_PROGRAMS = 1024
 
@@ -118,9 +121,9 @@ def cross_entropy(
     labels = target.dtype == torch.int64
     by_label = labels and label_smoothing == 0
     rows, stride, itemsize = flat.shape[0], flat.stride(0), flat.element_size()
-    if with_grad:
-        itemsize = grad_dtype(flat.dtype).itemsize  # as wide as the wider of the two accesses
     aligned = alignment(flat.data_ptr(), stride, itemsize)
+    if with_grad:  # float16 logits have a wider gradient, which is written as it is read
+        aligned = min(aligned, ACCESS_BYTES // grad_dtype(flat.dtype).itemsize)
     plan = row_launch(
         rows, num_classes, aligned=aligned, itemsize=itemsize, with_grad=with_grad,
         with_mean_grad=with_mean_grad, by_label=by_label,
@@ -155,7 +158,7 @@ def cross_entropy(
         )  # fmt: skip
     else:
         if by_label:
-            constants["STAGES"] = plan.stages
+            constants |= {"STAGES": plan.stages, "maxnreg": SWEEP_REGISTERS}
         _launch(
             label_sweeps_kernel if by_label else distribution_sweeps_kernel,
             (plan.programs,), plan.num_warps,
@@ -224,8 +227,9 @@ def scale_grad(grad: Tensor, grad_output: Tensor, dtype: torch.dtype | None = No
     which can't tell, the tensor is always new.
     """
     dtype = grad.dtype if dtype is None else dtype
-    # vmap over grad_output hides its batch from a kernel.
-    if grad.dtype == torch.float64 or grad.numel() == 0 or _functorch_active():
+    # Under vmap and in tracers a tensor has no memory that a kernel could read.
+    watched = _functorch_active() or _dispatch_modes() or torch.compiler.is_compiling()
+    if grad.dtype == torch.float64 or grad.numel() == 0 or watched:
         return reference_loss.scale_grad(grad, grad_output, dtype)
     in_place = dtype == grad.dtype and grad.is_contiguous() and not _keeps_graph()
     grad = grad.contiguous()
@@ -250,7 +254,8 @@ def scale_grad(grad: Tensor, grad_output: Tensor, dtype: torch.dtype | None = No
 
 def _serves(logits: Tensor) -> bool:
     """Whether the kernels take these logits; the rest is the reference's."""
-    return logits.dtype != torch.float64 and 0 < logits.numel() // logits.shape[-1] < 2**31
+    full = logits.numel() > 0 and logits.numel() // logits.shape[-1] < 2**31
+    return full and logits.dtype != torch.float64
 
 
 def _launch(
