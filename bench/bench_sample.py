@@ -58,6 +58,7 @@ TARGETS = {
     ("update", 1_000_000, 4096): 0.30,
     ("draw", 1_000_000, 4096): 0.35,
     ("alias draw", 1_000_000, 4096): 0.08,
+    ("alias draw, kernel", 1_000_000, 4096): 0.08,
     ("alias construction", 10_000_000, None): 8.0,
     ("scaling", 100_000_000, 128): 2.5,
     ("scaling", 100_000_000, 4096): 2.5,
@@ -225,16 +226,25 @@ def measure_alias(n: int, batch_size: int, seconds: float) -> dict[str, Row]:
     data = Data(n, batch_size)
     generator = torch.Generator().manual_seed(1)
     table = fastis.AliasTable(data.score)
-    contenders: Contenders = {"fastis": lambda: table.sample(batch_size, generator)}
+    indices, weights = torch.empty(batch_size, dtype=torch.int64), torch.empty(batch_size)
+    addresses = indices.data_ptr(), weights.data_ptr()
+    head, tail = (table._table.data_ptr(), n, table._total, 7), (batch_size, *addresses)
+    calls = [(*head, k * batch_size, *tail) for k in range(NUM_BATCHES)]
+    contenders: Contenders = {
+        "fastis": lambda: table.sample(batch_size, generator),
+        "kernel": lambda: _C.alias_draw(*calls[data.next()]),
+    }
     if SumSegmentTreeFp32 is not None:
         tree = SumSegmentTreeFp32(n)
         tree[torch.arange(n)] = data.score
         contenders["torchrl"] = lambda: tree.scan_lower_bound(data.points[data.next()])
     draws = take_turns(contenders, seconds)
     build = take_turns({"fastis": lambda: fastis.AliasTable(data.score)}, seconds)["fastis"]
+    kernel, peer = draws.pop("kernel"), draws.get("torchrl")
     return {
         "alias construction": {"us": {"fastis": build}, "ns_per_item": 1e3 * build / n},
-        "alias draw": {"us": draws, "ratio": _ratio(draws["fastis"], draws.get("torchrl"))},
+        "alias draw": {"us": draws, "ratio": _ratio(draws["fastis"], peer)},
+        "alias draw, kernel": {"us": {**draws, "fastis": kernel}, "ratio": _ratio(kernel, peer)},
     }
 
 
@@ -307,7 +317,7 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(("scaling", n, batch_size, row))
     for n in (million, largest // 10):
         for name, row in measure_alias(n, 4096, seconds).items():
-            rows.append((name, n, 4096 if name == "alias draw" else None, row))
+            rows.append((name, n, None if name == "alias construction" else 4096, row))
     rows.append(("sample(weights)", million, 128, measure_sample(million, 128, seconds)))
     for batch_size in (128, 4096):
         row = {"bytes_per_sample": bytes_per_sample(largest // 10, batch_size)}
