@@ -83,8 +83,9 @@ class AliasTable:
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Batch:
         """``num_samples`` independent draws; ``generator`` as in torch (None: the global one)."""
         count = check.integer("num_samples", num_samples, 0)
-        seed = _seed_from(generator, self._table.device)
-        kernels = kernels_for("sample", self._table.device.type)
+        device = self._table.device
+        seed = _seed_from(generator, device)
+        kernels = kernels_for("sample", device.type)
         return Batch(*kernels.alias_draw(self._table, self._total, seed, 0, count))
 
 

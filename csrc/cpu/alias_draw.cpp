@@ -10,45 +10,36 @@ namespace {
 // can wait for at once.
 constexpr int kGroup = 16;
 
-// Exact quotients of numbers below 2^62 by a product (Granlund & Montgomery 1994).
-class Divisor {
- public:
-  explicit Divisor(uint64_t divisor) : divisor_(divisor) {
-    while ((uint64_t{1} << shift_) < divisor) ++shift_;
-    const unsigned __int128 power = static_cast<unsigned __int128>(1) << (62 + shift_);
-    multiplier_ = static_cast<uint64_t>((power + (divisor - 1)) / divisor);
-  }
-  uint64_t divide(uint64_t x, uint64_t& remainder) const {
-    const uint64_t quotient = mulhi(x << 2, multiplier_) >> shift_;
-    remainder = x - quotient * divisor_;
-    return quotient;
-  }
-
- private:
-  uint64_t divisor_, multiplier_;
-  int shift_ = 0;
-};
-
-// Splits a point below the total into a bucket and an offset in it.
+// Splits a point below the total into a bucket and an offset in it. The first `larger` buckets hold
+// c + 1 units, the others c, thus their points lie where they would lie if all held c, plus
+// `larger`. The quotients are exact, by products (Granlund & Montgomery 1994).
 class Locator {
  public:
   explicit Locator(const Buckets& b)
-      : border_(b.larger * (b.capacity + 1)),
-        region_{{0, 0, Divisor(b.capacity + 1)},
-                {border_, b.larger, Divisor(b.capacity > 0 ? b.capacity : 1)}} {}
+      : border_(b.larger * (b.capacity + 1)), larger_(b.larger), unit_(b.capacity + 1) {
+    while ((uint64_t{1} << shift_) < unit_) ++shift_;
+    multiplier_ = reciprocal(unit_);
+    // With c = 0 there is no point beyond the border.
+    increment_ = b.capacity > 0 ? reciprocal(b.capacity) - multiplier_ : 0;
+  }
 
   uint64_t operator()(uint64_t x, uint64_t& offset) const {
-    const Region& region = region_[x >= border_];
-    return region.first_bucket + region.capacity.divide(x - region.first_point, offset);
+    const uint64_t beyond = 0 - static_cast<uint64_t>(x >= border_);  // all bits, or none
+    const uint64_t y = x - (larger_ & beyond);
+    const uint64_t bucket = mulhi(y << 2, multiplier_ + (increment_ & beyond)) >> shift_;
+    offset = y - bucket * (unit_ + beyond);
+    return bucket;
   }
 
  private:
-  struct Region {  // of buckets of one capacity
-    uint64_t first_point, first_bucket;
-    Divisor capacity;
-  };
-  uint64_t border_;
-  Region region_[2];
+  // x / divisor = floor(4 x reciprocal / 2^(64 + shift)) for x < 2^62.
+  uint64_t reciprocal(uint64_t divisor) const {
+    const unsigned __int128 power = static_cast<unsigned __int128>(1) << (62 + shift_);
+    return static_cast<uint64_t>((power + (divisor - 1)) / divisor);
+  }
+
+  uint64_t border_, larger_, unit_, multiplier_, increment_;
+  int shift_ = 0;
 };
 
 struct Group {

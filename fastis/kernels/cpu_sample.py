@@ -20,8 +20,9 @@ _FORMATS = {
     torch.int64: 4,
 }
 _GROUP = 64  # weights to one of the running sums
-# Weights from which a second thread was measured to win.
-_PARALLEL_WEIGHTS = 1 << 17
+# Weights from which there are several threads. Fewer take 0.2 ms to weigh: what a busy core may
+# keep the others waiting is more.
+_PARALLEL_WEIGHTS = 1 << 20
 
 
 def _threads(n: int) -> int:
