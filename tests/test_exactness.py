@@ -10,6 +10,7 @@ import torch
 from conftest import observe, sweep
 
 import fastis
+from fastis import _C
 from fastis.kernels import cpu_sample, kernels_for
 from fastis.kernels.reference_weights import code_of, distribution, weight_of
 from fastis.methods import EMAIS
@@ -241,3 +242,17 @@ def test_backends_locate_the_same_items():
             found.append((indices, weights))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("n", [1, 4, 64, 65, 2**31, 2**31 + 1, 2**32 - 1])
+def test_the_tree_has_every_node_of_the_largest_tables(n):
+    # Nodes are padded to whole groups of 16; the device's top level may have 1024.
+    for most, counted in ((16, _C.structure_nodes(n)), (1024, _C.device_structure_nodes(n))):
+        nodes, expected = -(-n // 4), 0
+        while True:
+            expected += -(-nodes // 16) * 16
+            if nodes <= most:
+                break
+            nodes = -(-nodes // 16)
+        assert counted == expected
+        assert counted * 12 / n < 3.3 or n < 100  # bytes a sample
