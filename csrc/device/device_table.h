@@ -17,10 +17,8 @@ struct DeviceTable : Table {
   uint32_t* claims = nullptr;  // [N] the position that updates a sample; kUnclaimed between updates
   int64_t* work = nullptr;     // [5 x room] lists of a settling block, see device/settle.h
   unsigned* arrivals = nullptr;  // [1] blocks that have arrived at the end of a launch
-  int64_t room = 0;              // of each list: 2 ceil(B/D) + 16
+  int64_t room = 0;              // of each list; more than 8/7 ceil(B/D) nodes are never entered
 };
-
-FASTIS_HD inline int64_t device_room(int64_t max_heavy) { return 2 * (max_heavy + 1) + 16; }
 
 // Positions of Scalars::reserved that the device uses.
 enum Reserved { kOutside = 0, kFound = 1, kNext = 2 };

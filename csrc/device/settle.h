@@ -50,6 +50,8 @@ FASTIS_HD int64_t find_heavier(Block& block, const DeviceTable& t, const Lists& 
   int64_t* nodes = lists.nodes;
   int64_t* next = lists.next;
   const int top = t.levels.depth - 1;
+  // Never more than there is room for; a table whose sums are wrong must not write elsewhere.
+  const auto appended = [&] { return s.reserved[kFound] < t.room ? s.reserved[kFound] : t.room; };
   const auto append = [&](int64_t* list, int64_t value) {
     const int64_t at = atomic_add(&s.reserved[kFound], int64_t{1});
     if (at < t.room) list[at] = value;
@@ -62,7 +64,7 @@ FASTIS_HD int64_t find_heavier(Block& block, const DeviceTable& t, const Lists& 
   block.each(t.levels.size[top], [&](int64_t node) {
     if (t.sums[t.levels.first[top] + node] > watched) append(nodes, node);
   });
-  int64_t count = s.reserved[kFound];
+  int64_t count = appended();
   for (int level = top - 1; level >= 0; --level) {
     const uint64_t* sums = t.sums + t.levels.first[level];
     block.once([&] { s.reserved[kFound] = 0; });
@@ -70,7 +72,7 @@ FASTIS_HD int64_t find_heavier(Block& block, const DeviceTable& t, const Lists& 
       const int64_t node = nodes[i / kRadix] * kRadix + i % kRadix;
       if (node < t.levels.size[level] && sums[node] > watched) append(next, node);
     });
-    count = s.reserved[kFound];
+    count = appended();
     int64_t* const swapped = nodes;
     nodes = next;
     next = swapped;
@@ -87,7 +89,7 @@ FASTIS_HD int64_t find_heavier(Block& block, const DeviceTable& t, const Lists& 
       atomic_max(&s.ceiling, static_cast<int64_t>(weight));
     }
   });
-  return s.reserved[kFound];
+  return appended();
 }
 
 // Moves the heavy items at or below theta back into the tree; true if there were any.
