@@ -20,6 +20,7 @@ ALLOWED = {
     "memory": {"kernels"},
     "sampling": {"check", "kernels"},
     "variance": {"table"},
+    "estimators": {"check", "kernels", "scored"},
     "lr": set(),
     "methods": {"check", "methods", "table"},
     "sampler": {"check", "kernels", "methods", "sampling", "table", "variance"},
