@@ -223,6 +223,8 @@ def test_efficiency_is_one_for_uniform_and_zero_for_optimal_probabilities(proble
     assert float(traces.effective_batch_size[0]) == pytest.approx(1)
     no_gain = population_traces(torch.ones(4), torch.full((4,), 0.25))
     assert no_gain.efficiency.isnan()
+    lost_sign = Traces(*torch.tensor([3.0, 1.0, 2.0]), 4)
+    assert lost_sign.efficiency.isnan()
 
 
 def test_a_sample_without_gradient_may_have_probability_zero():
