@@ -43,6 +43,7 @@ from fastis.estimators import Traces, estimate_traces, population_traces
 
 TRACES = ("trace_is", "trace_uniform", "trace_optimal")
 WITHOUT_WEIGHTS = ("trace_uniform", "trace_optimal")  # their exact values are one point
+SPACES = ("logits", "parameters")
 RATIOS = ("effective_batch_size", "efficiency")
 AT_STAGES = ("fig3", "fig4", "fig5", "kf2")
 FIGURES = (*AT_STAGES, "kf1")
@@ -73,9 +74,8 @@ class Checkpoint:
 
 
 def look_at(run: Run) -> Checkpoint:
-    """Passes over the training set, in eval mode; the run's own state is left as it is."""
+    """Two passes over the training set, with the model in the mode that it is in."""
     model, dataset = run.model, run.dataset
-    model.eval()
     with torch.no_grad():
         logits = torch.cat([model(x) for x in dataset.x_train.split(EVALUATION_BATCH)]).double()
     out = fastis.cross_entropy(logits, dataset.y_train)
@@ -84,7 +84,7 @@ def look_at(run: Run) -> Checkpoint:
         weighted_gradient(model, dataset, indices, torch.full((len(indices),), 1 / n))
         for indices in torch.arange(n).split(EVALUATION_BATCH)
     )
-    checkpoint = Checkpoint(
+    return Checkpoint(
         iteration=run.sampler.step,
         losses=out.losses,
         score=out.score,
@@ -93,8 +93,6 @@ def look_at(run: Run) -> Checkpoint:
         parameter_mean=mean,
         sampler=run.sampler.probabilities(),
     )
-    model.train()
-    return checkpoint
 
 
 # ---- the figures' rows
@@ -107,14 +105,15 @@ def rounded(values: Tensor) -> list[float | None]:
 
 
 def regression(x: Tensor, y: Tensor) -> dict[str, float]:
-    """Least squares y = slope x + intercept over pairs that are finite, and R^2."""
+    """Least squares y = slope x + intercept over pairs that are finite, R^2, and median x / y."""
     finite = x.isfinite() & y.isfinite()
     x, y = x[finite], y[finite]
     dx, dy = x - x.mean(), y - y.mean()
     slope = (dx @ dy) / (dx @ dx)
     r2 = (dx @ dy).square() / ((dx @ dx) * (dy @ dy))
-    names = ("slope", "intercept", "r2", "pairs")
-    numbers = torch.stack([slope, y.mean() - slope * x.mean(), r2, finite.sum().double()])
+    names = ("slope", "intercept", "r2", "median_ratio", "pairs")
+    intercept = y.mean() - slope * x.mean()
+    numbers = torch.stack([slope, intercept, r2, (x / y).median(), finite.sum().double()])
     return dict(zip(names, rounded(numbers), strict=True))
 
 
@@ -150,40 +149,45 @@ def minibatch_traces(
 def trace_rows(run: Run, at: Checkpoint, args: argparse.Namespace) -> list[Row]:
     """fig4 and fig5: estimates from a minibatch a noise, and the exact values for its weights."""
     generator = torch.Generator().manual_seed(run.config.seed)
-    model_was_training = run.model.training
-    run.model.eval()
     noise = torch.linspace(0, args.noise, args.minibatches)
-    estimates: dict[str, list[Traces]] = {"logits": [], "parameters": []}
-    exact: dict[str, list[Traces]] = {"logits": [], "parameters": []}
+    found: dict[str, dict[str, list[Traces]]] = {
+        source: {space: [] for space in SPACES} for source in ("estimates", "exact")
+    }
     bar = tqdm(noise.tolist(), desc="minibatches", leave=False, disable=not sys.stderr.isatty())
     for size in bar:
         z = torch.randn(at.norms.shape, generator=generator, dtype=torch.float64)
         weights = at.norms * (size * z).exp()
         traces = minibatch_traces(run, at, weights, args.estimator, generator)
         p = weights / weights.sum()
-        for space in estimates:
-            estimates[space].append(traces[space])
-            exact[space].append(at.traces(space, p)._replace(batch_size=run.config.batch_size))
-    run.model.train(model_was_training)
-    rows = []
-    for figure, names in (("fig4", TRACES), ("fig5", RATIOS)):
-        row: Row = {"figure": figure, "estimator": args.estimator, "noise": rounded(noise)}
-        for key, source in (("estimates", estimates), ("exact", exact)):
-            values = {
-                space: {name: torch.stack([getattr(t, name) for t in list_]) for name in names}
-                for space, list_ in source.items()
-            }
-            row[key] = {
-                space: {name: rounded(v) for name, v in some.items()}
-                for space, some in values.items()
-            }
-            row[f"fit_of_{key}"] = {
-                name: regression(values["logits"][name], values["parameters"][name])
-                for name in names
-                if key == "estimates" or name not in WITHOUT_WEIGHTS
-            }
-        rows.append(row)
-    return rows
+        for space in SPACES:
+            found["estimates"][space].append(traces[space])
+            exact = at.traces(space, p)._replace(batch_size=run.config.batch_size)
+            found["exact"][space].append(exact)
+    about = {"estimator": args.estimator, "noise": rounded(noise)}
+    return [
+        {"figure": "fig4", **about, **compared(found, TRACES)},
+        {"figure": "fig5", **about, **compared(found, RATIOS)},
+    ]
+
+
+def compared(found: dict[str, dict[str, list[Traces]]], names: tuple[str, ...]) -> Row:
+    """Values of ``names`` by source and space, and what links the spaces."""
+    row: Row = {}
+    for source, spaces in found.items():
+        values = {
+            space: {name: torch.stack([getattr(t, name) for t in traces]) for name in names}
+            for space, traces in spaces.items()
+        }
+        row[source] = {
+            space: {name: rounded(v) for name, v in named.items()}
+            for space, named in values.items()
+        }
+        row[f"fit_of_{source}"] = {
+            name: regression(values["logits"][name], values["parameters"][name])
+            for name in names
+            if source == "estimates" or name not in WITHOUT_WEIGHTS
+        }
+    return row
 
 
 def distance_row(at: Checkpoint) -> Row:
@@ -247,6 +251,7 @@ def measure(run: Run, args: argparse.Namespace) -> Iterator[Row]:
     with tqdm(total=max(places), desc=run.config.label, mininterval=1) as bar:
         for iteration, figures in places.items():
             train_to(run, iteration, bar)
+            run.model.eval()  # the gradients that a sample has by itself
             at = look_at(run)
             rows = []
             if "kf1" in figures:
@@ -257,6 +262,7 @@ def measure(run: Run, args: argparse.Namespace) -> Iterator[Row]:
                 rows.append(probability_row(at, some))
             if "fig4" in figures or "fig5" in figures:
                 rows += [row for row in trace_rows(run, at, args) if row["figure"] in figures]
+            run.model.train()
             yield from ({**row, "iteration": iteration} for row in rows)
 
 
@@ -274,7 +280,7 @@ def summary(rows: list[Row]) -> str:
         else:
             for key in ("estimates", "exact"):
                 for name, fit in row[f"fit_of_{key}"].items():
-                    text = ", ".join(f"{k} {v:g}" for k, v in fit.items())
+                    text = ", ".join(f"{k} {v}" for k, v in fit.items())
                     lines.append((*start, f"{name}, {key}", text))
     return aligned(lines)
 

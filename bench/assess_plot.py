@@ -11,15 +11,15 @@ from bench.plot import STYLE, plt, reference_line
 from bench.report import Row
 
 LABELS = {
-    "trace_is": "tr V_is, sampled weights",
-    "trace_uniform": "tr V_uni, uniform",
-    "trace_optimal": "tr V_opt, optimal",
+    "trace_is": "tr V_is",
+    "trace_uniform": "tr V_uni",
+    "trace_optimal": "tr V_opt",
     "effective_batch_size": "N_ems",
-    "efficiency": "S (0: optimal, 1: uniform)",
+    "efficiency": "S",
     "loss": "loss",
-    "upper_bound": "upper bound: norm at the logits",
-    "gradient_norm": "gradient norm of all parameters",
-    "sampler": "the training run's own table",
+    "upper_bound": "upper bound",
+    "gradient_norm": "gradient norm",
+    "sampler": "the run's own table",
 }
 COLOURS = {
     "loss": "#CC79A7",
@@ -60,7 +60,7 @@ def draw_estimates(figure: plt.Figure, rows: list[Row]) -> None:
             axes.set_xlabel("from gradients at the logits")
         line[0].set_ylabel("from gradients of all parameters")
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
 
 
 def draw_pairs(axes: plt.Axes, row: Row, name: str) -> None:
@@ -79,6 +79,8 @@ def draw_pairs(axes: plt.Axes, row: Row, name: str) -> None:
         low = min(np.nanquantile(estimated, 0.01), true.min())
         high = max(np.nanquantile(estimated, 0.99), true.max())
         set_limits(low - 0.05 * (high - low), high + 0.05 * (high - low))
+    if row["figure"] == "fig5":  # the same quantity, not just proportional
+        axes.axline((0, 0), slope=1, color="#999999", linewidth=1, zorder=1, label="equal")
     note(axes, f"slope {fit['slope']:.3g}\n$R^2$ {fit['r2']:.3f}")
 
 
