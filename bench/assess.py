@@ -104,17 +104,28 @@ def rounded(values: Tensor) -> list[float | None]:
     return [float(f"{value:.4g}") if finite else None for value, finite in pairs]
 
 
-def regression(x: Tensor, y: Tensor) -> dict[str, float]:
+def dict_of(numbers: dict[str, Tensor]) -> dict[str, float | None]:
+    """The same for 0-d tensors by name."""
+    return dict(zip(numbers, rounded(torch.stack(list(numbers.values()))), strict=True))
+
+
+def regression(x: Tensor, y: Tensor) -> dict[str, float | None]:
     """Least squares y = slope x + intercept over pairs that are finite, R^2, and median x / y."""
     finite = x.isfinite() & y.isfinite()
     x, y = x[finite], y[finite]
     dx, dy = x - x.mean(), y - y.mean()
     slope = (dx @ dy) / (dx @ dx)
-    r2 = (dx @ dy).square() / ((dx @ dx) * (dy @ dy))
-    names = ("slope", "intercept", "r2", "median_ratio", "pairs")
-    intercept = y.mean() - slope * x.mean()
-    numbers = torch.stack([slope, intercept, r2, (x / y).median(), finite.sum().double()])
-    return dict(zip(names, rounded(numbers), strict=True))
+    numbers = {
+        "slope": slope,
+        "intercept": y.mean() - slope * x.mean(),
+        "r2": (dx @ dy).square() / ((dx @ dx) * (dy @ dy)),
+        "median_ratio": (x / y).median(),
+    }
+    return {**dict_of(numbers), "pairs": len(x)}
+
+
+def correlation(x: Tensor, y: Tensor) -> Tensor:
+    return torch.corrcoef(torch.stack([x, y]))[0, 1]
 
 
 def norms_row(at: Checkpoint, some: Tensor) -> Row:
@@ -122,11 +133,11 @@ def norms_row(at: Checkpoint, some: Tensor) -> Row:
     x, y = at.score[some], at.norms[some]
     numbers = {
         "slope": (x @ y) / (x @ x),
-        "correlation": torch.corrcoef(torch.stack([x, y]))[0, 1],
-        "correlation_of_all": torch.corrcoef(torch.stack([at.score, at.norms]))[0, 1],
+        "correlation": correlation(x, y),
+        "correlation_of_all": correlation(at.score, at.norms),
     }
-    fit = dict(zip(numbers, rounded(torch.stack(list(numbers.values()))), strict=True))
-    return {"figure": "fig3", "logits": rounded(x), "parameters": rounded(y), "fit": fit}
+    pairs = {"logits": rounded(x), "parameters": rounded(y)}
+    return {"figure": "fig3", **pairs, "fit": dict_of(numbers)}
 
 
 def minibatch_traces(
@@ -193,30 +204,32 @@ def compared(found: dict[str, dict[str, list[Traces]]], names: tuple[str, ...]) 
 def distance_row(at: Checkpoint) -> Row:
     """kf1: E |minibatch gradient - full gradient|^2, of all parameters, relative to uniform draws
     (any minibatch size: it cancels), and the efficiency S."""
-    ratio, efficiency = {}, {}
-    for name, p in at.probabilities().items():
-        traces = at.traces("parameters", p)
-        ratio[name] = float(traces.trace_is / traces.trace_uniform)
-        efficiency[name] = float(traces.efficiency)
+    traces = {name: at.traces("parameters", p) for name, p in at.probabilities().items()}
+    ratios = {name: t.trace_is / t.trace_uniform for name, t in traces.items()}
+    efficiencies = {name: t.efficiency for name, t in traces.items()}
     return {
         "figure": "kf1",
-        "variance_ratio": {name: float(f"{value:.4g}") for name, value in ratio.items()},
-        "efficiency": {name: float(f"{value:.4g}") for name, value in efficiency.items()},
+        "variance_ratio": dict_of(ratios),
+        "efficiency": dict_of(efficiencies),
     }
 
 
 def probability_row(at: Checkpoint, some: Tensor) -> Row:
-    """kf2: N p of ``some`` samples, and over all samples the sum of (p - p by gradient norm)^2."""
+    """kf2: N p of ``some`` samples; over all samples the sum of (p - p by gradient norm)^2 and the
+    correlation with it."""
     n = len(at.norms)
-    uniform = {"uniform": torch.full_like(at.norms, 1 / n)}
-    p = at.probabilities() | uniform
-    errors = {name: (v - p["gradient_norm"]).square().sum() for name, v in p.items()}
+    p = at.probabilities()
+    best = p["gradient_norm"]
+    errors = {name: (v - best).square().sum() for name, v in p.items()}
+    errors["uniform"] = (1 / n - best).square().sum()
+    correlations = {name: correlation(p[name], best) for name in ("loss", "upper_bound")}
     return {
         "figure": "kf2",
         "relative_probabilities": {
             name: rounded(n * p[name][some]) for name in ("loss", "upper_bound", "gradient_norm")
         },
-        "sum_of_squared_errors": {name: float(f"{float(e):.4g}") for name, e in errors.items()},
+        "sum_of_squared_errors": dict_of(errors),
+        "correlation": dict_of(correlations),
     }
 
 
@@ -276,7 +289,8 @@ def summary(rows: list[Row]) -> str:
         elif row["figure"] == "kf1":
             lines += [(*start, name, f"{v:.3f}") for name, v in row["variance_ratio"].items()]
         elif row["figure"] == "kf2":
-            lines += [(*start, name, f"{v:g}") for name, v in row["sum_of_squared_errors"].items()]
+            for key in ("sum_of_squared_errors", "correlation"):
+                lines += [(*start, f"{key}, {name}", f"{v:g}") for name, v in row[key].items()]
         else:
             for key in ("estimates", "exact"):
                 for name, fit in row[f"fit_of_{key}"].items():

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 # bench.plot chooses the backend that needs no screen.
 from bench.plot import STYLE, plt, reference_line
@@ -115,7 +117,8 @@ def draw_probabilities(figure: plt.Figure, rows: list[Row]) -> None:
             axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
             axes.set_title(f"{LABELS[name]}; iteration {row['iteration']}")
             axes.set_xlabel("N p by gradient norm")
-            note(axes, f"sum of squared errors {row['sum_of_squared_errors'][name]:.3g}")
+            error, correlation = row["sum_of_squared_errors"][name], row["correlation"][name]
+            note(axes, f"sum of squared errors {error:.3g}\ncorrelation {correlation:.3f}")
         line[0].set_ylabel("N p")
 
 
@@ -134,6 +137,13 @@ FIGURES = {
 }
 
 
+def save(figure: plt.Figure, png: Path) -> None:
+    """In 64 colours: a third of the bytes."""
+    buffer = BytesIO()
+    figure.savefig(buffer, dpi=DPI, facecolor="white")
+    Image.open(buffer).convert("RGB").quantize(64).save(png, optimize=True)
+
+
 def draw(rows: list[Row], out: Path) -> list[Path]:
     """Writes a PNG beside ``out`` for every figure that ``rows`` has; returns their paths."""
     written = []
@@ -145,13 +155,10 @@ def draw(rows: list[Row], out: Path) -> list[Path]:
         with plt.rc_context(STYLE | {"axes.titlesize": 10}):
             figure = plt.figure(figsize=size(len(some)), layout="constrained")
             function(figure, some)
-            heading = (
-                f"{title}: {config['model']}, {config['dataset']}, {config['method']}, "
-                f"lr {config['lr']:g}\n"
-            )
+            heading = f"{title}\n{config['model']}, {config['dataset']}, {config['method']}\n"
             figure.suptitle(heading, x=0.01, ha="left", fontsize=11, color="#333333")
             png = out.with_name(f"{out.stem}_{name}.png")
-            figure.savefig(png, dpi=DPI, facecolor="white")
+            save(figure, png)
             plt.close(figure)
         written.append(png)
     return written

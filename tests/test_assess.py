@@ -174,6 +174,7 @@ def test_probabilities_and_their_errors(trained):
     assert errors["loss"] == pytest.approx(float((p - best).square().sum()), rel=1e-2)
     assert errors["uniform"] == pytest.approx(float((1 / 40 - best).square().sum()), rel=1e-2)
     assert errors["gradient_norm"] == 0
+    assert row["correlation"]["loss"] == pytest.approx(np.corrcoef(p, best)[0, 1], rel=1e-2)
 
 
 def test_regression_leaves_out_what_is_not_finite():
