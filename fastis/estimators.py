@@ -21,6 +21,7 @@ from torch import Tensor
 from fastis import check
 from fastis.gradients import gradient_norms, per_sample_gradients
 from fastis.kernels.reference_variance import Moments, minibatch_moments, traces_of
+from fastis.methods.base import ESTIMATORS
 
 __all__ = [
     "Traces",
@@ -29,8 +30,6 @@ __all__ = [
     "per_sample_gradients",
     "population_traces",
 ]
-
-ESTIMATORS = ("unbiased", "plugin")
 
 
 class Traces(NamedTuple):

@@ -20,7 +20,7 @@ ALLOWED = {
     "memory": {"kernels"},
     "sampling": {"check", "kernels"},
     "variance": {"table"},
-    "estimators": {"check", "gradients", "kernels"},
+    "estimators": {"check", "gradients", "kernels", "methods"},
     "gradients": {"check", "kernels", "scored"},
     "lr": set(),
     "methods": {"check", "methods", "table"},
