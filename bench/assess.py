@@ -261,7 +261,8 @@ def measure(run: Run, args: argparse.Namespace) -> Iterator[Row]:
     some = torch.randperm(n, generator=torch.Generator().manual_seed(run.config.seed))
     some = some[: args.samples]
     places = visits(args)
-    with tqdm(total=max(places), desc=run.config.label, mininterval=1) as bar:
+    interval = 0.1 if sys.stderr.isatty() else 20
+    with tqdm(total=max(places), desc=run.config.label, mininterval=interval) as bar:
         for iteration, figures in places.items():
             train_to(run, iteration, bar)
             run.model.eval()  # the gradients that a sample has by itself
