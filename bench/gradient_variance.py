@@ -36,6 +36,7 @@ from bench.datasets import Dataset, load_dataset
 from bench.loop import Run, RunConfig
 from bench.provenance import provenance
 from bench.report import aligned, append_row
+from fastis.estimators import gradient_norms
 from fastis.kernels.reference_weights import distribution
 
 SCHEMES = ("multinomial", "stratified", "systematic", "uniform")
@@ -104,40 +105,36 @@ def logit_gradients(model: torch.nn.Module, dataset: Dataset) -> Tensor:
     return torch.cat(rows)
 
 
+def weighted_gradient(
+    model: torch.nn.Module, dataset: Dataset, indices: Tensor, weights: Tensor
+) -> Tensor:
+    """sum_i weights_i g_i over ``indices [n]``, g with respect to all parameters: float64 [P]."""
+    losses = F.cross_entropy(
+        model(dataset.x_train[indices]), dataset.y_train[indices], reduction="none"
+    )
+    grads = torch.autograd.grad((weights.float() * losses).sum(), list(model.parameters()))
+    return torch.cat([g.flatten() for g in grads]).double()
+
+
+def parameter_norms(model: torch.nn.Module, dataset: Dataset) -> Tensor:
+    """|g_i| of every training sample, g with respect to all parameters: float64 [N]."""
+    parts = list(zip(dataset.x_train.split(1000), dataset.y_train.split(1000), strict=True))
+    parts = tqdm(parts, desc="norms", leave=False, disable=not sys.stderr.isatty())
+    return torch.cat([gradient_norms(model, F.cross_entropy, x, y) for x, y in parts]).double()
+
+
 def parameter_traces(run: Run, layout: Layout) -> dict[str, float]:
     """Exact traces for the gradients of all parameters; nothing of size N x parameters is kept."""
     model, dataset, batch_size = run.model, run.dataset, layout.num_slices
-    parameters = dict(model.named_parameters())
-
-    def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        logits = torch.func.functional_call(model, parameters, (x[None],))
-        return F.cross_entropy(logits, y[None])
-
-    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
     n = len(dataset.y_train)
-    norms = []
-    for x, y in tqdm(
-        list(zip(dataset.x_train.split(100), dataset.y_train.split(100), strict=True)),
-        desc="norms", leave=False, disable=not sys.stderr.isatty(),
-    ):  # fmt: skip
-        grads = per_sample(parameters, x, y)
-        norms.append(sum(g.detach().flatten(1).double().square().sum(1) for g in grads.values()))
-    squares = torch.cat(norms)
-
-    def gradient(indices: Tensor, weights: Tensor) -> Tensor:
-        """sum_i weights_i g_i."""
-        losses = F.cross_entropy(
-            model(dataset.x_train[indices]), dataset.y_train[indices], reduction="none"
-        )
-        grads = torch.autograd.grad((weights.float() * losses).sum(), list(parameters.values()))
-        return torch.cat([g.flatten() for g in grads]).double()
-
+    squares = parameter_norms(model, dataset).square()
     position, slices, lengths = layout.pieces()
     weights = lengths / (n * layout.p[position])
     total, slice_squares = 0.0, 0.0
     for b in range(batch_size):
         inside = slices == b
-        mean = gradient(layout.order[position[inside]], weights[inside])
+        part = layout.order[position[inside]]
+        mean = weighted_gradient(model, dataset, part, weights[inside])
         slice_squares += float(mean.square().sum()) / batch_size
         total = total + mean / batch_size
     squared_mean = float(total.square().sum())

@@ -3,7 +3,7 @@
 # torch first: its OpenMP runtime is then the one that fastis._C shares.
 import torch as _torch  # noqa: F401
 
-from fastis import methods
+from fastis import estimators, methods
 from fastis.kernels import backend, show_config
 from fastis.loss import (
     ScoredLoss,
@@ -28,6 +28,7 @@ __all__ = [
     "backend",
     "binary_cross_entropy_with_logits",
     "cross_entropy",
+    "estimators",
     "methods",
     "mse_loss",
     "sample",

@@ -20,6 +20,8 @@ ALLOWED = {
     "memory": {"kernels"},
     "sampling": {"check", "kernels"},
     "variance": {"table"},
+    "estimators": {"check", "gradients", "kernels", "methods"},
+    "gradients": {"check", "kernels", "scored"},
     "lr": set(),
     "methods": {"check", "kernels", "methods", "table"},
     "sampler": {"check", "methods", "sampling", "table", "variance"},

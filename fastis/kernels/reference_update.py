@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastis.kernels.reference_variance import Moments, minibatch_moments, traces_of
 from fastis.kernels.reference_weights import (
     code_of,
     exponent_of,
@@ -22,10 +23,8 @@ from fastis.table import (
     EFFICIENCY,
     EXPONENT,
     FACTOR,
-    FIRST_SQUARED,
     LAST,
     MEAN,
-    MEAN_SQUARED,
     SECOND,
     SEEN,
     SKIPPED,
@@ -33,7 +32,6 @@ from fastis.table import (
     TRACE_IS,
     TRACE_OPTIMAL,
     TRACE_UNIFORM,
-    UNIFORM,
     UPDATES,
     VALID,
     VAR,
@@ -199,37 +197,25 @@ def rescale(table: Table) -> None:
 
 def update_variance(table: Table, weights: Tensor, score: Tensor, mean_grad: Tensor | None) -> None:
     """Kutsuna 2025, Proposition 4.1: moments of one minibatch, smoothed before any ratio."""
-    r, x = weights.double(), score.double()
-    moments = {
-        SECOND: (r * x).square().mean(),
-        UNIFORM: (r * x * x).mean(),
-        FIRST_SQUARED: (r * x).mean().square(),
-        MEAN_SQUARED: torch.zeros_like(r[:1]).sum()
-        if mean_grad is None
-        else mean_grad.double().square().sum(),
-    }
-    if not bool(torch.stack(list(moments.values())).isfinite().all()):
+    moments = torch.stack(minibatch_moments(weights.double(), score.double(), mean_grad))
+    if not bool(moments.isfinite().all()):
         return
     v, constants = table.variance, table.constants
     if int(table.scalars[UPDATES]) == constants.warmup_draws:
         v[:TRACE_IS] = 0.0  # another distribution from here on
     keep = constants.smoothing
     v[WEIGHT] = keep * v[WEIGHT] + (1 - keep)
-    for at, moment in moments.items():
-        v[at] = keep * v[at] + (1 - keep) * moment
+    v[SECOND:TRACE_IS] = keep * v[SECOND:TRACE_IS] + (1 - keep) * moments
     derive(table, score.numel())
 
 
 def derive(table: Table, n: int) -> None:
     """Traces, effective minibatch size, efficiency and factor from the smoothed moments."""
     v, unbiased = table.variance, table.constants.unbiased
-    A, U, O2, G2 = (v[SECOND:TRACE_IS] / v[WEIGHT]).unbind()
-    bessel = n / (n - 1) if n > 1 else float("inf")
-    mu2 = (n * G2 - A) / (n - 1) if unbiased else G2
+    moments = Moments(*(v[SECOND:TRACE_IS] / v[WEIGHT]).unbind())
+    v[TRACE_IS], v[TRACE_UNIFORM], v[TRACE_OPTIMAL] = traces_of(moments, n, unbiased)
+    A, U, O2, _ = moments
     o2 = (n * O2 - A) / (n - 1) if unbiased else O2
-    v[TRACE_IS] = bessel * (A - G2) if unbiased else A - G2
-    v[TRACE_UNIFORM] = U - mu2
-    v[TRACE_OPTIMAL] = bessel * (O2 - G2) if unbiased else O2 - G2
     v[EFFECTIVE_BATCH_SIZE] = n * v[TRACE_UNIFORM] / v[TRACE_IS]
     v[EFFICIENCY] = torch.where(U - o2 > 0, (A - o2) / (U - o2), torch.nan)
     factor = v[EFFECTIVE_BATCH_SIZE] / n

@@ -1,0 +1,53 @@
+"""Moments of a minibatch and the variance traces that follow from them (Kutsuna 2025, Prop. 4.1).
+
+With coefficients r, gradients g of norm x, and E the mean over the minibatch (or the exact mean
+under the sampling in force)::
+
+    A = E[r^2 x^2]     U = E[r x^2]     O = E[r x]     G = E[r g]
+
+Plain arithmetic on tensors of any batch shape, as in csrc/variance.h; smoothed over iterations by
+reference_update, taken as they are by :mod:`fastis.estimators`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Moments(NamedTuple):
+    """A, U, O^2 and |G|^2, each ``[...]`` float64; averages of them are moments again."""
+
+    second: Tensor
+    uniform: Tensor
+    first_squared: Tensor
+    mean_squared: Tensor
+
+
+def minibatch_moments(r: Tensor, x: Tensor, mean_grad: Tensor | None) -> Moments:
+    """Moments of minibatches: r, x float64 [..., B], mean_grad [..., P]; None counts as G = 0."""
+    if mean_grad is None:
+        mean_squared = r.new_zeros(r.shape[:-1])
+    else:
+        mean_squared = mean_grad.double().square().sum(-1)
+    return Moments(
+        second=(r * x).square().mean(-1),
+        uniform=(r * x * x).mean(-1),
+        first_squared=(r * x).mean(-1).square(),
+        mean_squared=mean_squared,
+    )
+
+
+def traces_of(moments: Moments, n: int, unbiased: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """tr V_is, tr V_uni and tr V_opt from moments of minibatches of n draws.
+
+    ``unbiased=False`` is the plug-in form of eqs. 10-12, exact when the moments are. Unbiased
+    forms of n = 1 are NaN or infinite: one draw says nothing about a variance.
+    """
+    A, U, O2, G2 = moments
+    if not unbiased:
+        return A - G2, U - G2, O2 - G2
+    bessel = n / (n - 1) if n > 1 else float("inf")
+    mu2 = (n * G2 - A) / (n - 1)
+    return bessel * (A - G2), U - mu2, bessel * (O2 - G2)
