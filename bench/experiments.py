@@ -244,10 +244,10 @@ EXPERIMENTS = {
     "best_lr": Experiment(
         "Every method at its own best learning rate (not in the papers)",
         best_lr,
-        note=f"Rule: of {', '.join(map(str, GRID))} the rate whose run of seed 0 has the least final "
-        "train loss; then the other seeds at that rate. Seed 0 is among the seeds averaged. "
-        "SGD-Scan runs also at EMAIS's best rate times its mean factor (two digits), the rate that "
-        "EMAIS in effect had.",
+        note=f"Rule: of {', '.join(map(str, GRID))} the rate whose run of seed 0 has the least "
+        "final train loss; then the other seeds at that rate. Seed 0 is among the seeds averaged. "
+        "SGD-Scan runs also at EMAIS's best rate times its mean factor (two digits), the rate "
+        "that EMAIS in effect had.",
     ),
     "table6": Experiment("Adam ([K] Table 6)", table6),
     "fig1": Experiment(
@@ -277,28 +277,29 @@ EXPERIMENTS = {
         "Loss and error against training time ([KF] Figure 7)",
         kf,
         curves=("seconds",),
-        note="LeNet-5 on Fashion-MNIST, not a wide ResNet on CIFAR. Every run has the same training "
-        "time, and the cosine schedule ends with it.",
+        note="LeNet-5 on Fashion-MNIST, not a wide ResNet on CIFAR. Every run has the same "
+        "training time, and the cosine schedule ends with it.",
     ),
     "kf_sequence": Experiment(
         "Permuted sequences with an LSTM against training time ([KF] Figure 9)",
         kf_sequence,
         curves=("seconds",),
-        note="Adam 0.001, minibatch 32 and gradients clipped to norm 1 are from memory of the paper: "
-        "the numbers were lost in our copy. On a CPU a step of the sequence is 28 pixels (28 steps), "
-        "on a GPU one pixel (784 steps).",
+        note="Adam 0.001, minibatch 32 and gradients clipped to norm 1 are from memory of the "
+        "paper: the numbers were lost in our copy. On a CPU a step of the sequence is 28 pixels "
+        "(28 steps), on a GPU one pixel (784 steps).",
     ),
     "multilabel": Experiment(
         "Multi-label classification with binary cross-entropy (as [K] Table 4)",
         multilabel,
-        note="Not chest X-rays: four Fashion-MNIST images tiled in one of 56 x 56, labelled with the "
-        "set of their classes. Methods that follow the one right class's probability don't apply.",
+        note="Not chest X-rays: four Fashion-MNIST images tiled in one of 56 x 56, labelled with "
+        "the set of their classes. Methods that follow the one right class's probability don't "
+        "apply.",
     ),
     "cifar10": Experiment(
         "ResNet-18 on CIFAR-10 (as [K] Table 3, which has CINIC-10)", cifar10, iterations=17_500
     ),
     "stratified": Experiment(
-        "Drawing by slices, training set in the file's order and sorted by class (not in the papers)",
+        "Drawing by slices, data in the file's order and sorted by class (not in the papers)",
         stratified,
     ),
 }

@@ -251,7 +251,8 @@ def mean_of(readings: list[dict], name: str) -> float:
 
 
 def json_number(value: float) -> float | int | None:
-    """Integers as they are; six significant digits; None for NaN and infinities, which JSON does not have."""
+    """Integers as they are, six significant digits, and None for NaN and infinities, which JSON
+    does not have."""
     if isinstance(value, int):
         return value
     return float(f"{value:.6g}") if math.isfinite(value) else None

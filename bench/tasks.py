@@ -1,8 +1,8 @@
 """What is learnt: a task is a data set, its loss with score, and how a network is judged.
 
 Training and evaluation loops take a task and branch on no names. A new task is one entry of TASKS.
-Every metric is a number of the whole set; ``loss`` and ``error`` (lower is better, in percent) exist
-for every task.
+Every metric is a number of the whole set; ``loss`` and ``error`` (lower is better, in percent)
+exist for every task.
 """
 
 from __future__ import annotations
