@@ -181,6 +181,7 @@ PYBIND11_MODULE(_C, m) {
         [](int64_t n) { return fastis::Levels(n, fastis::kDeviceTop).total(); });
   m.def("emulate_update", &fastis::emulated::update);
   m.def("emulate_draw", &fastis::emulated::draw);
+  m.def("rescale", FASTIS_CPU(rescale));
   m.def("locate", FASTIS_CPU(locate));
   m.def("integers", FASTIS_CPU(integers));
   m.def("alias_build", FASTIS_CPU(alias_build));
