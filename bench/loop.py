@@ -51,9 +51,7 @@ class Run:
         self.optimizer = make_optimizer(config, self.model)
         self.scorer = Scorer(self)
         self.sampler = self._make_sampler()
-        self.ends_by_effective_iterations = config.lr_adjust and hasattr(
-            self.sampler, "effective_iterations"
-        )
+        self.ends_by_effective_iterations = config.lr_adjust and self._counts_iterations()
         self.scheduler = self._make_scheduler()
 
     def _make_sampler(self) -> fastis.Sampler | FollowingSampler:
@@ -69,6 +67,13 @@ class Run:
             seed=config.seed,
         )
 
+    def _counts_iterations(self) -> bool:
+        """Whether the method has its own count of iterations, as RAIS has: its gains' sum."""
+        if self.leader is not None:
+            return False
+        theirs = type(self.sampler.method).effective_iterations
+        return theirs is not fastis.methods.Method.effective_iterations
+
     def _make_scheduler(self) -> object:
         """A cosine to 0 over the run, times the sampler's factor."""
         config = self.config
@@ -81,8 +86,10 @@ class Run:
         if not config.lr_adjust:
             return cosine
         if self.ends_by_effective_iterations and not config.seconds:
-            return fastis.EffectiveIterationsLR(cosine, self.sampler)
-        return fastis.EffectiveBatchLR(cosine, self.sampler, optimizer=config.optimizer)
+            return fastis.EffectiveIterationsLR(
+                cosine, self.sampler, config.optimizer, total_iterations=config.iterations
+            )
+        return fastis.EffectiveBatchLR(cosine, self.sampler, config.optimizer)
 
     def progress(self) -> float:
         """How much of the run is behind: at 1 it ends."""

@@ -106,8 +106,9 @@ def build_method(config: RunConfig, num_samples: int, scorer: Scorer) -> fastis.
             f"options of method {config.method!r} must be among {', '.join(fields)}, "
             f"got {', '.join(unknown)}"
         )
+    epochs = math.ceil(config.iterations / max(1, num_samples // config.batch_size))
     of_the_run = {
-        "total_epochs": math.ceil(config.iterations / max(1, num_samples // config.batch_size)),
+        "total_epochs": max(2, epochs),  # at least one beyond the warm-up
         "total_steps": config.iterations,
     }
     options = {name: value for name, value in of_the_run.items() if name in fields}

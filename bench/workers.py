@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from functools import cache
@@ -26,9 +28,16 @@ def cached_dataset(name: str, data: str | None) -> Dataset:
 
 
 def start_worker(lock: object, lines: multiprocessing.Queue) -> None:
-    """Gives this process a line for its progress bar."""
+    """Gives this process a line for its progress bar, and ends it when its parent is killed."""
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     tqdm.set_lock(lock)
     run_here.line = lines.get()
+
+
+def _exit_with_parent() -> None:
+    """A worker whose parent is gone would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def run_here(config: RunConfig, data: str | None, threads: int) -> dict:
