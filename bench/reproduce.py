@@ -20,7 +20,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from bench import report
+from bench import report, step_times
 from bench.config import RunConfig
 from bench.datasets import data_name
 from bench.experiments import EXPERIMENTS, Settings
@@ -31,6 +31,10 @@ from bench.workers import cached_dataset, run_all
 RESULTS = Path(__file__).parent / "results"
 # Rows of before this script that are runs of its experiments too.
 EARLIER = "fashion_mnist_lenet5.jsonl"
+# No list of runs: all methods take turns in one process.
+STEP_TIMES = "table5"
+STEP_TIMES_FILE = "reproduce_step_times.jsonl"
+NAMES = (*EXPERIMENTS, STEP_TIMES)
 
 
 def rows_file(folder: Path, config: RunConfig) -> Path:
@@ -45,6 +49,21 @@ def read_all(folder: Path) -> dict[str, Row]:
     return {report.config_key(row["config"]): row for row in rows}
 
 
+def read_step_times(folder: Path) -> list[Row]:
+    return report.read_rows(folder / STEP_TIMES_FILE)
+
+
+def measure_step_times(args: argparse.Namespace, settings: Settings) -> None:
+    """Appends the row of ``table5`` unless there is one of these data and this device."""
+    wanted = step_times.setting(settings).items()
+    if any(wanted <= row.items() for row in read_step_times(args.out)):
+        print(f"{STEP_TIMES} is there")
+        return
+    torch.set_num_threads(args.threads)
+    dataset = cached_dataset("fashion_mnist", args.data)
+    report.append_row(args.out / STEP_TIMES_FILE, step_times.measure(settings, dataset))
+
+
 class Plan:
     """The missing runs of some experiments, in the order in which they shall run."""
 
@@ -55,7 +74,8 @@ class Plan:
         only: Iterable[str] | None,
         rows: dict[str, Row],
     ) -> None:
-        self.names, self.settings, self.rows = list(names), settings, rows
+        self.names = [name for name in names if name != STEP_TIMES]
+        self.settings, self.rows = settings, rows
         self.only = set(only) if only else None
 
     def wanted(self, name: str) -> list[RunConfig]:
@@ -77,7 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help=f"one or more of {', '.join(EXPERIMENTS)}")
+    add("names", nargs="*", metavar="NAME", help=f"one or more of {', '.join(NAMES)}")
     add("--list", action="store_true", help="the experiments, and how much of each is there")
     add("--data", help="the data set's .npz (default: FASTIS_DATA, else the subset)")
     add("--seeds", type=int, help="how many: 0, 1, ...; default 3, on CUDA 5")
@@ -119,6 +139,7 @@ def overview(settings: Settings, rows: dict[str, Row]) -> str:
         configs = experiment.configs(settings, rows)
         there = sum(experiment.has(c, rows) for c in configs)
         lines.append((name, str(len(configs)), str(there), experiment.title))
+    lines.append((STEP_TIMES, "-", "-", "Time per step of each method ([K] Table 5)"))
     widths = [max(len(line[i]) for line in lines) for i in range(3)]
     return "\n".join(
         f"{name:<{widths[0]}}  {runs:>{widths[1]}}  {there:>{widths[2]}}  {what}"
@@ -135,9 +156,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.list:
             print(overview(settings, rows))
             return 0
-        unknown = [name for name in args.names if name not in EXPERIMENTS]
+        unknown = [name for name in args.names if name not in NAMES]
         if unknown or not args.names:
-            known = ", ".join(EXPERIMENTS)
+            known = ", ".join(NAMES)
             raise ValueError(
                 f"NAME must be one or more of {known}, got {', '.join(unknown) or 'none'}"
             )
@@ -146,6 +167,8 @@ def main(argv: list[str] | None = None) -> int:
         check(args, todo)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         parser.error(str(error))
+    if STEP_TIMES in args.names:
+        measure_step_times(args, settings)
     print(f"{len(todo)} runs to do", flush=True)
     try:
         for row in run_all(plan, args.data, args.jobs, args.threads):
