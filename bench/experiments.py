@@ -21,6 +21,8 @@ Rows = Mapping[str, Row]
 
 COMPARED = ("emais", "scan", "uniform", "rais", "presampling", "confidence", "confvar")
 COMPARED += ("self_paced", "loss", "online_batch", "prioritized")
+# No coefficients, or not quite: the variance traces, N_ems and S mean nothing for them.
+BIASED = ("confidence", "confvar", "self_paced", "online_batch", "prioritized")
 # These follow the predicted probability of the one right class.
 NEED_ONE_CLASS = ("confidence", "confvar")
 PAPER_ITERATIONS = 25_000
@@ -58,8 +60,14 @@ class Experiment:
         (settings, iterations, rows) -> the runs of that length.
     iterations : int
         the default length of a run.
+    longer : tuple of int
+        the paper's other lengths: by ``--iterations``.
     curves : tuple of str
         curves that its rows must have; a row without them is measured again.
+    panels : tuple of str
+        the curves of its figure.
+    x : "step" or "seconds"
+        what the figure's curves are drawn against.
     note : str
         what a reader must know: choices of ours, what differs from the paper.
     """
@@ -67,7 +75,10 @@ class Experiment:
     title: str
     plan: Callable[[Settings, int, Rows], list[RunConfig]]
     iterations: int = 6250
+    longer: tuple[int, ...] = ()
     curves: tuple[str, ...] = ()
+    panels: tuple[str, ...] = ("train_loss", "test_error")
+    x: str = "step"
     note: str = ""
 
     def configs(self, settings: Settings, rows: Rows) -> list[RunConfig]:
@@ -238,6 +249,7 @@ EXPERIMENTS = {
     "table2": Experiment(
         "Test error of every method at one learning rate ([K] Table 2)",
         table2,
+        longer=(12_500, 25_000),
         note="The paper has no `loss`, `online_batch` and `prioritized` here. Methods whose factor "
         "raises the learning rate gain from a base rate that is below the best one: see `best_lr`.",
     ),
@@ -249,34 +261,43 @@ EXPERIMENTS = {
         "SGD-Scan runs also at EMAIS's best rate times its mean factor (two digits), the rate "
         "that EMAIS in effect had.",
     ),
-    "table6": Experiment("Adam ([K] Table 6)", table6),
+    "table6": Experiment("Adam ([K] Table 6)", table6, longer=(12_500, 25_000)),
     "fig1": Experiment(
         "Efficiency S for fixed time constants and linear tau ([K] Figure 1)",
         fig1,
+        panels=("efficiency",),
         note=f"The paper's fixed tau of {', '.join(map(str, TAUS))} belong to {PAPER_ITERATIONS} "
         "iterations; shorter runs have them scaled by iterations / 25000.",
     ),
     "fig2": Experiment(
         "EMAIS against uniform minibatches of N_ems samples ([K] Figure 2)",
         fig2,
+        panels=("train_loss", "test_error", "effective_batch_size"),
         note="At each step the dynamic run draws as many samples, uniformly, as the N_ems that an "
         "EMAIS run of the same seed has there; its learning rate follows the size (eq. 8).",
     ),
-    "fig6": Experiment("Without adjusting the learning rate ([K] Figure 6)", fig6),
+    "fig6": Experiment(
+        "Without adjusting the learning rate ([K] Figure 6)",
+        fig6,
+        panels=("train_loss", "test_error", "effective_batch_size", "lr"),
+    ),
     "fig7": Experiment(
         "Additional updates of the whole table ([K] Figure 7)",
         fig7,
+        panels=("train_loss", "test_error", "efficiency"),
         note="Every iterations / 25: the paper's interval was lost in our copy of it.",
     ),
     "fig9": Experiment(
         "Efficiency and traces of the gradient variance over training ([K] Figure 9)",
         fig9,
         curves=TRACES,
+        panels=("efficiency", *TRACES),
     ),
     "kf": Experiment(
         "Loss and error against training time ([KF] Figure 7)",
         kf,
         curves=("seconds",),
+        x="seconds",
         note="LeNet-5 on Fashion-MNIST, not a wide ResNet on CIFAR. Every run has the same "
         "training time, and the cosine schedule ends with it.",
     ),
@@ -284,6 +305,7 @@ EXPERIMENTS = {
         "Permuted sequences with an LSTM against training time ([KF] Figure 9)",
         kf_sequence,
         curves=("seconds",),
+        x="seconds",
         note="Adam 0.001, minibatch 32 and gradients clipped to norm 1 are from memory of the "
         "paper: the numbers were lost in our copy. On a CPU a step of the sequence is 28 pixels "
         "(28 steps), on a GPU one pixel (784 steps).",

@@ -2,6 +2,7 @@
 
     python bench/reproduce.py table2 best_lr --data fashion_mnist.npz --jobs 2
     python bench/reproduce.py --list
+    python bench/reproduce.py --report
 
 Every run appends one row to ``bench/results/reproduce_<data set>.jsonl`` when it ends; runs that
 have a row are not repeated, so an interrupted invocation goes on where it stopped. Seed 0 of all
@@ -99,6 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"one or more of {', '.join(NAMES)}")
     add("--list", action="store_true", help="the experiments, and how much of each is there")
+    add("--report", action="store_true", help="writes the page of what is there; runs nothing")
     add("--data", help="the data set's .npz (default: FASTIS_DATA, else the subset)")
     add("--seeds", type=int, help="how many: 0, 1, ...; default 3, on CUDA 5")
     add("--iterations", type=int, nargs="+", help="lengths of the runs; default: the experiment's")
@@ -155,6 +157,11 @@ def main(argv: list[str] | None = None) -> int:
         rows = read_all(args.out)
         if args.list:
             print(overview(settings, rows))
+            return 0
+        if args.report:
+            from bench import page  # matplotlib: for this alone
+
+            print(page.write(args.out, rows, read_step_times(args.out)))
             return 0
         unknown = [name for name in args.names if name not in NAMES]
         if unknown or not args.names:
