@@ -6,11 +6,11 @@ method          samples by                                     coefficients  sou
 EMAIS           moving statistics of the gradient norm         1/(N p)       Kutsuna 2025
 Loss            the same of the loss                           1/(N p)       as EMAIS
 Presampling     a score of M candidates, now                   1/(M q)       Katharopoulos & Fleuret
-RAIS            a regression on past squared norms             1/(N p)       Johnson & Guestrin 2018
+RAIS            a regression on past squared norms             1/(N p)       Johnson & Guestrin
 Confidence      1 - mean probability of the label              none          Chang et al. 2017
 ConfVar         its standard deviation                         none          Chang et al. 2017
 SelfPaced       uniform; losses below a threshold count        0 or equal    Kumar et al. 2010
-OnlineBatch     the rank of the last loss                      none          Loshchilov & Hutter 2015
+OnlineBatch     the rank of the last loss                      none          Loshchilov & Hutter
 Prioritized     a power of the last loss                       in part       Schaul et al. 2015
 Scan, Uniform   uniform, without and with replacement          1
 ==============  =============================================  ============  ======================

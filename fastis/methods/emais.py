@@ -24,8 +24,8 @@ class EMAIS(Method):
         d = |g| - m;   m += (1 - alpha) d;   v = alpha (v + (1 - alpha) d^2)
         w = sqrt(m^2 + v)  ("rms")   or   m + sqrt(v)  ("sum");   p ~ max(w, floor mean(w))
 
-    Unseen samples have the mean weight of the seen ones. Coefficients are 1/(N p); the learning rate
-    is multiplied by N_ems / B (eq. 8).
+    Unseen samples have the mean weight of the seen ones. Coefficients are 1/(N p); the learning
+    rate is multiplied by N_ems / B (eq. 8).
 
     Parameters
     ----------

@@ -110,4 +110,4 @@ class OnlineBatch(WithoutCoefficients):
         if self.total_epochs is None:
             return self.pressure
         share = (epoch - self.warmup_epochs) / (self.total_epochs - self.warmup_epochs)
-        return self.pressure ** (1 - min(1.0, max(0.0, share)))
+        return math.pow(self.pressure, 1 - min(1.0, max(0.0, share)))

@@ -83,8 +83,8 @@ class Presampling(Method):
         highest = table.constants.batch_size**0.5  # of b scores, one of them holding everything
         if threshold >= highest:
             warnings.warn(
-                f"presampling will never switch on: tau is at most sqrt(batch_size) = {highest:.3g} "
-                f"in uniform steps, and its threshold is {threshold:.3g}",
+                "presampling will never switch on: tau is at most sqrt(batch_size) = "
+                f"{highest:.3g} in uniform steps, and its threshold is {threshold:.3g}",
                 stacklevel=4,
             )
         return {"tau": torch.zeros((), dtype=torch.float64, device=table.device)}

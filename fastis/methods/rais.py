@@ -43,8 +43,8 @@ class RAIS(Weighted):
     The authors' code and formulas were not found: the regression follows the paper's idea, its
     features, e (1 % of the mean x^2), the non-negative least squares (exact, by trying all subsets
     of the four features) and the buffer are ours. Between fits the mean of h_1 in a weight is that
-    of the sample's last visit or the last fit. A fit costs O(N) and is a host decision: not for CUDA
-    graphs.
+    of the sample's last visit or the last fit. A fit costs O(N) and is a host decision: not for
+    CUDA graphs.
 
     Parameters
     ----------
