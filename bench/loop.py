@@ -40,6 +40,7 @@ class Run:
         self.task = TASKS[config.dataset]
         self.device = torch.device(config.device)
         self.steps_taken, self.train_seconds = 0, 0.0
+        self._block_start: float | None = None
         self.leader = None
         if config.batch_size_like:
             followed = replace(config, method=config.batch_size_like, batch_size_like="")
@@ -94,7 +95,9 @@ class Run:
     def progress(self) -> float:
         """How much of the run is behind: at 1 it ends."""
         if self.config.seconds:
-            return self.train_seconds / self.config.seconds
+            start = self._block_start
+            in_block = 0.0 if start is None else time.perf_counter() - start
+            return (self.train_seconds + in_block) / self.config.seconds
         if self.ends_by_effective_iterations:
             return float(self.sampler.effective_iterations) / self.config.iterations
         return self.steps_taken / self.config.iterations
@@ -134,10 +137,11 @@ class Run:
         if self.leader is not None:
             self.sampler.follow(factors_of(self.leader, steps))
         synchronize(self.device)
-        start = time.perf_counter()
+        self._block_start = time.perf_counter()
         loss = self.train(steps)
         synchronize(self.device)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - self._block_start
+        self._block_start = None
         self.train_seconds += seconds
         return loss.item(), 1e3 * seconds / steps
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
 from bench import figures
 from bench.compare import paired_interval
+from bench.config import RunConfig
 from bench.experiments import EXPERIMENTS, GRID, Rows, best_of_grid, matched_lr
 from bench.groups import Group, Results
 from bench.report import Row, mean_sd
@@ -51,7 +53,7 @@ def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def mean_cell(group: Group, name: str, digits: int) -> str:
     if not group.rows:
-        return "not yet measured"
+        return "not yet measured" if name == ALWAYS[0][1] else "-"
     if name in ("test_error", "train_loss") and not all(map(math.isfinite, group.finals(name))):
         return "diverged"
     if not group.defines(name):
@@ -73,7 +75,7 @@ def shown_columns(groups: Sequence[Group]) -> list[Column]:
 
 
 def difference_cell(group: Group, reference: Group | None, name: str, digits: int) -> str:
-    if reference is None or group is reference:
+    if reference is None or replace(group.config, seed=0) == replace(reference.config, seed=0):
         return "-"
     try:
         mean, half, _ = paired_interval(group.by_seed(name), reference.by_seed(name))
@@ -87,18 +89,23 @@ def group_name(group: Group, groups: Sequence[Group]) -> str:
     return group.label + (f", {group.config.dataset}" if several else "")
 
 
-def results_table(groups: Sequence[Group]) -> str:
-    """Means over seeds, and differences to SGD-Scan (or the first group, where there is none)."""
+def reference_of(group: Group, groups: Sequence[Group]) -> Group | None:
+    """What a group is compared with: SGD-Scan on the same data, or the first group on them."""
+    same = [g for g in groups if g.rows and g.config.dataset == group.config.dataset]
+    scans = [g for g in same if g.label == "scan"]
+    return next(iter(scans or same), None)
+
+
+def results_table(groups: Sequence[Group], reference: Group | None = None) -> str:
+    """Means over seeds, and paired differences to ``reference`` (None: :func:`reference_of`)."""
     columns = shown_columns(groups)
-    scans = [g for g in groups if g.config.variant == "scan" and g.rows]
-    reference = (scans or [g for g in groups if g.rows] or [None])[0]
-    versus = f"against {reference.label}" if reference else "difference"
-    if scans and len(scans) > 1:
-        versus += f" {reference.config.lr:g}"
+    references = [reference or reference_of(group, groups) for group in groups]
+    names = dict.fromkeys(f"{r.label} {r.config.lr:g}" for r in references if r is not None)
+    versus = " or ".join(names) or "-"
     head = ["method", "lr", "seeds", *(title for title, _, _ in columns)]
-    head += ["steps", "extra", f"test error {versus}", f"train loss {versus}"]
+    head += ["steps", "extra", f"test error minus {versus}", f"train loss minus {versus}"]
     lines = []
-    for group in groups:
+    for group, other in zip(groups, references, strict=True):
         steps = [row["final"].get("steps", row["config"]["iterations"]) for row in group.rows]
         extra = [row["final"].get("extra_forward_samples", 0) for row in group.rows]
         line = [group_name(group, groups), f"{group.config.lr:g}"]
@@ -106,8 +113,8 @@ def results_table(groups: Sequence[Group]) -> str:
         line += [mean_cell(group, name, digits) for _, name, digits in columns]
         line.append(f"{fmean(steps):.0f}" if steps else "-")
         line.append(f"{sum(extra) / sum(steps):.0f}" if steps else "-")
-        line.append(difference_cell(group, reference, "test_error", 2))
-        line.append(difference_cell(group, reference, "train_loss", 4))
+        line.append(difference_cell(group, other, "test_error", 2))
+        line.append(difference_cell(group, other, "train_loss", 4))
         lines.append(line)
     return markdown_table(head, lines)
 
@@ -126,9 +133,11 @@ def provenance_line(rows: Sequence[Row]) -> str:
     """Machines, versions and dates of the rows."""
 
     def machine(row: Row) -> str:
-        where, jobs = row["machine"], row.get("jobs", "an unrecorded number of")
-        gpu = f"{where['gpu']}, " if "gpu" in where else ""
-        return f"{gpu}{where['cpu']}, {where['threads']} thread(s) a run, {jobs} run(s) at a time"
+        where = row["machine"]
+        parts = [where["gpu"]] if "gpu" in where else []
+        parts += [where["cpu"], f"{where['threads']} thread(s) a run"]
+        parts += [f"{row['jobs']} run(s) at a time"] if "jobs" in row else []
+        return ", ".join(parts)
 
     def distinct(of: Callable[[Row], str]) -> str:
         return "; ".join(dict.fromkeys(map(of, rows)))
@@ -142,8 +151,11 @@ def provenance_line(rows: Sequence[Row]) -> str:
 def command(results: Results) -> str:
     settings = results.settings
     parts = [f"python bench/reproduce.py {results.name}"]
-    if settings.data != "embedded":
-        parts.append(f"--data {settings.data}")
+    if results.all_rows:
+        parts += [f"--data {settings.data}"] if settings.data != "embedded" else []
+    else:
+        task = results.main_groups[0].config.dataset
+        parts.append(f"--data {TASKS[task].source}.npz")
     if results.lengths != (results.experiment.iterations,):
         parts.append(f"--iterations {' '.join(map(str, results.lengths))}")
     if results.experiment.x == "seconds" and settings.seconds != type(settings).seconds:
@@ -156,8 +168,10 @@ def command(results: Results) -> str:
 
 def figure(results: Results, folder: Path) -> str:
     out = folder / f"reproduce_{results.name}.png"
-    experiment = results.experiment
-    if not figures.draw(results.main_groups, experiment.panels, experiment.x, out):
+    experiment, groups = results.experiment, results.main_groups
+    if sum(bool(group.rows) for group in groups) < min(2, len(groups)):
+        return ""  # nothing to compare yet
+    if not figures.draw(groups, experiment.panels, experiment.x, out):
         return ""
     return f"![{experiment.title}]({out.name})"
 
@@ -199,7 +213,7 @@ def grid_table(results: Results) -> str:
             g.config.lr: g.by_seed("train_loss") for g in groups if g.config.method == method
         }
         losses = {lr: of_method.get(lr, {}).get(0, math.nan) for lr in GRID}
-        line = [method, *(f"{losses[lr]:.4f}" for lr in GRID)]
+        line = [method, *("-" if math.isnan(loss) else f"{loss:.4f}" for loss in losses.values())]
         best = best_group(results, method)
         chosen = "not yet known" if best is None else f"{best.config.lr:g}"
         if best is not None and best.config.lr in (GRID[0], GRID[-1]):
@@ -232,6 +246,9 @@ def best_lr_section(results: Results, folder: Path, step_times: Sequence[Row]) -
         shown = chosen
     if shown:
         parts += [results_table(shown), missing_line(shown)]
+    rates = every_rate(results)
+    if rates:
+        parts += ["Every rate with at least two seeds:", results_table(rates, best.get("scan"))]
     if best.get("scan"):
         parts.append(time_to_loss(chosen, best["scan"], step_times))
     out = folder / "reproduce_best_lr.png"
@@ -241,6 +258,25 @@ def best_lr_section(results: Results, folder: Path, step_times: Sequence[Row]) -
     if results.all_rows:
         parts.append(provenance_line(results.all_rows))
     return "\n\n".join(part for part in parts if part)
+
+
+def every_rate(results: Results) -> list[Group]:
+    """All rates that any experiment ran with several seeds in this setting: the choice by one
+    seed can be judged by them."""
+    setting = replace(results.main_groups[0].config, method="", lr=0.0, seed=0)
+    found: dict[tuple[str, float], list[Row]] = {}
+    for row in results.rows.values():
+        config = RunConfig(**row["config"])
+        if replace(config, method="", lr=0.0, seed=0) == setting:
+            found.setdefault((config.method, config.lr), []).append(row)
+    methods = list(dict.fromkeys(group.config.method for group in results.main_groups))
+    return [
+        Group(replace(setting, method=method, lr=lr), tuple(rows), ())
+        for (method, lr), rows in sorted(
+            found.items(), key=lambda item: (methods.index(item[0][0]), item[0][1])
+        )
+        if len(rows) > 1
+    ]
 
 
 def first_reached(row: Row, target: float) -> int | None:
