@@ -105,7 +105,9 @@ class Run:
     def steps_to_go(self, most: int) -> int:
         """The next block's length, at most ``most``: the run shall end at its end, not beyond."""
         if self.config.seconds:
-            return most
+            left = self.config.seconds - self.train_seconds
+            per_step = self.train_seconds / self.steps_taken if self.steps_taken else math.inf
+            return max(1, min(most, int(left / per_step)))
         left = self.config.iterations * (1 - self.progress())
         if self.ends_by_effective_iterations:
             # Rounded down, since the gain changes on the way: the last steps come one by one.
@@ -181,6 +183,8 @@ def make_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Opt
 def run(config: RunConfig, dataset: Dataset, position: int = 0, leave: bool = True) -> dict:
     """Trains and returns the result row; ``position`` is the progress bar's line."""
     dataset = dataset.to(config.device)
+    # A process's first steps import and allocate for seconds: not on this run's clock.
+    Run(config, dataset).timed_train(2)
     state = Run(config, dataset)
     some = torch.randperm(len(dataset.y_train), generator=torch.Generator().manual_seed(0))
     some = some[:CURVE_SAMPLES].to(config.device)
