@@ -10,6 +10,7 @@ from functools import cached_property
 import numpy as np
 
 from bench.config import RunConfig
+from bench.curves import curve
 from bench.experiments import BIASED, Experiment, Rows, Settings
 from bench.report import Row, finals
 
@@ -43,21 +44,12 @@ class Group:
 
     def curve(self, name: str, x: str = "step") -> tuple[np.ndarray, np.ndarray] | None:
         """Points ``[P]`` and values ``[seeds, P]`` where all seeds have the curve; None if one has
-        not. Seeds that were read at other points are interpolated."""
+        not."""
         if self.config.method in BIASED and name in HAS_MEANING_WITH_COEFFICIENTS:
             return None
         if not self.rows or not all({name, x} <= row["curves"].keys() for row in self.rows):
             return None
-        pairs = [(_floats(row["curves"][x]), _floats(row["curves"][name])) for row in self.rows]
-        if all(np.array_equal(points, pairs[0][0]) for points, _ in pairs):
-            return pairs[0][0], np.stack([values for _, values in pairs])
-        start, end = max(p[0] for p, _ in pairs), min(p[-1] for p, _ in pairs)
-        points = np.linspace(start, end, min(len(p) for p, _ in pairs))
-        return points, np.stack([np.interp(points, *pair) for pair in pairs])
-
-
-def _floats(values: list[float | None]) -> np.ndarray:
-    return np.array([np.nan if value is None else value for value in values], dtype=float)
+        return curve(self.rows, name, x)
 
 
 def grouped(configs: list[RunConfig], found: Callable[[RunConfig], Row | None]) -> list[Group]:
