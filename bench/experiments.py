@@ -245,6 +245,14 @@ def stratified(settings: Settings, iterations: int, rows: Rows) -> list[RunConfi
     ]
 
 
+def tau_scale(settings: Settings, iterations: int, rows: Rows) -> list[RunConfig]:
+    options: list[dict[str, Any]] = [{}, {"tau_scale": 0.5}, {"tau_scale": 0.25}]
+    return [
+        settings.config("emais", 0.03, seed, iterations=iterations, options=choice)
+        for seed, choice in product(range(settings.seeds), options)
+    ]
+
+
 EXPERIMENTS = {
     "table2": Experiment(
         "Test error of every method at one learning rate ([K] Table 2)",
@@ -323,5 +331,10 @@ EXPERIMENTS = {
     "stratified": Experiment(
         "Drawing by slices, data in the file's order and sorted by class (not in the papers)",
         stratified,
+    ),
+    "tau_scale": Experiment(
+        "A slope below 1 for the linear time constant (not in the papers)",
+        tau_scale,
+        panels=("train_loss", "test_error", "efficiency"),
     ),
 }

@@ -10,11 +10,12 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from bench.groups import Group
+from bench.loop import CURVE_SAMPLES
 from bench.plot import STYLE, colour_of, log_axis, reference_line
 
 LARGEST_FILE = 100_000
 TITLES = {
-    "train_loss": "training loss (1000 fixed images)",
+    "train_loss": f"training loss ({CURVE_SAMPLES} fixed samples)",
     "test_error": "test error (%)",
     "efficiency": "efficiency S",
     "effective_batch_size": "effective minibatch size N_ems",
@@ -52,7 +53,8 @@ def labels(groups: Sequence[Group]) -> list[str]:
 def draw_panel(axes: Axes, groups: Sequence[Group], name: str, x: str) -> bool:
     """Means over seeds in bands of one standard deviation; whether there was anything to draw."""
     drawn = []
-    for group, colour in zip(groups, colours(groups), strict=True):
+    # The first is the one to look at: drawn last, so that it lies on top.
+    for group, colour in reversed(list(zip(groups, colours(groups), strict=True))):
         found = group.curve(name, x)
         if found is None:
             continue

@@ -13,6 +13,7 @@ from bench.compare import paired_interval
 from bench.config import RunConfig
 from bench.experiments import EXPERIMENTS, GRID, Rows, best_of_grid, matched_lr
 from bench.groups import Group, Results
+from bench.loop import CURVE_SAMPLES
 from bench.report import Row, mean_sd
 from bench.tasks import TASKS
 
@@ -309,8 +310,8 @@ def time_to_loss(groups: Sequence[Group], scan: Group, step_times: Sequence[Row]
     head = ["method", "lr", "seeds that reach it", "steps", "s, at table5's ms/step", "s, measured"]
     return (
         f"Until the train loss that SGD-Scan ends with at its best rate ({target:.4f}, mean over "
-        "seeds, on the curves' 1000 fixed images): the first evaluation at or below it, over the "
-        "seeds that reach it. Every schedule is as long as the run.\n\n"
+        f"seeds, on the curves' {CURVE_SAMPLES} fixed images): the first evaluation at or below "
+        "it, over the seeds that reach it. Every schedule is as long as the run.\n\n"
         + markdown_table(head, lines)
     )
 
