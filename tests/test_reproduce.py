@@ -491,6 +491,9 @@ def test_curves_of_other_steps_are_interpolated():
     points, values = group.curve("train_loss")
     assert points.tolist() == [20, 40]
     assert values.tolist() == [[3.0, 1.0], [3.0, 1.0]]
+    for row in rows.values():  # equal steps stay as they are, even if they are uneven
+        row["curves"] |= {"step": [10, 20, 35], "train_loss": [3.0, 2.0, 1.0]}
+    assert group.curve("train_loss")[0].tolist() == [10, 20, 35]
     del second["curves"]["seconds"]
     assert group.curve("train_loss", "seconds") is None
 
