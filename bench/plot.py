@@ -29,6 +29,7 @@ COLOURS = {
     "scan": "#0072B2",
     "uniform": "#6B6B6B",
     "rais": "#009E73",
+    "presampling": "#000000",
     "loss": "#CC79A7",
     "confidence": "#E69F00",
     "confvar": "#56B4E9",

@@ -114,7 +114,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def make_settings(args: argparse.Namespace) -> Settings:
-    for name in ("seeds", "seconds", "jobs", "threads", *(["iterations"] * bool(args.iterations))):
+    for name in ("seeds", "iterations", "seconds", "jobs", "threads"):
         value = getattr(args, name)
         for number in value if isinstance(value, list) else [value]:
             if number is not None and not 0 < number < math.inf:
@@ -184,6 +184,9 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: finished runs are kept, the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 
