@@ -251,7 +251,8 @@ def best_lr_section(results: Results, folder: Path, step_times: Sequence[Row]) -
     if rates:
         parts += ["Every rate with at least two seeds:", results_table(rates, best.get("scan"))]
     if best.get("scan"):
-        parts.append(time_to_loss(chosen, best["scan"], step_times))
+        same = [row for row in step_times if row["device"] == results.settings.device]
+        parts.append(time_to_loss(chosen, best["scan"], same))
     out = folder / "reproduce_best_lr.png"
     if chosen and figures.draw(chosen, experiment.panels, experiment.x, out):
         parts.append(f"![{experiment.title}]({out.name})")
@@ -344,8 +345,10 @@ def step_times_section(rows: Sequence[Row]) -> str:
         parts.append(provenance_line([{**row, "jobs": 1}]))
     if not rows:
         parts.append(NOT_YET)
-    data = f" --data {rows[-1]['data']}" if rows and rows[-1]["data"] != "embedded" else ""
-    parts.append(f"```sh\npython bench/reproduce.py table5{data}\n```")
+    last = rows[-1] if rows else {"data": "fashion_mnist.npz", "device": "cpu"}
+    options = f" --data {last['data']}" if last["data"] != "embedded" else ""
+    options += f" --device {last['device']}" if last["device"] != "cpu" else ""
+    parts.append(f"```sh\npython bench/reproduce.py table5{options}\n```")
     return "\n\n".join(parts)
 
 

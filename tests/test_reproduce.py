@@ -457,6 +457,7 @@ def test_page_compares_each_method_at_its_best_rate(tmp_path):
                 rows.append(made_up_row(config, loss))
     times = {"methods": {"emais": {"ms": 500.0, "ratio": 1.0, "ratio_quartiles": [1.0, 1.0]}}}
     setting = {"model": "m", "num_samples": 1, "data": "d", "batch_size": 1, "rounds": 1}
+    setting["device"] = "cpu"
     made = {key: rows[0][key] for key in ("date", "machine", "versions")}
     text = write_page(tmp_path, rows, [{**times, **setting, **made, "steps_per_round": 1}])
     section = text.split("## best_lr")[1].split("\n## ")[0]
