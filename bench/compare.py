@@ -20,6 +20,23 @@ from bench import report
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
+def paired_interval(first: dict[int, float], second: dict[int, float]) -> tuple[float, float, int]:
+    """Mean difference first - second over the seeds that both have, the half width of its 95 %
+    interval, and the number of seeds.
+
+    Raises
+    ------
+    ValueError
+        for fewer than 2 common seeds, or more than Student's table holds.
+    """
+    seeds = first.keys() & second.keys()
+    differences = [first[seed] - second[seed] for seed in seeds]
+    if not 2 <= len(differences) <= len(STUDENT) + 1:
+        raise ValueError(f"needs 2 to {len(STUDENT) + 1} common seeds, got {len(seeds)}")
+    half = STUDENT[len(differences) - 2] * stdev(differences) / len(differences) ** 0.5
+    return fmean(differences), half, len(differences)
+
+
 def paired(rows: list[report.Row], first: str, second: str, name: str) -> str:
     """Mean difference first - second of a final figure with its interval."""
     groups = []
@@ -33,12 +50,11 @@ def paired(rows: list[report.Row], first: str, second: str, name: str) -> str:
         if not by_seed:
             raise SystemExit(f"--pair must name runs of the file as METHOD:LR, got {run!r}")
         groups.append(by_seed)
-    seeds = groups[0].keys() & groups[1].keys()
-    differences = [groups[0][seed] - groups[1][seed] for seed in seeds]
-    if not 2 <= len(differences) <= len(STUDENT) + 1:
-        raise SystemExit(f"--pair needs 2 to {len(STUDENT) + 1} common seeds, got {len(seeds)}")
-    half = STUDENT[len(differences) - 2] * stdev(differences) / len(differences) ** 0.5
-    return f"{name}: {fmean(differences):+.4f} ± {half:.4f} over {len(differences)} seeds"
+    try:
+        mean, half, seeds = paired_interval(*groups)
+    except ValueError as error:
+        raise SystemExit(f"--pair {error}") from None
+    return f"{name}: {mean:+.4f} ± {half:.4f} over {seeds} seeds"
 
 
 def main(argv: list[str] | None = None) -> int:

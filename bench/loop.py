@@ -10,45 +10,27 @@ from __future__ import annotations
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from statistics import fmean
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import fastis
+from bench.config import RunConfig
 from bench.datasets import Dataset
+from bench.dynamic_batch import FollowingSampler, factors_of
+from bench.methods import Scorer, build_method
 from bench.models import build_model
 from bench.provenance import provenance
+from bench.tasks import EVALUATION_BATCH as EVALUATION_BATCH  # for those who train with Run
+from bench.tasks import TASKS
 
 STEPS_PER_READING = 50
 CURVE_POINTS = 50
 # The curves' train loss is taken on this many fixed images; the final one on the whole set.
 CURVE_SAMPLES = 1000
-EVALUATION_BATCH = 500
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """All that a run's outcome depends on; two runs with equal configurations are the same run."""
-
-    method: str
-    lr: float
-    seed: int
-    dataset: str = "fashion_mnist"
-    data: str = "embedded"  # or the file's name
-    model: str = "lenet5"
-    optimizer: str = "sgd"
-    iterations: int = 2000
-    batch_size: int = 128
-    momentum: float = 0.9
-    weight_decay: float = 1e-3
-    device: str = "cpu"
-
-    @property
-    def label(self) -> str:
-        return f"{self.method} lr {self.lr:g} seed {self.seed}"
+TRACES = ("trace_is", "trace_uniform", "trace_optimal")
 
 
 class Run:
@@ -56,55 +38,130 @@ class Run:
 
     def __init__(self, config: RunConfig, dataset: Dataset) -> None:
         self.config, self.dataset = config, dataset
+        self.task = TASKS[config.dataset]
         self.device = torch.device(config.device)
+        self.steps_taken, self.train_seconds = 0, 0.0
+        self._block_start: float | None = None
+        self.leader = None
+        if config.batch_size_like:
+            followed = replace(config, method=config.batch_size_like, batch_size_like="")
+            self.leader = Run(followed, dataset)
         # The seed fixes the initial network whatever the method: the methods are paired by seed.
         torch.manual_seed(config.seed)
         model = build_model(config.model, dataset.image_shape, dataset.num_classes)
         self.model = model.to(self.device)
         self.optimizer = make_optimizer(config, self.model)
-        self.sampler = fastis.Sampler(
-            num_samples=len(dataset.y_train),
+        self.scorer = Scorer(self)
+        self.sampler = self._make_sampler()
+        self.ends_by_effective_iterations = config.lr_adjust and self._counts_iterations()
+        self.scheduler = self._make_scheduler()
+
+    def _make_sampler(self) -> fastis.Sampler | FollowingSampler:
+        config, num_samples = self.config, len(self.dataset.y_train)
+        if self.leader is not None:
+            return FollowingSampler(num_samples, config.batch_size, config.seed, self.device)
+        return fastis.Sampler(
+            num_samples=num_samples,
             batch_size=config.batch_size,
-            method=config.method,
+            method=build_method(config, num_samples, self.scorer),
+            scheme=config.scheme,
             device=self.device,
             seed=config.seed,
         )
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, config.iterations)
-        self.scheduler = fastis.EffectiveBatchLR(cosine, self.sampler, optimizer=config.optimizer)
+
+    def _counts_iterations(self) -> bool:
+        """Whether the method has its own count of iterations, as RAIS has: its gains' sum."""
+        if self.leader is not None:
+            return False
+        theirs = type(self.sampler.method).effective_iterations
+        return theirs is not fastis.methods.Method.effective_iterations
+
+    def _make_scheduler(self) -> object:
+        """A cosine to 0 over the run, times the sampler's factor."""
+        config = self.config
+        if config.seconds:
+            cosine = torch.optim.lr_scheduler.LambdaLR(
+                self.optimizer, lambda _: (1 + math.cos(math.pi * min(1.0, self.progress()))) / 2
+            )
+        else:
+            cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, config.iterations)
+        if not config.lr_adjust:
+            return cosine
+        if self.ends_by_effective_iterations and not config.seconds:
+            return fastis.EffectiveIterationsLR(
+                cosine, self.sampler, config.optimizer, total_iterations=config.iterations
+            )
+        return fastis.EffectiveBatchLR(cosine, self.sampler, config.optimizer)
+
+    def progress(self) -> float:
+        """How much of the run is behind: at 1 it ends."""
+        if self.config.seconds:
+            start = self._block_start
+            in_block = 0.0 if start is None else time.perf_counter() - start
+            return (self.train_seconds + in_block) / self.config.seconds
+        if self.ends_by_effective_iterations:
+            return float(self.sampler.effective_iterations) / self.config.iterations
+        return self.steps_taken / self.config.iterations
+
+    def steps_to_go(self, most: int) -> int:
+        """The next block's length, at most ``most``: the run shall end at its end, not beyond."""
+        if self.config.seconds:
+            left = self.config.seconds - self.train_seconds
+            per_step = self.train_seconds / self.steps_taken if self.steps_taken else math.inf
+            return max(1, min(most, int(left / per_step)))
+        left = self.config.iterations * (1 - self.progress())
+        if self.ends_by_effective_iterations:
+            # Rounded down, since the gain changes on the way: the last steps come one by one.
+            return max(1, min(most, int(left / max(1.0, float(self.sampler.lr_factor("sgd"))))))
+        return min(most, round(left))
 
     def train(self, steps: int) -> torch.Tensor:
         """Takes ``steps`` steps; the last minibatch's loss, 0-d, still on the device."""
         images, labels, augment = self.dataset.x_train, self.dataset.y_train, self.dataset.augment
+        loss_of, clip_norm = self.task.loss, self.config.clip_norm
         for _ in range(steps):
             batch = self.sampler.sample()
             x, y = images[batch.indices], labels[batch.indices]
             if augment is not None:
                 x = augment(x)
-            out = fastis.cross_entropy(self.model(x), y, batch.weights)
+            out = loss_of(self.model(x), y, batch.weights)
             self.sampler.update(batch, out)
             out.loss.backward()
+            if clip_norm:
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm)
             self.optimizer.step()
             self.scheduler.step()
             self.optimizer.zero_grad()
+        self.steps_taken += steps
         return out.loss.detach()
 
     def timed_train(self, steps: int) -> tuple[float, float]:
         """Takes ``steps`` steps; the last loss and the milliseconds per step."""
+        if self.leader is not None:
+            self.sampler.follow(factors_of(self.leader, steps))
         synchronize(self.device)
-        start = time.perf_counter()
+        self._block_start = time.perf_counter()
         loss = self.train(steps)
         synchronize(self.device)
-        seconds = time.perf_counter() - start
+        seconds = time.perf_counter() - self._block_start
+        self._block_start = None
+        self.train_seconds += seconds
         return loss.item(), 1e3 * seconds / steps
 
     def reading(self) -> dict[str, float]:
-        """What the sampler and the scheduler say now."""
+        """What the sampler and the scheduler say now, and the training time so far."""
         return {
-            "effective_batch_size": float(self.sampler.variance.effective_batch_size),
-            "efficiency": float(self.sampler.variance.efficiency),
+            **self._variance_reading(),
             "lr_factor": float(self.sampler.lr_factor(self.config.optimizer)),
             "lr": float(self.optimizer.param_groups[0]["lr"]),
+            "seconds": self.train_seconds,
         }
+
+    def _variance_reading(self) -> dict[str, float]:
+        if self.leader is not None:
+            return self.sampler.reading()
+        names = ("effective_batch_size", "efficiency", *TRACES)
+        return {name: float(getattr(self.sampler.variance, name)) for name in names}
 
 
 def synchronize(device: torch.device) -> None:
@@ -124,32 +181,20 @@ def make_optimizer(config: RunConfig, model: torch.nn.Module) -> torch.optim.Opt
     return torch.optim.SGD(model.parameters(), lr, momentum=config.momentum, **options)
 
 
-@torch.no_grad()
-def evaluate(
-    model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor
-) -> tuple[float, float]:
-    """Mean cross-entropy and error in percent over ``images [N, C, H, W]``, in eval mode."""
-    model.eval()
-    loss = torch.zeros((), dtype=torch.float64, device=images.device)
-    wrong = torch.zeros((), dtype=torch.int64, device=images.device)
-    for x, y in zip(images.split(EVALUATION_BATCH), labels.split(EVALUATION_BATCH), strict=True):
-        logits = model(x)
-        loss += F.cross_entropy(logits, y, reduction="sum")
-        wrong += (logits.argmax(1) != y).sum()
-    model.train()
-    return loss.item() / len(labels), 100 * wrong.item() / len(labels)
-
-
 def run(config: RunConfig, dataset: Dataset, position: int = 0, leave: bool = True) -> dict:
     """Trains and returns the result row; ``position`` is the progress bar's line."""
     dataset = dataset.to(config.device)
+    # A process's first steps import and allocate for seconds: not on this run's clock.
+    Run(config, dataset).timed_train(2)
     state = Run(config, dataset)
     some = torch.randperm(len(dataset.y_train), generator=torch.Generator().manual_seed(0))
     some = some[:CURVE_SAMPLES].to(config.device)
     x_some, y_some = dataset.x_train[some], dataset.y_train[some]
 
     block = min(STEPS_PER_READING, max(1, config.iterations // CURVE_POINTS))
-    evaluate_every = block * max(1, round(config.iterations / block / CURVE_POINTS))
+    # The share of the run between two evaluations: a whole number of blocks.
+    share = block * max(1, round(config.iterations / block / CURVE_POINTS)) / config.iterations
+    points = 0
     readings, milliseconds, curve = [], [], []
     # A log file gets a line now and then; a terminal shows every reading.
     interval = 0.1 if sys.stderr.isatty() else 20
@@ -160,22 +205,23 @@ def run(config: RunConfig, dataset: Dataset, position: int = 0, leave: bool = Tr
         leave=leave,
         mininterval=interval,
     ) as bar:
-        while bar.n < config.iterations:
-            steps = min(block, config.iterations - bar.n)
-            loss, ms = state.timed_train(steps)
+        while state.progress() < 1:
+            loss, ms = state.timed_train(state.steps_to_go(block))
             milliseconds.append(ms)
-            readings.append({"step": bar.n + steps, **state.reading()})
-            now = readings[-1]
+            readings.append({"step": state.steps_taken, **state.reading()})
+            now, progress = readings[-1], state.progress()
             bar.set_postfix_str(
                 f"loss {loss:.3f}, S {now['efficiency']:.2f}, "
                 f"N_ems {now['effective_batch_size']:.0f}",
                 refresh=False,
             )
-            bar.update(steps)
-            if bar.n % evaluate_every == 0 or bar.n == config.iterations:
-                train_loss, _ = evaluate(state.model, x_some, y_some)
-                _, test_error = evaluate(state.model, dataset.x_test, dataset.y_test)
-                curve.append({**now, "train_loss": train_loss, "test_error": test_error})
+            bar.update(round(min(1.0, progress) * config.iterations) - bar.n)
+            reached = int(progress / share + 1e-9)  # a share is no binary fraction
+            if progress >= 1 or reached > points:
+                points = reached
+                train = state.task.evaluate(state.model, x_some, y_some)
+                test = state.task.evaluate(state.model, dataset.x_test, dataset.y_test)
+                curve.append({**now, "train_loss": train["loss"], "test_error": test["error"]})
     return result_row(state, readings, milliseconds, curve)
 
 
@@ -184,23 +230,25 @@ def result_row(
 ) -> dict:
     """Configuration, provenance, final metrics and curves as plain JSON values."""
     dataset, batch_size = state.dataset, state.config.batch_size
-    train_loss, train_error = evaluate(state.model, dataset.x_train, dataset.y_train)
-    test_loss, test_error = evaluate(state.model, dataset.x_test, dataset.y_test)
+    test = state.task.evaluate(state.model, dataset.x_test, dataset.y_test)
+    train = state.task.evaluate(state.model, dataset.x_train, dataset.y_train)
     late = readings[len(readings) // 2 :]
     final = {
-        "test_error": test_error,
-        "test_loss": test_loss,
-        "train_error": train_error,
-        "train_loss": train_loss,
+        **{f"test_{name}": value for name, value in test.items()},
+        **{f"train_{name}": value for name, value in train.items()},
         "efficiency": mean_of(late, "efficiency"),
         "relative_batch_size": mean_of(late, "effective_batch_size") / batch_size,
         "lr_factor": mean_of(late, "lr_factor"),
         "ms_per_step": lower_quartile(milliseconds[len(milliseconds) // 2 :]),
+        "steps": state.steps_taken,
+        "seconds": state.train_seconds,
+        # Beyond the minibatches themselves, by the method's score_fn.
+        "extra_forward_samples": state.scorer.num_scored,
     }
     names = [name for name in curve[0] if name != "step"]
     curves = {name: [json_number(point[name]) for point in curve] for name in names}
     return {
-        "config": asdict(state.config),
+        "config": state.config.to_json(),
         **provenance(state.device),
         "final": {name: json_number(value) for name, value in final.items()},
         "curves": {"step": [point["step"] for point in curve], **curves},
@@ -218,6 +266,9 @@ def mean_of(readings: list[dict], name: str) -> float:
     return fmean(values) if values else math.nan
 
 
-def json_number(value: float) -> float | None:
-    """Six significant digits; None for NaN and infinities, which JSON does not have."""
+def json_number(value: float) -> float | int | None:
+    """Integers as they are, six significant digits, and None for NaN and infinities, which JSON
+    does not have."""
+    if isinstance(value, int):
+        return value
     return float(f"{value:.6g}") if math.isfinite(value) else None

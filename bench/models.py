@@ -1,4 +1,5 @@
-"""Networks of the benchmarks, for images ``[B, C, H, W]``; each returns logits ``[B, classes]``."""
+"""Networks of the benchmarks, for images ``[B, C, H, W]`` (the LSTM: sequences ``[B, T, D]``); each
+returns logits ``[B, classes]``."""
 
 from __future__ import annotations
 
@@ -77,10 +78,42 @@ def resnet18(image_shape: ImageShape = (3, 32, 32), num_classes: int = 10) -> nn
     return nn.Sequential(*layers)
 
 
+def cnn(image_shape: ImageShape = (1, 56, 56), num_classes: int = 10) -> nn.Module:
+    """Four 3 x 3 convolutions of stride 2 and the mean over positions: it does not matter where
+    in the image something lies. 60,874 parameters for one channel."""
+    layers: list[nn.Module] = []
+    in_channels = image_shape[0]
+    for channels in (16, 32, 64, 64):
+        layers += [nn.Conv2d(in_channels, channels, 3, stride=2, padding=1), nn.ReLU()]
+        in_channels = channels
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(in_channels, num_classes)]
+    return nn.Sequential(*layers)
+
+
+class SequenceClassifier(nn.Module):
+    """A linear classifier on the last hidden state of an LSTM, for ``[B, T, D]``."""
+
+    def __init__(self, features: int, hidden: int, num_classes: int) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(features, hidden, batch_first=True)
+        self.linear = nn.Linear(hidden, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _, (hidden, _) = self.lstm(x)
+        return self.linear(hidden[0])
+
+
+def lstm(sequence_shape: tuple[int, int] = (784, 1), num_classes: int = 10) -> nn.Module:
+    """An LSTM of 128 units (Katharopoulos & Fleuret 2018, section 4.4)."""
+    return SequenceClassifier(sequence_shape[-1], 128, num_classes)
+
+
 MODELS: dict[str, Callable[[ImageShape, int], nn.Module]] = {
     "lenet5": lenet5,
     "mlp": mlp,
     "resnet18": resnet18,
+    "cnn": cnn,
+    "lstm": lstm,
 }
 
 

@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from bench import report
+from bench.curves import curve
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; a method keeps its colour.
 COLOURS = {
@@ -28,6 +29,7 @@ COLOURS = {
     "scan": "#0072B2",
     "uniform": "#6B6B6B",
     "rais": "#009E73",
+    "presampling": "#000000",
     "loss": "#CC79A7",
     "confidence": "#E69F00",
     "confvar": "#56B4E9",
@@ -70,13 +72,6 @@ def best_lr(rows: list[report.Row]) -> dict[str, list[report.Row]]:
         if method not in best or error < np.nanmean(report.finals(best[method], "test_error")):
             best[method] = group
     return best
-
-
-def curve(group: list[report.Row], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """A curve of every seed: steps ``[P]`` and values ``[seeds, P]``, NaN where there is none."""
-    steps = np.array(group[0]["curves"]["step"])
-    values = [[np.nan if v is None else v for v in row["curves"][name]] for row in group]
-    return steps, np.array(values, dtype=float)
 
 
 def draw_curves(axes: Axes, groups: dict[str, list[report.Row]], name: str) -> None:

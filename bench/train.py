@@ -12,11 +12,7 @@ from __future__ import annotations
 
 import argparse
 import math
-import multiprocessing
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -24,13 +20,14 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
-from tqdm import tqdm
 
-import fastis
-from bench import loop, report
-from bench.datasets import LOADERS, Dataset, data_name, load_dataset
-from bench.loop import RunConfig
+from bench import report
+from bench.config import RunConfig
+from bench.datasets import data_name
+from bench.methods import check_config
 from bench.models import MODELS
+from bench.tasks import TASKS
+from bench.workers import cached_dataset, run_all
 
 DEFAULT_LR = {"sgd": 0.01, "adam": 0.001}
 WITHOUT_COEFFICIENTS = ("scan", "uniform")
@@ -56,9 +53,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add, count, number = parser.add_argument, positive(int), positive(float)
     what = parser.add_argument_group("what is trained")
-    what.add_argument("--dataset", choices=LOADERS, default="fashion_mnist")
+    what.add_argument("--dataset", choices=TASKS, default="fashion_mnist")
     what.add_argument("--data", help="the data set's .npz (default: FASTIS_DATA, else the subset)")
-    what.add_argument("--model", choices=MODELS, default="lenet5")
+    what.add_argument("--model", choices=MODELS, help="default: the data set's own")
     how = parser.add_argument_group("how")
     how.add_argument("--method", nargs="+", default=["emais", "scan", "uniform"], metavar="NAME")
     how.add_argument("--optimizer", choices=DEFAULT_LR, default="sgd")
@@ -93,7 +90,7 @@ def configurations(args: argparse.Namespace, dataset_file: str) -> list[RunConfi
                 seed=seed,
                 dataset=args.dataset,
                 data=dataset_file,
-                model=args.model,
+                model=args.model or TASKS[args.dataset].model,
                 optimizer=args.optimizer,
                 iterations=args.iterations,
                 batch_size=args.batch_size,
@@ -105,60 +102,13 @@ def configurations(args: argparse.Namespace, dataset_file: str) -> list[RunConfi
     return list(dict.fromkeys(configs))
 
 
-@cache
-def cached_dataset(name: str, data: str | None) -> Dataset:
-    """Loaded once a process."""
-    return load_dataset(name, data)
-
-
 def check(args: argparse.Namespace) -> None:
     """Raises on the first argument that no run could use, before any run starts."""
     torch.empty(0, device=args.device)
     dataset = cached_dataset(args.dataset, args.data)
     for method in args.method:
-        fastis.Sampler(len(dataset.y_train), args.batch_size, method=method)
-
-
-def start_worker(lock: object, lines: multiprocessing.Queue) -> None:
-    """Gives this process a line for its progress bar."""
-    tqdm.set_lock(lock)
-    run_here.line = lines.get()
-
-
-def run_here(config: RunConfig, data: str | None, threads: int) -> dict:
-    """One run in this process."""
-    torch.set_num_threads(threads)
-    line = getattr(run_here, "line", 0)
-    dataset = cached_dataset(config.dataset, data)
-    return loop.run(config, dataset, position=line, leave=line == 0)
-
-
-def run_all(configs: list[RunConfig], args: argparse.Namespace) -> Iterator[dict]:
-    """The result rows as they get done, from this process or from ``--jobs`` others."""
-    jobs = min(args.jobs, len(configs))
-    if jobs <= 1:
-        for config in configs:
-            yield run_here(config, args.data, args.threads)
-        return
-    # spawn: CUDA and OpenMP do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    lines = context.Queue()
-    for line in range(1, jobs + 1):
-        lines.put(line)
-    tqdm.set_lock(context.RLock())
-    pool = ProcessPoolExecutor(jobs, context, start_worker, (tqdm.get_lock(), lines))
-    with pool, tqdm(total=len(configs), desc="runs", unit="run") as bar:
-        futures = [pool.submit(run_here, config, args.data, args.threads) for config in configs]
-        for future in as_completed(futures):
-            row = future.result()
-            tqdm.write(one_line(row))
-            bar.update()
-            yield row
-
-
-def one_line(row: dict) -> str:
-    final, label = row["final"], RunConfig(**row["config"]).label
-    return f"{label}: test error {final['test_error']:.2f} %, {final['ms_per_step']:.3f} ms/step"
+        config = RunConfig(method=method, lr=0.0, seed=0, batch_size=args.batch_size)
+        check_config(config, len(dataset.y_train))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -171,12 +121,14 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         parser.error(str(error))
     dataset_file = data_name(args.data)
-    wanted = {report.config_key(vars(c)): c for c in configurations(args, dataset_file)}
+    wanted = {c.key: c for c in configurations(args, dataset_file)}
     todo = [c for key, c in wanted.items() if args.force or key not in done]
     if len(todo) < len(wanted):
         print(f"{len(wanted) - len(todo)} of {len(wanted)} runs are in {results} already")
-    for row in run_all(todo, args):
+    left = {c.key: c for c in todo}
+    for row in run_all(lambda: list(left.values()), args.data, args.jobs, args.threads):
         report.append_row(results, row)
+        del left[report.config_key(row["config"])]
 
     rows = report.latest(report.read_rows(results))
     rows = [row for row in rows if report.config_key(row["config"]) in wanted]

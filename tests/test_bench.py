@@ -170,6 +170,9 @@ def test_augmentation_crops_and_flips():
         ("lenet5", (3, 32, 32), 62_006),
         ("mlp", (1, 28, 28), 203_530),
         ("resnet18", (3, 32, 32), 11_173_962),
+        ("cnn", (1, 56, 56), 60_874),
+        ("lstm", (28, 28), 82_186),
+        ("lstm", (784, 1), 68_362),
     ],
 )
 def test_models(name, shape, parameters):

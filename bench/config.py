@@ -1,0 +1,66 @@
+"""The configuration of a training run, as result rows keep it. Knows no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from bench.report import config_key
+
+# Fields that came later: a row leaves out those that have their default, so that the rows from
+# before they came are still found as the same runs.
+LATER = ("options", "lr_adjust", "scheme", "batch_size_like", "clip_norm", "seconds")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that a run's outcome depends on; two runs with equal configurations are the same run."""
+
+    method: str
+    lr: float
+    seed: int
+    dataset: str = "fashion_mnist"  # the task: a key of bench.tasks.TASKS
+    data: str = "embedded"  # or the file's name
+    model: str = "lenet5"
+    optimizer: str = "sgd"
+    iterations: int = 2000
+    batch_size: int = 128
+    momentum: float = 0.9
+    weight_decay: float = 1e-3
+    device: str = "cpu"
+    # Options of the method, as plain JSON values (see bench.methods).
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    lr_adjust: bool = True  # False: the learning rate does not follow the sampler's factor
+    scheme: str = "multinomial"
+    # A method's name: minibatches as large as the N_ems of that method's run (bench.dynamic_batch).
+    batch_size_like: str = ""
+    clip_norm: float = 0.0  # 0: gradients are not clipped
+    # A budget of training time: the run and its schedule end with it, not with the iterations.
+    seconds: float = 0.0
+
+    @property
+    def label(self) -> str:
+        return f"{self.variant} lr {self.lr:g} seed {self.seed}"
+
+    @property
+    def variant(self) -> str:
+        """The method with whatever sets it apart from its defaults, in words."""
+        extras = [f"{name} {value}" for name, value in sorted(self.options.items())]
+        extras += [] if self.lr_adjust else ["lr not adjusted"]
+        extras += [] if self.scheme == "multinomial" else [self.scheme]
+        extras += [f"minibatch N_ems of {self.batch_size_like}"] if self.batch_size_like else []
+        return f"{self.method} ({', '.join(extras)})" if extras else self.method
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a row; later fields only where they differ from their default."""
+        values = asdict(self)
+        default = asdict(RunConfig(method="", lr=0.0, seed=0))
+        for name in LATER:
+            if values[name] == default[name]:
+                del values[name]
+        return values
+
+    @property
+    def key(self) -> str:
+        """One string per configuration, for finding a run again."""
+        return config_key(self.to_json())

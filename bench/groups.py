@@ -1,0 +1,128 @@
+"""An experiment's runs as groups over seeds: what its tables and figures are made of."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from bench.config import RunConfig
+from bench.curves import curve
+from bench.experiments import BIASED, Experiment, Rows, Settings
+from bench.report import Row, finals
+
+HAS_MEANING_WITH_COEFFICIENTS = ("efficiency", "effective_batch_size", "relative_batch_size")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Equal runs but for the seed: ``config`` with any seed, and the rows that there are."""
+
+    config: RunConfig
+    rows: tuple[Row, ...]
+    missing_seeds: tuple[int, ...]
+
+    @property
+    def label(self) -> str:
+        return self.config.variant
+
+    def defines(self, name: str) -> bool:
+        """Whether a figure is there, and means something for this method."""
+        if self.config.method in BIASED and name in HAS_MEANING_WITH_COEFFICIENTS:
+            return False
+        return any(row["final"].get(name) is not None for row in self.rows)
+
+    def finals(self, name: str) -> list[float]:
+        return finals(self.rows, name)
+
+    def by_seed(self, name: str) -> dict[int, float]:
+        found = ((row["config"]["seed"], row["final"][name]) for row in self.rows)
+        return {seed: value for seed, value in found if value is not None}
+
+    def curve(self, name: str, x: str = "step") -> tuple[np.ndarray, np.ndarray] | None:
+        """Points ``[P]`` and values ``[seeds, P]`` where all seeds have the curve; None if one has
+        not."""
+        if self.config.method in BIASED and name in HAS_MEANING_WITH_COEFFICIENTS:
+            return None
+        if not self.rows or not all({name, x} <= row["curves"].keys() for row in self.rows):
+            return None
+        return curve(self.rows, name, x)
+
+
+def grouped(configs: list[RunConfig], found: Callable[[RunConfig], Row | None]) -> list[Group]:
+    """Groups in the order of their first run."""
+    by_run: dict[str, list[RunConfig]] = {}
+    for config in configs:
+        by_run.setdefault(replace(config, seed=0).key, []).append(config)
+    groups = []
+    for runs in by_run.values():
+        rows = {config.seed: found(config) for config in runs}
+        there = tuple(row for row in rows.values() if row is not None)
+        missing = tuple(seed for seed, row in rows.items() if row is None)
+        groups.append(Group(runs[0], there, missing))
+    return groups
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the rows say of one experiment; settings and lengths are those that were run."""
+
+    name: str
+    experiment: Experiment
+    rows: Rows
+
+    @cached_property
+    def settings(self) -> Settings:
+        """The data, device and budget that most rows of the experiment have; the whole data set
+        before the embedded subset."""
+        candidates = Counter(
+            (
+                row["config"]["data"],
+                row["config"]["device"],
+                row["config"].get("seconds") or Settings.seconds,
+            )
+            for row in self.rows.values()
+        )
+        lengths = tuple(sorted({row["config"]["iterations"] for row in self.rows.values()}))
+        best, most = Settings(data="embedded"), (False, 0)
+        for data, device, seconds in candidates:
+            settings = Settings(data, 5, lengths, seconds, device)
+            configs = self.experiment.configs(settings, self.rows)
+            hits = [c for c in configs if self.experiment.has(c, self.rows)]
+            rank = (bool(hits) and data != "embedded", len(hits))
+            if rank > most:
+                seeds = max(3, 1 + max(c.seed for c in hits))
+                ran = tuple(sorted({c.iterations for c in hits}))
+                best, most = replace(settings, seeds=seeds, iterations=ran), rank
+        if best.iterations is None:
+            return replace(best, iterations=(self.experiment.iterations,))
+        return best
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Those that were run, or the default one."""
+        return self.settings.iterations or (self.experiment.iterations,)
+
+    def groups(self, iterations: int) -> list[Group]:
+        configs = self.experiment.configs(
+            replace(self.settings, iterations=(iterations,)), self.rows
+        )
+        return grouped(
+            configs,
+            lambda c: self.rows[c.key] if self.experiment.has(c, self.rows) else None,
+        )
+
+    @cached_property
+    def main_groups(self) -> list[Group]:
+        """Those of the length that has most rows: the figure's."""
+        return max(
+            (self.groups(length) for length in self.lengths),
+            key=lambda groups: sum(len(group.rows) for group in groups),
+        )
+
+    @property
+    def all_rows(self) -> list[Row]:
+        return [row for length in self.lengths for g in self.groups(length) for row in g.rows]

@@ -1,0 +1,194 @@
+"""The experiments of the papers: runs what is missing of the named ones.
+
+    python bench/reproduce.py table2 best_lr --data fashion_mnist.npz --jobs 2
+    python bench/reproduce.py --list
+    python bench/reproduce.py --report
+
+Every run appends one row to ``bench/results/reproduce_<data set>.jsonl`` when it ends; runs that
+have a row are not repeated, so an interrupted invocation goes on where it stopped. Seed 0 of all
+experiments comes first: partial results compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from bench import report, step_times
+from bench.config import RunConfig
+from bench.datasets import data_name
+from bench.experiments import EXPERIMENTS, Settings
+from bench.methods import check_config
+from bench.report import Row
+from bench.workers import cached_dataset, run_all
+
+RESULTS = Path(__file__).parent / "results"
+# Rows of before this script that are runs of its experiments too.
+EARLIER = "fashion_mnist_lenet5.jsonl"
+# No list of runs: all methods take turns in one process.
+STEP_TIMES = "table5"
+STEP_TIMES_FILE = "reproduce_step_times.jsonl"
+NAMES = (*EXPERIMENTS, STEP_TIMES)
+
+
+def rows_file(folder: Path, config: RunConfig) -> Path:
+    """Where a run's row goes."""
+    return folder / f"reproduce_{config.dataset}.jsonl"
+
+
+def read_all(folder: Path) -> dict[str, Row]:
+    """The last row of every configuration that has one."""
+    files = [folder / EARLIER, *sorted(folder.glob("reproduce_*.jsonl"))]
+    rows = (row for file in files for row in report.read_rows(file) if "config" in row)
+    return {report.config_key(row["config"]): row for row in rows}
+
+
+def read_step_times(folder: Path) -> list[Row]:
+    return report.read_rows(folder / STEP_TIMES_FILE)
+
+
+def measure_step_times(args: argparse.Namespace, settings: Settings) -> None:
+    """Appends the row of ``table5`` unless there is one of these data and this device."""
+    wanted = step_times.setting(settings).items()
+    if any(wanted <= row.items() for row in read_step_times(args.out)):
+        print(f"{STEP_TIMES} is there")
+        return
+    torch.set_num_threads(args.threads)
+    dataset = cached_dataset("fashion_mnist", args.data)
+    report.append_row(args.out / STEP_TIMES_FILE, step_times.measure(settings, dataset))
+
+
+class Plan:
+    """The missing runs of some experiments, in the order in which they shall run."""
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        settings: Settings,
+        only: Iterable[str] | None,
+        rows: dict[str, Row],
+    ) -> None:
+        self.names = [name for name in names if name != STEP_TIMES]
+        self.settings, self.rows = settings, rows
+        self.only = set(only) if only else None
+
+    def wanted(self, name: str) -> list[RunConfig]:
+        configs = EXPERIMENTS[name].configs(self.settings, self.rows)
+        return [c for c in configs if self.only is None or c.method in self.only]
+
+    def missing(self, name: str) -> list[RunConfig]:
+        experiment = EXPERIMENTS[name]
+        return [c for c in self.wanted(name) if not experiment.has(c, self.rows)]
+
+    def __call__(self) -> list[RunConfig]:
+        """Seed 0 of all experiments, then seed 1, ..."""
+        todo = {c.key: c for name in self.names for c in self.missing(name)}
+        return sorted(todo.values(), key=lambda config: config.seed)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("names", nargs="*", metavar="NAME", help=f"one or more of {', '.join(NAMES)}")
+    add("--list", action="store_true", help="the experiments, and how much of each is there")
+    add("--report", action="store_true", help="writes the page of what is there; runs nothing")
+    add("--data", help="the data set's .npz (default: FASTIS_DATA, else the subset)")
+    add("--seeds", type=int, help="how many: 0, 1, ...; default 3, on CUDA 5")
+    add("--iterations", type=int, nargs="+", help="lengths of the runs; default: the experiment's")
+    add("--seconds", type=float, default=Settings.seconds, help="training time of kf's runs")
+    add("--only", nargs="+", metavar="METHOD", help="leave the other methods out")
+    add("--device", default="cpu")
+    add("--jobs", type=int, default=1, help="runs at the same time, each in its own process")
+    add("--threads", type=int, default=1, help="CPU threads of each run")
+    add("--out", type=Path, default=RESULTS, help="folder of the rows")
+    return parser
+
+
+def make_settings(args: argparse.Namespace) -> Settings:
+    for name in ("seeds", "iterations", "seconds", "jobs", "threads"):
+        value = getattr(args, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and not 0 < number < math.inf:
+                raise ValueError(f"--{name} must be above 0, got {number}")
+    return Settings(
+        data=data_name(args.data),
+        seeds=args.seeds or (5 if args.device.startswith("cuda") else 3),
+        iterations=tuple(args.iterations) if args.iterations else None,
+        seconds=args.seconds,
+        device=args.device,
+    )
+
+
+def check(args: argparse.Namespace, todo: list[RunConfig]) -> None:
+    """Raises on the first run that could not start, before any does."""
+    torch.empty(0, device=args.device)
+    for config in {(c.dataset, c.method, str(c.options)): c for c in todo}.values():
+        check_config(config, len(cached_dataset(config.dataset, args.data).y_train))
+
+
+def overview(settings: Settings, rows: dict[str, Row]) -> str:
+    lines = [("experiment", "runs", "there", "what")]
+    for name, experiment in EXPERIMENTS.items():
+        configs = experiment.configs(settings, rows)
+        there = sum(experiment.has(c, rows) for c in configs)
+        lines.append((name, str(len(configs)), str(there), experiment.title))
+    lines.append((STEP_TIMES, "-", "-", "Time per step of each method ([K] Table 5)"))
+    widths = [max(len(line[i]) for line in lines) for i in range(3)]
+    return "\n".join(
+        f"{name:<{widths[0]}}  {runs:>{widths[1]}}  {there:>{widths[2]}}  {what}"
+        for name, runs, there, what in lines
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        settings = make_settings(args)
+        rows = read_all(args.out)
+        if args.list:
+            print(overview(settings, rows))
+            return 0
+        if args.report:
+            from bench import page  # matplotlib: for this alone
+
+            print(page.write(args.out, rows, read_step_times(args.out)))
+            return 0
+        unknown = [name for name in args.names if name not in NAMES]
+        if unknown or not args.names:
+            known = ", ".join(NAMES)
+            raise ValueError(
+                f"NAME must be one or more of {known}, got {', '.join(unknown) or 'none'}"
+            )
+        plan = Plan(args.names, settings, args.only, rows)
+        todo = plan()
+        check(args, todo)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        parser.error(str(error))
+    if STEP_TIMES in args.names:
+        measure_step_times(args, settings)
+    print(f"{len(todo)} runs to do", flush=True)
+    try:
+        for row in run_all(plan, args.data, args.jobs, args.threads):
+            report.append_row(rows_file(args.out, RunConfig(**row["config"])), row)
+            rows[report.config_key(row["config"])] = row
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted: finished runs are kept, the same command goes on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

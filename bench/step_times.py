@@ -1,0 +1,98 @@
+"""What a training step costs with each method, against SGD-Uni ([K] Table 5).
+
+All methods train in one process, each its own network, and take turns in short blocks of steps, so
+that a slow phase of the machine hits all of them. A ratio is taken within a round, and the median
+over rounds is reported. Measured after two epochs and a bit: past every warm-up.
+"""
+
+from __future__ import annotations
+
+from statistics import median, quantiles
+
+import torch
+from tqdm import tqdm
+
+from bench.bench_step import block_seconds
+from bench.config import RunConfig
+from bench.datasets import Dataset
+from bench.experiments import COMPARED, Settings
+from bench.loop import Run
+from bench.provenance import provenance
+from bench.report import Row
+
+BENCHMARK = "step_times"
+REFERENCE = "uniform"
+# Presampling's forward pass comes and goes with tau: also measured with it at every step.
+ALWAYS_SCORING = {"tau_threshold": 0.0}
+
+
+def configs(settings: Settings) -> list[RunConfig]:
+    runs = [settings.config(method, 0.01, 0) for method in COMPARED]
+    return [*runs, settings.config("presampling", 0.01, 0, options=ALWAYS_SCORING)]
+
+
+def setting(settings: Settings) -> dict[str, str]:
+    """What tells one measurement from another of the same machine."""
+    return {"benchmark": BENCHMARK, "data": settings.data, "device": settings.device}
+
+
+def interleaved(runs: dict[str, Run], rounds: int, steps: int) -> dict[str, list[float]]:
+    """Seconds per step of every run in every round; the first of a round changes."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for turn in tqdm(range(rounds), desc="rounds", leave=False):
+        start = turn % len(names)
+        for name in names[start:] + names[:start]:
+            run = runs[name]
+            times[name].append(block_seconds(run.train, steps, run.device) / steps)
+    return times
+
+
+def summary(times: dict[str, list[float]]) -> dict[str, dict[str, object]]:
+    """Median milliseconds, and median and quartiles of the ratio to uniform's, of every run."""
+    result: dict[str, dict[str, object]] = {}
+    for name, seconds in times.items():
+        ratios = [mine / ref for mine, ref in zip(seconds, times[REFERENCE], strict=True)]
+        low, _, high = quantiles(ratios, n=4, method="inclusive")
+        result[name] = {
+            "ms": round(1e3 * median(seconds), 4),
+            "ratio": round(median(ratios), 4),
+            "ratio_quartiles": [round(low, 4), round(high, 4)],
+        }
+    return result
+
+
+def measure(
+    settings: Settings,
+    dataset: Dataset,
+    rounds: int = 40,
+    steps: int = 25,
+    warm_up: int | None = None,
+) -> Row:
+    """The row of one measurement.
+
+    Parameters
+    ----------
+    rounds, steps : int
+        how often every method has its turn (at least 2), and the length of a turn.
+    warm_up : int, optional
+        steps before the first turn; None: two epochs and 50.
+    """
+    dataset = dataset.to(settings.device)
+    wanted = configs(settings)
+    batch_size, num_samples = wanted[0].batch_size, len(dataset.y_train)
+    if warm_up is None:
+        warm_up = 2 * (num_samples // batch_size) + 50
+    runs = {config.variant: Run(config, dataset) for config in wanted}
+    for run in tqdm(runs.values(), desc="warm-up", leave=False):
+        run.train(warm_up)
+    return {
+        **setting(settings),
+        "model": wanted[0].model,
+        "batch_size": batch_size,
+        "num_samples": num_samples,
+        "rounds": rounds,
+        "steps_per_round": steps,
+        "methods": summary(interleaved(runs, rounds, steps)),
+        **provenance(torch.device(settings.device)),
+    }
