@@ -9,7 +9,7 @@ from bench.report import config_key
 
 # Fields that came later: a row leaves out those that have their default, so that the rows from
 # before they came are still found as the same runs.
-LATER = ("options", "lr_adjust", "scheme", "batch_size_like", "clip_norm", "seconds")
+LATER = ("options", "lr_adjust", "scheme", "batch_size_like", "clip_norm", "seconds", "score")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,9 @@ class RunConfig:
     # A method's name: minibatches as large as the N_ems of that method's run (bench.dynamic_batch).
     batch_size_like: str = ""
     clip_norm: float = 0.0  # 0: gradients are not clipped
+    # What the sampler observes of a sample: its gradient norm at the "logits", or that of the
+    # "last_layer"'s weight and bias.
+    score: str = "logits"
     # A budget of training time: the run and its schedule end with it, not with the iterations.
     seconds: float = 0.0
 
@@ -48,6 +51,7 @@ class RunConfig:
         extras = [f"{name} {value}" for name, value in sorted(self.options.items())]
         extras += [] if self.lr_adjust else ["lr not adjusted"]
         extras += [] if self.scheme == "multinomial" else [self.scheme]
+        extras += [] if self.score == "logits" else [f"score {self.score}"]
         extras += [f"minibatch N_ems of {self.batch_size_like}"] if self.batch_size_like else []
         return f"{self.method} ({', '.join(extras)})" if extras else self.method
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -23,6 +23,12 @@ COMPARED = ("emais", "scan", "uniform", "rais", "presampling", "confidence", "co
 COMPARED += ("self_paced", "loss", "online_batch", "prioritized")
 # No coefficients, or not quite: the variance traces, N_ems and S mean nothing for them.
 BIASED = ("confidence", "confvar", "self_paced", "online_batch", "prioritized")
+# The same with an extra forward pass at every step, whatever tau is.
+ALWAYS_SCORING: dict[str, Any] = {"tau_threshold": 0.0}
+VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    *((method, {}) for method in COMPARED),
+    ("presampling", ALWAYS_SCORING),
+)
 # These follow the predicted probability of the one right class.
 NEED_ONE_CLASS = ("confidence", "confvar")
 PAPER_ITERATIONS = 25_000
@@ -96,8 +102,8 @@ class Experiment:
 def table2(settings: Settings, iterations: int, rows: Rows) -> list[RunConfig]:
     seeds = range(settings.seeds)
     return [
-        settings.config(method, 0.01, seed, iterations=iterations)
-        for seed, method in product(seeds, COMPARED)
+        settings.config(method, 0.01, seed, iterations=iterations, options=options)
+        for seed, (method, options) in product(seeds, VARIANTS)
     ]
 
 
@@ -115,17 +121,18 @@ def best_of_grid(grid: list[RunConfig], rows: Rows) -> RunConfig | None:
 
 
 def best_lr(settings: Settings, iterations: int, rows: Rows) -> list[RunConfig]:
-    wanted, best = [], {}
-    for method in COMPARED:
-        grid = [settings.config(method, lr, 0, iterations=iterations) for lr in GRID]
+    wanted, best = [], []
+    for method, options in VARIANTS:
+        grid = [
+            settings.config(method, lr, 0, iterations=iterations, options=options) for lr in GRID
+        ]
         wanted += grid
-        best[method] = best_of_grid(grid, rows)
-    lrs = [(method, config.lr) for method, config in best.items() if config]
-    if best["emais"]:
-        lrs.append(("scan", matched_lr(best["emais"], rows)))
+        if winner := best_of_grid(grid, rows):
+            best.append(winner)
+        if winner and method == "emais":
+            best.append(replace(winner, method="scan", lr=matched_lr(winner, rows)))
     return wanted + [
-        settings.config(method, lr, seed, iterations=iterations)
-        for seed, (method, lr) in product(range(settings.seeds), lrs)
+        replace(config, seed=seed) for seed, config in product(range(settings.seeds), best)
     ]
 
 
@@ -253,6 +260,21 @@ def tau_scale(settings: Settings, iterations: int, rows: Rows) -> list[RunConfig
     ]
 
 
+def last_layer(settings: Settings, iterations: int, rows: Rows) -> list[RunConfig]:
+    return [
+        settings.config("emais", 0.03, seed, iterations=iterations, score=score)
+        for seed, score in product(range(settings.seeds), ("logits", "last_layer"))
+    ]
+
+
+def estimator(settings: Settings, iterations: int, rows: Rows) -> list[RunConfig]:
+    options: list[dict[str, Any]] = [{}, {"estimator": "plugin"}]
+    return [
+        settings.config("emais", 0.03, seed, iterations=iterations, options=choice)
+        for seed, choice in product(range(settings.seeds), options)
+    ]
+
+
 EXPERIMENTS = {
     "table2": Experiment(
         "Test error of every method at one learning rate ([K] Table 2)",
@@ -332,6 +354,16 @@ EXPERIMENTS = {
         "Drawing by slices, data in the file's order and sorted by class (not in the papers)",
         stratified,
         note="N_ems and the learning rate are those of independent draws: a lower bound.",
+    ),
+    "last_layer": Experiment(
+        "The last layer's gradient norm as the score (not in the papers)",
+        last_layer,
+        panels=("train_loss", "test_error", "effective_batch_size"),
+        note="|g| sqrt(|h|^2 + 1), h the last layer's input. Its traces are those of that layer's "
+        "gradient, with |G|^2 taken as 0: N_ems and S are not of the same gradient.",
+    ),
+    "estimator": Experiment(
+        "Plug-in traces instead of unbiased ones (the paper's)", estimator
     ),
     "tau_scale": Experiment(
         "A slope below 1 for the linear time constant (not in the papers)",

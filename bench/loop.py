@@ -50,6 +50,7 @@ class Run:
         torch.manual_seed(config.seed)
         model = build_model(config.model, dataset.image_shape, dataset.num_classes)
         self.model = model.to(self.device)
+        self.last_layer = LastLayer(self.model) if config.score == "last_layer" else None
         self.optimizer = make_optimizer(config, self.model)
         self.scorer = Scorer(self)
         self.sampler = self._make_sampler()
@@ -125,6 +126,8 @@ class Run:
             if augment is not None:
                 x = augment(x)
             out = loss_of(self.model(x), y, batch.weights)
+            if self.last_layer is not None:
+                out = self.last_layer.scored(out)
             self.sampler.update(batch, out)
             out.loss.backward()
             if clip_norm:
@@ -162,6 +165,24 @@ class Run:
             return self.sampler.reading()
         names = ("effective_batch_size", "efficiency", *TRACES)
         return {name: float(getattr(self.sampler.variance, name)) for name in names}
+
+
+class LastLayer:
+    """Scores by the gradient of the network's last linear layer: exactly |g| sqrt(|h|^2 + 1), with
+    h its input and g the gradient at the logits."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        layer = [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1]
+        layer.register_forward_pre_hook(self._keep)
+        self.hidden = torch.empty(0)
+
+    def _keep(self, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.hidden = inputs[0].detach()
+
+    def scored(self, out: fastis.ScoredLoss) -> fastis.ScoredLoss:
+        """The loss with such scores; its mean gradient is that of the logits, so it is left out."""
+        norm = (self.hidden.square().sum(1) + 1).sqrt()
+        return out._replace(score=out.score * norm, mean_grad=None)
 
 
 def synchronize(device: torch.device) -> None:

@@ -207,12 +207,9 @@ def section(results: Results, folder: Path) -> str:
 def grid_table(results: Results) -> str:
     """The runs of seed 0 that the best learning rates were chosen by."""
     groups = [g for g in results.main_groups if g.config.lr in GRID]
-    methods = list(dict.fromkeys(group.config.method for group in groups))
     lines = []
-    for method in methods:
-        of_method = {
-            g.config.lr: g.by_seed("train_loss") for g in groups if g.config.method == method
-        }
+    for method in dict.fromkeys(group.label for group in groups):
+        of_method = {g.config.lr: g.by_seed("train_loss") for g in groups if g.label == method}
         losses = {lr: of_method.get(lr, {}).get(0, math.nan) for lr in GRID}
         line = [method, *("-" if math.isnan(loss) else f"{loss:.4f}" for loss in losses.values())]
         best = best_group(results, method)
@@ -224,9 +221,9 @@ def grid_table(results: Results) -> str:
     return "Final train loss of seed 0:\n\n" + markdown_table(head, lines)
 
 
-def best_group(results: Results, method: str) -> Group | None:
-    """The group of the method's best learning rate; None until its grid is complete."""
-    groups = {g.config.lr: g for g in results.main_groups if g.config.method == method}
+def best_group(results: Results, label: str) -> Group | None:
+    """The group of a method's best learning rate; None until its grid is complete."""
+    groups = {g.config.lr: g for g in results.main_groups if g.label == label}
     by_lr = [groups[lr].config for lr in GRID if lr in groups]
     best = best_of_grid(by_lr, results.rows) if len(by_lr) == len(GRID) else None
     return None if best is None else groups[best.lr]
@@ -235,8 +232,8 @@ def best_group(results: Results, method: str) -> Group | None:
 def best_lr_section(results: Results, folder: Path, step_times: Sequence[Row]) -> str:
     """Instead of the whole grid: the choice, the chosen, and the time to SGD-Scan's loss."""
     experiment = results.experiment
-    methods = list(dict.fromkeys(g.config.method for g in results.main_groups))
-    best = {method: best_group(results, method) for method in methods}
+    labels = dict.fromkeys(g.label for g in results.main_groups)
+    best = {label: best_group(results, label) for label in labels}
     chosen = [group for group in best.values() if group is not None]
     parts = [f"## best_lr: {experiment.title}", experiment.note, grid_table(results)]
     if best.get("emais"):

@@ -15,20 +15,17 @@ from tqdm import tqdm
 from bench.bench_step import block_seconds
 from bench.config import RunConfig
 from bench.datasets import Dataset
-from bench.experiments import COMPARED, Settings
+from bench.experiments import VARIANTS, Settings
 from bench.loop import Run
 from bench.provenance import provenance
 from bench.report import Row
 
 BENCHMARK = "step_times"
 REFERENCE = "uniform"
-# Presampling's forward pass comes and goes with tau: also measured with it at every step.
-ALWAYS_SCORING = {"tau_threshold": 0.0}
 
 
 def configs(settings: Settings) -> list[RunConfig]:
-    runs = [settings.config(method, 0.01, 0) for method in COMPARED]
-    return [*runs, settings.config("presampling", 0.01, 0, options=ALWAYS_SCORING)]
+    return [settings.config(method, 0.01, 0, options=options) for method, options in VARIANTS]
 
 
 def setting(settings: Settings) -> dict[str, str]:

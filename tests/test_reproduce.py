@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from bench import experiments, loop, page, report, reproduce, step_times
 from bench.config import RunConfig
 from bench.dynamic_batch import FollowingSampler, factors_of
-from bench.experiments import COMPARED, EXPERIMENTS, GRID, Settings
+from bench.experiments import COMPARED, EXPERIMENTS, GRID, VARIANTS, Settings
 from bench.groups import Results, grouped
 from bench.methods import Scorer, build_method, check_config
 from bench.models import MODELS
@@ -117,7 +117,7 @@ def test_every_listed_run_can_start(name):
 
 def test_lengths_and_seeds_are_the_callers():
     configs = EXPERIMENTS["table2"].configs(replace(SETTINGS, iterations=(5, 7)), {})
-    assert len(configs) == 2 * 2 * len(COMPARED)
+    assert len(configs) == 2 * 2 * len(VARIANTS)
     assert {config.iterations for config in configs} == {5, 7}
 
 
@@ -136,6 +136,7 @@ def test_best_lr_is_chosen_on_seed_0_and_then_repeated():
     assert {(c.method, c.lr) for c in first} == {(m, lr) for m in COMPARED for lr in GRID}
     assert {config.seed for config in first} == {0}
     losses = {0.01: 0.3, 0.03: 0.1, 0.1: None}  # the largest diverged
+    assert len(first) == len(VARIANTS) * len(GRID)
     of_emais = [config for config in first if config.method == "emais"]
     rows = by_key(made_up_row(c, losses[c.lr], lr_factor=2.34) for c in of_emais)
     later = [config for config in experiments.best_lr(SETTINGS, 6250, rows) if config.seed]
@@ -147,7 +148,7 @@ def test_seed_0_of_everything_comes_first():
     plan = reproduce.Plan(["table2", "fig6"], SETTINGS, None, {})
     seeds = [config.seed for config in plan()]
     assert seeds == sorted(seeds)
-    assert len(seeds) == 2 * (len(COMPARED) + 1)  # EMAIS is in both experiments, but runs once
+    assert len(seeds) == 2 * (len(VARIANTS) + 1)  # EMAIS is in both experiments, but runs once
     only = reproduce.Plan(["table2"], SETTINGS, ["scan"], {})
     assert {config.method for config in only()} == {"scan"}
 
@@ -160,6 +161,23 @@ def test_a_row_without_a_needed_curve_is_measured_again():
     del row["curves"]["trace_is"]
     assert not EXPERIMENTS["fig9"].has(config, rows)
     assert EXPERIMENTS["table2"].has(config, rows)
+
+
+# ---- scores
+
+
+def test_last_layer_score_is_the_norm_of_that_layers_gradient():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    last_layer = loop.LastLayer(model)
+    x, y = torch.randn(7, 6), torch.randint(3, (7,))
+    out = last_layer.scored(fastis.cross_entropy(model(x), y))
+    for i in range(7):
+        loss = fastis.cross_entropy(model(x[i : i + 1]), y[i : i + 1]).loss
+        gradients = torch.autograd.grad(loss, list(model[2].parameters()))
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        torch.testing.assert_close(out.score[i], norm)
+    assert out.mean_grad is None
 
 
 # ---- methods' options
@@ -472,7 +490,7 @@ def test_page_compares_each_method_at_its_best_rate(tmp_path):
 @pytest.mark.usefixtures("_no_figures")
 def test_diverged_and_undefined_figures_are_said(tmp_path):
     settings = Settings("small.npz", seeds=1)
-    configs = {c.method: c for c in EXPERIMENTS["table2"].configs(settings, {})}
+    configs = {c.variant: c for c in EXPERIMENTS["table2"].configs(settings, {})}
     rows = [
         made_up_row(configs["emais"], None, lr_factor=2.0, efficiency=0.5),
         made_up_row(configs["confidence"], 0.3, efficiency=0.7),
