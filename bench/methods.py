@@ -17,9 +17,7 @@ import fastis
 from bench.config import RunConfig
 from bench.datasets import Dataset
 from bench.tasks import EVALUATION_BATCH, Task
-
-# Exact gradients take a copy of all parameters a sample.
-GRADIENT_BATCH = 100
+from fastis.estimators import gradient_norms
 
 
 class HasModel(Protocol):
@@ -71,20 +69,10 @@ class Scorer:
         )
 
     def _gradient_norms(self, indices: Tensor) -> Tensor:
-        model, data = self.run.model, self.run.dataset
-        parameters = {name: p.detach() for name, p in model.named_parameters()}
-
-        def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-            logits = torch.func.functional_call(model, parameters, (x[None],))
-            return self.run.task.sample_losses(logits, y[None])[0]
-
-        per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
-        norms = []
-        for i in indices.split(GRADIENT_BATCH):
-            gradients = per_sample(parameters, data.x_train[i], data.y_train[i])
-            squares = [g.flatten(1).square().sum(1) for g in gradients.values()]
-            norms.append(torch.stack(squares).sum(0).sqrt())
-        return torch.cat(norms)
+        run, data = self.run, self.run.dataset
+        return gradient_norms(
+            run.model, run.task.loss, data.x_train[indices], data.y_train[indices]
+        )
 
 
 def build_method(config: RunConfig, num_samples: int, scorer: Scorer) -> fastis.methods.Method:
