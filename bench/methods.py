@@ -17,9 +17,7 @@ import fastis
 from bench.config import RunConfig
 from bench.datasets import Dataset
 from bench.tasks import EVALUATION_BATCH, Task
-
-# Exact gradients take a copy of all parameters a sample.
-GRADIENT_BATCH = 100
+from fastis.estimators import gradient_norms
 
 
 class HasModel(Protocol):
@@ -71,13 +69,9 @@ class Scorer:
         )
 
     def _gradient_norms(self, indices: Tensor) -> Tensor:
-        data = self.run.dataset
-        return fastis.estimators.gradient_norms(
-            self.run.model,
-            self.run.task.sample_losses,
-            data.x_train[indices],
-            data.y_train[indices],
-            chunk_size=GRADIENT_BATCH,
+        run, data = self.run, self.run.dataset
+        return gradient_norms(
+            run.model, run.task.loss, data.x_train[indices], data.y_train[indices]
         )
 
 

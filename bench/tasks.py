@@ -23,7 +23,7 @@ EVALUATION_BATCH = 500
 
 
 def sample_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """[B] in plain torch: what torch.func differentiates and evaluation sums."""
+    """[B] in plain torch: what evaluation sums."""
     return F.cross_entropy(logits, target, reduction="none")
 
 

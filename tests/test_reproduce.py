@@ -212,7 +212,6 @@ def test_methods_get_the_length_of_their_run():
 def test_scorer_gives_losses_scores_and_exact_norms(data, monkeypatch):
     run = loop.Run(small(), data)
     monkeypatch.setattr("bench.methods.EVALUATION_BATCH", 3)
-    monkeypatch.setattr("bench.methods.GRADIENT_BATCH", 4)
     indices = torch.tensor([5, 1, 1, 30, 7, 12, 39])
     x, y = data.x_train[indices], data.y_train[indices]
     with torch.no_grad():
