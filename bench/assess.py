@@ -23,7 +23,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -33,11 +33,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastis
+from bench.config import RunConfig
 from bench.datasets import data_name, load_dataset
 from bench.gradient_variance import parameter_norms, weighted_gradient
-from bench.loop import EVALUATION_BATCH, Run, RunConfig
+from bench.loop import Run
 from bench.provenance import provenance
 from bench.report import Row, aligned, append_row, read_rows
+from bench.tasks import EVALUATION_BATCH
 from bench.train import positive
 from fastis.estimators import Traces, estimate_traces, population_traces
 
@@ -353,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
         except (ValueError, OSError) as error:
             parser.error(str(error))
         for row in measure(run, args):
-            about = {"config": asdict(config), **provenance(run.device)}
+            about = {"config": config.to_json(), **provenance(run.device)}
             append_row(args.out, {"benchmark": "assessment", **row, **about})
     rows = read_rows(args.out)
     if not rows:

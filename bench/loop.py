@@ -23,7 +23,6 @@ from bench.dynamic_batch import FollowingSampler, factors_of
 from bench.methods import Scorer, build_method
 from bench.models import build_model
 from bench.provenance import provenance
-from bench.tasks import EVALUATION_BATCH as EVALUATION_BATCH  # for those who train with Run
 from bench.tasks import TASKS
 
 STEPS_PER_READING = 50
