@@ -9,7 +9,16 @@ from bench.report import config_key
 
 # Fields that came later: a row leaves out those that have their default, so that the rows from
 # before they came are still found as the same runs.
-LATER = ("options", "lr_adjust", "scheme", "batch_size_like", "clip_norm", "seconds", "score")
+LATER = (
+    "options",
+    "lr_adjust",
+    "scheme",
+    "batch_size_like",
+    "clip_norm",
+    "seconds",
+    "score",
+    "max_lr",
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class RunConfig:
     # Options of the method, as plain JSON values (see bench.methods).
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     lr_adjust: bool = True  # False: the learning rate does not follow the sampler's factor
+    max_lr: float = 0.0  # an upper limit of what the factor makes of the rate; 0: none
     scheme: str = "multinomial"
     # A method's name: minibatches as large as the N_ems of that method's run (bench.dynamic_batch).
     batch_size_like: str = ""
@@ -51,6 +61,7 @@ class RunConfig:
         extras = [f"{name} {value}" for name, value in sorted(self.options.items())]
         extras += [] if self.lr_adjust else ["lr not adjusted"]
         extras += [] if self.scheme == "multinomial" else [self.scheme]
+        extras += [f"rate at most {self.max_lr:g}"] if self.max_lr else []
         extras += [] if self.score == "logits" else [f"score {self.score}"]
         extras += [f"minibatch N_ems of {self.batch_size_like}"] if self.batch_size_like else []
         return f"{self.method} ({', '.join(extras)})" if extras else self.method

@@ -275,6 +275,20 @@ def estimator(settings: Settings, iterations: int, rows: Rows) -> list[RunConfig
     ]
 
 
+def max_lr(settings: Settings, iterations: int, rows: Rows) -> list[RunConfig]:
+    faster = {"tau_scale": 0.25}
+    changes: list[dict[str, Any]] = [
+        {"lr": 0.03},
+        {"lr": 0.1, "max_lr": 0.1},
+        {"lr": 0.03, "options": faster, "max_lr": 0.1},
+        {"lr": 0.1, "options": faster, "max_lr": 0.1},
+    ]
+    return [
+        settings.config("emais", seed=seed, iterations=iterations, **change)
+        for seed, change in product(range(settings.seeds), changes)
+    ]
+
+
 EXPERIMENTS = {
     "table2": Experiment(
         "Test error of every method at one learning rate ([K] Table 2)",
@@ -362,8 +376,13 @@ EXPERIMENTS = {
         note="|g| sqrt(|h|^2 + 1), h the last layer's input. Its traces are those of that layer's "
         "gradient, with |G|^2 taken as 0: N_ems and S are not of the same gradient.",
     ),
-    "estimator": Experiment(
-        "Plug-in traces instead of unbiased ones (the paper's)", estimator
+    "estimator": Experiment("Plug-in traces instead of unbiased ones (the paper's)", estimator),
+    "max_lr": Experiment(
+        "A largest learning rate that the factor may reach (not in the papers)",
+        max_lr,
+        panels=("train_loss", "test_error", "lr"),
+        note="`EffectiveBatchLR(max_lr=0.1)`: 0.1 is the largest rate that uniform sampling trains "
+        "well with here. The schedule starts at the base rate.",
     ),
     "tau_scale": Experiment(
         "A slope below 1 for the linear time constant (not in the papers)",

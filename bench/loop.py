@@ -89,9 +89,15 @@ class Run:
             return cosine
         if self.ends_by_effective_iterations and not config.seconds:
             return fastis.EffectiveIterationsLR(
-                cosine, self.sampler, config.optimizer, total_iterations=config.iterations
+                cosine,
+                self.sampler,
+                config.optimizer,
+                max_lr=config.max_lr or None,
+                total_iterations=config.iterations,
             )
-        return fastis.EffectiveBatchLR(cosine, self.sampler, config.optimizer)
+        return fastis.EffectiveBatchLR(
+            cosine, self.sampler, config.optimizer, max_lr=config.max_lr or None
+        )
 
     def progress(self) -> float:
         """How much of the run is behind: at 1 it ends."""

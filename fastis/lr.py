@@ -44,6 +44,9 @@ class EffectiveBatchLR:
         the scheduler's optimizer.
     max_factor : float, optional
         an upper limit of the factor.
+    max_lr : float, optional
+        an upper limit of what the factor makes of a rate: the largest that trains stably. Rates of
+        the inner scheduler beyond it stay as they are.
 
     Raises
     ------
@@ -68,6 +71,7 @@ class EffectiveBatchLR:
         optimizer: str | None = None,
         *,
         max_factor: float | None = None,
+        max_lr: float | None = None,
     ) -> None:
         if not hasattr(scheduler, "optimizer") or not hasattr(scheduler, "step"):
             raise TypeError(
@@ -75,15 +79,16 @@ class EffectiveBatchLR:
             )
         if not hasattr(sampler, "lr_factor"):
             raise TypeError(f"sampler must be a fastis.Sampler, got {type(sampler).__name__}")
-        if max_factor is not None and not max_factor > 0:
-            raise ValueError(f"max_factor must be positive, got {max_factor!r}")
         self.scheduler = scheduler
         self.sampler = sampler
         self.optimizer = scheduler.optimizer
         self.rule = _rule(self.optimizer) if optimizer is None else optimizer
         if self.rule not in ("sgd", "adam"):
             raise ValueError(f"optimizer must be 'sgd', 'adam' or None, got {optimizer!r}")
-        self.max_factor = max_factor
+        for name, limit in (("max_factor", max_factor), ("max_lr", max_lr)):
+            if limit is not None and not limit > 0:
+                raise ValueError(f"{name} must be positive, got {limit!r}")
+        self.max_factor, self.max_lr = max_factor, max_lr
         self._unscaled = [_kept(group["lr"]) for group in self.optimizer.param_groups]
 
     def step(self, *args: Any, **kwargs: Any) -> None:
@@ -109,9 +114,15 @@ class EffectiveBatchLR:
         for group, lr in zip(self.optimizer.param_groups, self._unscaled, strict=True):
             if isinstance(lr, float):
                 on_host = factor.item() if on_host is None else on_host
-                group["lr"] = lr * on_host
+                group["lr"] = self._limited(lr, lr * on_host)
             else:
-                group["lr"].copy_(lr * factor)
+                scaled = lr * factor
+                if self.max_lr is not None:
+                    scaled = torch.minimum(scaled, lr.clamp(min=self.max_lr))
+                group["lr"].copy_(scaled)
+
+    def _limited(self, lr: float, scaled: float) -> float:
+        return scaled if self.max_lr is None else min(scaled, max(lr, self.max_lr))
 
     def get_last_lr(self) -> list[float]:
         """The rates in force, factor included."""
@@ -165,13 +176,14 @@ class EffectiveIterationsLR(EffectiveBatchLR):
         optimizer: str | None = None,
         *,
         max_factor: float | None = None,
+        max_lr: float | None = None,
         total_iterations: int | None = None,
     ) -> None:
         if not hasattr(sampler, "effective_iterations"):
             raise TypeError(f"sampler must be a fastis.Sampler, got {type(sampler).__name__}")
         if total_iterations is not None and not total_iterations > 0:
             raise ValueError(f"total_iterations must be positive, got {total_iterations!r}")
-        super().__init__(scheduler, sampler, optimizer, max_factor=max_factor)
+        super().__init__(scheduler, sampler, optimizer, max_factor=max_factor, max_lr=max_lr)
         self._progress = sampler
         self.total_iterations = total_iterations
         self._steps = 0

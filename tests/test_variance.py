@@ -159,6 +159,27 @@ def test_the_rule_follows_the_optimizer(optimizer, expected):
     assert made.param_groups[0]["lr"] == pytest.approx(1.5 * limited.get_unscaled_lr()[0])
 
 
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+def test_a_largest_rate_limits_what_the_factor_does(kind):
+    made = torch.optim.Adam(parameters(), lr=kind(0.5), capturable=False)
+    sampler = FakeSampler()
+    sampler.factor = 9.0
+    inner = LambdaLR(made, lambda t: [1.0, 0.8, 0.4, 0.1][t])
+    scheduler = fastis.EffectiveBatchLR(inner, sampler, max_lr=0.4)
+    rates = []
+    for _ in range(3):
+        made.step()
+        scheduler.step()
+        rates.append(scheduler.get_last_lr()[0])
+    # 0.4 times 3 and 0.2 times 3 are too much, 0.05 times 3 is not.
+    assert rates == pytest.approx([0.4, 0.4, 0.15])
+    sampler.factor = 1.0
+    beyond = fastis.EffectiveBatchLR(LambdaLR(made, lambda t: 10.0), sampler, max_lr=0.4)
+    made.step()
+    beyond.step()
+    assert beyond.get_last_lr() == beyond.get_unscaled_lr()
+
+
 def test_tensor_rates_are_scaled_in_place():
     rate = torch.tensor(0.5)
     optimizer = torch.optim.Adam(parameters(), lr=rate, capturable=False)
@@ -219,6 +240,8 @@ def test_lr_errors():
         fastis.EffectiveBatchLR(sgd, sampler, optimizer="lion")
     with pytest.raises(ValueError, match="max_factor must be positive"):
         fastis.EffectiveBatchLR(sgd, sampler, max_factor=0)
+    with pytest.raises(ValueError, match="max_lr must be positive"):
+        fastis.EffectiveBatchLR(sgd, sampler, max_lr=-1.0)
     unknown = LambdaLR(Lion(parameters()), lambda t: 1.0)
     with pytest.raises(ValueError, match=r"optimizer must be given as 'sgd' .* for a Lion"):
         fastis.EffectiveBatchLR(unknown, sampler)
