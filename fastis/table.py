@@ -52,6 +52,7 @@ LEAF = 4  # records below a node of the sampling structure (kLeaf in csrc/table.
 NO_EXPONENT = -1000  # e0 of a table that has seen nothing
 UNIFORM_WEIGHT = 1 << 15  # every item's integer weight in such a table
 MANTISSA_BITS = 16
+SUM_BITS = 61  # of integer weights that are made from floats
 FLATTEN = {"none": 0, "cap": 1, "mix": 2, "power": 3}
 SCHEMES = {"multinomial": 0, "stratified": 1, "systematic": 2}
 IMPORTANCE = {"rms": 0, "sum": 1}

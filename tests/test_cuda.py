@@ -7,6 +7,7 @@ import torch
 from conftest import observe
 
 import fastis
+from fastis.kernels import cpu_sample, cuda_sample
 from fastis.methods import EMAIS
 
 pytestmark = [
@@ -45,12 +46,89 @@ def test_state_moves_between_devices():
     assert torch.equal(cpu.sample().indices, cuda.sample().indices.cpu())
 
 
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+WEIGHTS = {
+    "lognormal": lambda n: torch.empty(n).log_normal_(0, 1, generator=seeded()),
+    "heavy tail": lambda n: torch.empty(n).log_normal_(0, 4, generator=seeded()).clamp(max=6e4),
+    "descending": lambda n: torch.rand(n, generator=seeded()).sort(descending=True).values,
+    "all equal": lambda n: torch.full((n,), 0.7),
+    "mostly zeros": lambda n: torch.rand(n, generator=seeded()) * (torch.arange(n) % 5000 == 0),
+    "one giant": lambda n: torch.where(torch.arange(n) == n // 3, 6e4, 1e-3),
+}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def assert_same_weights_and_table(values):
+    weighed = [
+        kernels.weigh(v) for kernels, v in ((cpu_sample, values), (cuda_sample, values.cuda()))
+    ]
+    cpu, cuda = weighed
+    assert (cuda.shift, cuda.total) == (cpu.shift, cpu.total)
+    assert torch.equal(cuda_sample.integers(cuda).cpu(), cpu_sample.integers(cpu))
+    table = cpu_sample.alias_build(cpu)
+    assert torch.equal(cuda_sample.alias_build(cuda).cpu(), table)
+    ours = cuda_sample.alias_draw(table.cuda(), cpu.total, 5, 3, 10_000)
+    for a, b in zip(ours, cpu_sample.alias_draw(table, cpu.total, 5, 3, 10_000), strict=True):
+        assert torch.equal(a.cpu(), b)
+    ours = cuda_sample.search(cuda, 5, 3, 1000)
+    for a, b in zip(ours, cpu_sample.search(cpu, 5, 3, 1000), strict=True):
+        assert torch.equal(a.cpu(), b)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", WEIGHTS)
+@pytest.mark.parametrize("n", [1, 3, 1025, 100_003])
+def test_alias_tables_and_searches_equal_the_cpus(dtype, shape, n):
+    values = WEIGHTS[shape](n).to(dtype)
+    assert_same_weights_and_table(values + (values.sum() == 0).to(dtype))
+
+
+@pytest.mark.parametrize("shape", WEIGHTS)
+def test_large_alias_tables_equal_the_cpus(shape):
+    assert_same_weights_and_table(WEIGHTS[shape](2**22 + 5))
+
+
+def test_integer_weights_and_unaligned_ones_on_the_device():
+    assert_same_weights_and_table(torch.randint(2**40, (5001,), generator=seeded()))
+    assert_same_weights_and_table(torch.rand(5001, generator=seeded())[1:])
+
+
+@pytest.mark.parametrize("count", [1, 4096, 1_000_003])
+def test_points_and_what_they_fall_on_equal_the_cpus(count):
+    table = fastis.AliasTable(torch.rand(1000, generator=seeded()))
+    here = torch.device("cpu"), torch.device("cuda")
+    points = [
+        kernels.draw_points(table._total, 2**63 + 5, 2**33 - 250, count, device)
+        for kernels, device in zip((cpu_sample, cuda_sample), here, strict=True)
+    ]
+    assert torch.equal(points[0], points[1].cpu())
+    expected = cpu_sample.alias_resolve(table._table, table._total, points[0])
+    found = cuda_sample.alias_resolve(table._table.cuda(), table._total, points[1])
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf")])
+def test_bad_weights_on_the_device_are_an_error(bad):
+    weights = torch.ones(1000, device="cuda")
+    weights[700] = bad
+    with pytest.raises(ValueError, match="weights must be finite and non-negative"):
+        fastis.AliasTable(weights)
+
+
 def test_alias_table_and_weights_on_the_device():
-    weights = torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    weights = torch.rand(1000, generator=seeded())
     host, device = fastis.AliasTable(weights), fastis.AliasTable(weights.cuda())
     assert torch.equal(host.probabilities, device.probabilities.cpu())
-    drawn = [t.sample(50, generator=torch.Generator().manual_seed(1)) for t in (host, device)]
+    drawn = [t.sample(50, generator=seeded(1)) for t in (host, device)]
     assert torch.equal(drawn[0].indices, drawn[1].indices.cpu())
+    assert torch.equal(drawn[0].weights, drawn[1].weights.cpu())
+    drawn = [fastis.sample(w, 50, generator=seeded(1)) for w in (weights, weights.cuda())]
+    assert torch.equal(drawn[0].indices, drawn[1].indices.cpu())
+    capped = [fastis.AliasTable(w, max_prob=0.00101) for w in (weights, weights.cuda())]
+    assert torch.equal(capped[0].probabilities, capped[1].probabilities.cpu())
     batch = fastis.sample(weights.cuda(), 20, replacement=False)
     assert batch.indices.is_cuda
     assert batch.indices.unique().numel() == 20

@@ -1,4 +1,4 @@
-"""Launches on the current stream of a table's device."""
+"""Launches on the current stream of a device."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from collections.abc import Callable
 import torch
 
 from fastis.kernels import _C
-from fastis.table import Table
 
 
-def launch(entry_point: Callable[..., int], table: Table, *arguments: int) -> None:
+def launch(entry_point: Callable[..., int], device: torch.device, *arguments: int) -> None:
     """Calls one of ``fastis._C``'s CUDA entry points; raises what the launch reported."""
-    index = table.device.index
+    index = device.index
     # What torch.cuda.current_stream(index).cuda_stream is, without the objects on the way.
     stream = torch._C._cuda_getCurrentRawStream(index)
-    error = entry_point(table.device_handle, *arguments, index, stream)
+    error = entry_point(*arguments, index, stream)
     if error:
         raise RuntimeError(f"a CUDA launch of fastis failed: {_C.cuda_error_string(error)}")

@@ -1,7 +1,4 @@
-"""Draws on a GPU: csrc/cuda/sampler.cu, one launch, no host synchronisation.
-
-Given weights and alias tables are served by the reference's integer-exact PyTorch operations.
-"""
+"""Draws on a GPU: csrc/cuda/sampler.cu, one launch, no host synchronisation."""
 
 from __future__ import annotations
 
@@ -9,16 +6,16 @@ from torch import Tensor
 
 from fastis.kernels import _C, reference_sample
 from fastis.kernels.cuda_launch import launch
-from fastis.kernels.reference_sample import (
+from fastis.kernels.cuda_weights import (
     alias_build,
     alias_draw,
     alias_resolve,
     draw_points,
     integers,
-    locate,
     search,
     weigh,
 )
+from fastis.kernels.reference_sample import locate
 from fastis.table import FLATTEN, Table
 
 __all__ = [
@@ -41,4 +38,5 @@ def draw(table: Table, indices: Tensor, weights: Tensor) -> None:
     if table.constants.flatten == _POWER:  # it moves every weight at every step: O(N) anyway
         reference_sample.draw(table, indices, weights)
     else:
-        launch(_C.cuda_draw, table, indices.data_ptr(), weights.data_ptr())
+        addresses = table.device_handle, indices.data_ptr(), weights.data_ptr()
+        launch(_C.cuda_draw, table.device, *addresses)

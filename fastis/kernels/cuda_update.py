@@ -21,7 +21,8 @@ def update(
     if indices.numel() > 0:
         launch(
             _C.cuda_update,
-            table,
+            table.device,
+            table.device_handle,
             indices.data_ptr(),
             observed.data_ptr(),
             weights.data_ptr(),
