@@ -14,9 +14,10 @@ from conftest import observe, sweep
 
 import fastis
 from fastis import _C, kernels
+from fastis.kernels.cuda_power import draw_by_power
 from fastis.kernels.reference_weights import distribution
 from fastis.methods import EMAIS
-from fastis.table import LAST
+from fastis.table import FLATTEN, LAST
 
 FORWARDS, BACKWARDS, SCRAMBLED = 1, 0, 7919
 
@@ -42,6 +43,8 @@ class Emulator:
         return True
 
     def draw(self, table, indices, weights) -> None:
+        if table.constants.flatten == FLATTEN["power"]:
+            draw_by_power(table, indices, weights)
         _C.emulate_draw(table.device_handle, indices.data_ptr(), weights.data_ptr(), self.stride)
 
 
@@ -92,7 +95,7 @@ def run(samplers, emulated, stride, steps, batch_size, spread=2.0, trend=0.0, si
 
 
 @pytest.mark.parametrize("stride", [FORWARDS, BACKWARDS, SCRAMBLED])
-@pytest.mark.parametrize("flatten", ["cap", "mix"])
+@pytest.mark.parametrize("flatten", ["cap", "mix", "power"])
 @pytest.mark.parametrize("scheme", ["multinomial", "stratified", "systematic"])
 def test_same_indices_coefficients_and_state(emulated, stride, flatten, scheme):
     samplers = pair(
@@ -103,8 +106,10 @@ def test_same_indices_coefficients_and_state(emulated, stride, flatten, scheme):
 
 
 @pytest.mark.parametrize("method", ["emais", "scan", "uniform", EMAIS(importance="sum", tau=30.0)])
-def test_methods_and_the_warm_up(emulated, method):
-    run(pair(num_samples=300, batch_size=16, method=method), emulated, SCRAMBLED, 80, 16)
+@pytest.mark.parametrize("flatten", ["cap", "power"])
+def test_methods_and_the_warm_up(emulated, method, flatten):
+    samplers = pair(num_samples=300, batch_size=16, method=method, flatten=flatten)
+    run(samplers, emulated, SCRAMBLED, 80, 16)
 
 
 @pytest.mark.parametrize("trend", [-0.05, 0.05])

@@ -1,11 +1,16 @@
-"""Draws on a GPU: csrc/cuda/sampler.cu, one launch, no host synchronisation."""
+"""Draws on a GPU: csrc/cuda/sampler.cu, one launch, no host synchronisation.
+
+Flattening by power comes before it, in PyTorch operations: O(N), as it moves every weight at every
+step.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from fastis.kernels import _C, reference_sample
+from fastis.kernels import _C
 from fastis.kernels.cuda_launch import launch
+from fastis.kernels.cuda_power import draw_by_power
 from fastis.kernels.cuda_weights import (
     alias_build,
     alias_draw,
@@ -35,8 +40,8 @@ _POWER = FLATTEN["power"]
 
 def draw(table: Table, indices: Tensor, weights: Tensor) -> None:
     """See :func:`fastis.kernels.reference_sample.draw`."""
-    if table.constants.flatten == _POWER:  # it moves every weight at every step: O(N) anyway
-        reference_sample.draw(table, indices, weights)
-    else:
-        addresses = table.device_handle, indices.data_ptr(), weights.data_ptr()
-        launch(_C.cuda_draw, table.device, *addresses)
+    if table.constants.flatten == _POWER:
+        # The launch then overwrites this in the warm-up, leaves it after that, and ticks.
+        draw_by_power(table, indices, weights)
+    addresses = table.device_handle, indices.data_ptr(), weights.data_ptr()
+    launch(_C.cuda_draw, table.device, *addresses)

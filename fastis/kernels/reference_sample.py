@@ -69,9 +69,11 @@ def _find(drawn: Distribution, points: Tensor, indices: Tensor, weights: Tensor)
     weights.copy_(coefficients(drawn.weights, drawn.total, indices))
 
 
-def slice_points(positions: Tensor, offsets: Tensor, total: int, batch_size: int) -> Tensor:
+def slice_points(
+    positions: Tensor, offsets: Tensor, total: int | Tensor, batch_size: int
+) -> Tensor:
     """floor((b total + u_b) / B): one point in every slice of the cumulative distribution."""
-    quotient, remainder = divmod(total, batch_size)
+    quotient, remainder = total // batch_size, total % batch_size
     return positions * quotient + (positions * remainder + offsets) // batch_size
 
 
@@ -122,7 +124,7 @@ def search(weights: Weights, seed: int, first: int, count: int) -> tuple[Tensor,
 
 
 def alias_build(weights: Weights) -> Tensor:
-    """The alias table of the weights, int64 [N, 2]: 16 bytes a bucket (csrc/cpu/alias.h).
+    """The alias table of the weights, int64 [N, 2]: 16 bytes a bucket (csrc/alias.h).
 
     A bucket's first number is ``own << bits | alias``: bucket i gives its first ``own`` units to
     item i and the rest to item ``alias``. The second holds r of item i and of ``alias`` (float32).
