@@ -86,7 +86,7 @@ struct Table {
   int64_t total_limit = 0;                          // rescale above this total
   int headroom = 0;                                 // see exponent_for()
   double floor = 0, smoothing = 0;
-  float tau = 0;  // 0: linear
+  float tau = 0;  // 0: linear; below 0: the state is the last observation
   bool unbiased = true;
   Importance importance = Importance::rms;
   Flatten flatten = Flatten::none;

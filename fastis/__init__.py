@@ -12,7 +12,7 @@ from fastis.loss import (
     mse_loss,
     scored_loss,
 )
-from fastis.lr import EffectiveBatchLR
+from fastis.lr import EffectiveBatchLR, EffectiveIterationsLR
 from fastis.sampler import Sampler
 from fastis.sampling import AliasTable, Batch, sample
 
@@ -22,6 +22,7 @@ __all__ = [
     "AliasTable",
     "Batch",
     "EffectiveBatchLR",
+    "EffectiveIterationsLR",
     "Sampler",
     "ScoredLoss",
     "backend",

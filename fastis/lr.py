@@ -23,6 +23,13 @@ class HasFactor(Protocol):
     def lr_factor(self, optimizer: str = "sgd") -> Tensor: ...
 
 
+class HasProgress(HasFactor, Protocol):
+    """... and how far the run is."""
+
+    @property
+    def effective_iterations(self) -> Tensor: ...
+
+
 class EffectiveBatchLR:
     """Multiplies a scheduler's learning rate by the sampler's factor, N_ems / B or its root.
 
@@ -87,9 +94,12 @@ class EffectiveBatchLR:
                 group["lr"] = lr
             else:  # in place: captured graphs hold its address
                 group["lr"].copy_(lr)
-        self.scheduler.step(*args, **kwargs)
+        self._advance(*args, **kwargs)
         self._unscaled = [_kept(group["lr"]) for group in groups]
         self._scale()
+
+    def _advance(self, *args: Any, **kwargs: Any) -> None:
+        self.scheduler.step(*args, **kwargs)
 
     def _scale(self) -> None:
         factor = self.sampler.lr_factor(self.rule)
@@ -126,6 +136,68 @@ class EffectiveBatchLR:
         self.scheduler.load_state_dict(state["scheduler"])
         self._unscaled = [_kept(lr) for lr in state["unscaled"]]
         self._scale()
+
+
+class EffectiveIterationsLR(EffectiveBatchLR):
+    """... and lets the inner scheduler advance with the sampler's effective iterations.
+
+    For RAIS (Johnson & Guestrin 2018): lr = gain eta(t_eff), t_eff the sum of the gains so far. The
+    inner scheduler has taken ``floor(sampler.effective_iterations)`` steps, so that a step of the
+    training may take several of them, or none; the run is over when :attr:`finished`. Reads the
+    sampler on the host at every step. Parameters, errors and methods of :class:`EffectiveBatchLR`,
+    and
+
+    Parameters
+    ----------
+    total_iterations : int, optional
+        length of the run in effective iterations; the inner scheduler does not go beyond it.
+
+    Equivalent to::
+
+        while steps < int(sampler.effective_iterations): scheduler.step(); steps += 1
+        for group in optimizer.param_groups: group["lr"] = unscaled_lr * sampler.lr_factor()
+    """
+
+    def __init__(
+        self,
+        scheduler: Any,
+        sampler: HasProgress,
+        optimizer: str | None = None,
+        *,
+        max_factor: float | None = None,
+        total_iterations: int | None = None,
+    ) -> None:
+        if not hasattr(sampler, "effective_iterations"):
+            raise TypeError(f"sampler must be a fastis.Sampler, got {type(sampler).__name__}")
+        if total_iterations is not None and not total_iterations > 0:
+            raise ValueError(f"total_iterations must be positive, got {total_iterations!r}")
+        super().__init__(scheduler, sampler, optimizer, max_factor=max_factor)
+        self._progress = sampler
+        self.total_iterations = total_iterations
+        self._steps = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the effective iterations have reached the total; False without a total."""
+        reached = float(self._progress.effective_iterations)
+        return self.total_iterations is not None and reached >= self.total_iterations
+
+    def _advance(self, *args: Any, **kwargs: Any) -> None:
+        due = int(self._progress.effective_iterations)
+        if self.total_iterations is not None:
+            due = min(due, self.total_iterations)
+        for _ in range(due - self._steps):
+            self.scheduler.step(*args, **kwargs)
+        self._steps = max(self._steps, due)
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of :class:`EffectiveBatchLR`, and how many steps the inner scheduler has taken."""
+        return {**super().state_dict(), "steps": self._steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes :meth:`state_dict` over, and applies the sampler's present factor."""
+        super().load_state_dict(state)
+        self._steps = state["steps"]
 
 
 def _rule(optimizer: torch.optim.Optimizer) -> str:

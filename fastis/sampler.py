@@ -13,14 +13,10 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.kernels import kernels_for
-from fastis.kernels.reference_weights import distribution
 from fastis.methods import Method, from_name
 from fastis.methods.base import Scored
 from fastis.sampling import Batch, MinibatchSource
 from fastis.table import (
-    DRAWS,
-    FACTOR,
     FLATTEN,
     LAST,
     MEAN,
@@ -48,8 +44,9 @@ class Sampler(MinibatchSource):
     batch_size : int
         B, indices per minibatch; at most N for methods that start or stay without replacement.
     method : str or fastis.methods.Method
-        "emais" (Kutsuna 2025), "scan" (uniform without replacement), "uniform" (with), or an object
-        that carries options, e.g. ``fastis.methods.EMAIS(tau=1000, warmup_epochs=1)``.
+        "emais" (Kutsuna 2025), "scan" (uniform without replacement), "uniform" (with), any other
+        name of :data:`fastis.methods.BY_NAME`, or an object that carries options, e.g.
+        ``fastis.methods.EMAIS(tau=1000, warmup_epochs=1)``.
     max_duplicates : float
         D: at most so many expected copies of any sample in a minibatch, B max p <= D; at least B/N
         (which is uniform); B or more: no flattening.
@@ -111,7 +108,7 @@ class Sampler(MinibatchSource):
             "seed": check.integer("seed", seed, 0, 2**64 - 1),
         }
         device = torch.get_default_device() if device is None else torch.device(device)
-        self._use(Table(self._constants(warmup_draws), torch.empty(0, device=device).device))
+        self._use(self._new_table(warmup_draws, torch.empty(0, device=device).device))
 
     def _constants(self, warmup_draws: int) -> Constants:
         a = self._arguments
@@ -134,10 +131,13 @@ class Sampler(MinibatchSource):
             **self._method.constants(),
         )
 
+    def _new_table(self, warmup_draws: int, device: torch.device) -> Table:
+        table = Table(self._constants(warmup_draws), device)
+        table.memory = self._method.memory(table)
+        return table
+
     def _use(self, table: Table) -> None:
         self._table, self._variance = table, Variance(table)
-        self._factor = table.variance[FACTOR]
-        self._device_type = table.device.type
         size = table.constants.batch_size
         self._like = Batch(  # what a minibatch looks like; copying is faster than describing
             torch.empty(size, dtype=torch.int64, device=table.device),
@@ -152,7 +152,7 @@ class Sampler(MinibatchSource):
         May run ahead of :meth:`update` (prefetching): coefficients stay those of the draw.
         """
         indices, weights = _empty_like(self._like.indices), _empty_like(self._like.weights)
-        kernels_for("sample", self._device_type).draw(self._table, indices, weights)
+        self._method.draw(self._table, indices, weights)
         return Batch(indices, weights)
 
     def update(self, batch: Batch, out: Scored | Sequence[Scored]) -> None:
@@ -183,8 +183,8 @@ class Sampler(MinibatchSource):
             observed, score = observed.float(), score.float()
             mean_grad = None if mean_grad is None else mean_grad.float()
         _check_update(self._table, indices, weights, observed, score)
-        update = kernels_for("update", self._device_type).update
-        if not update(self._table, indices, observed, weights, score, mean_grad):
+        update = self._method.update
+        if not update(self._table, indices, weights, observed, score, mean_grad):
             raise IndexError(
                 f"batch.indices must be in [0, {self.num_samples}), got values from "
                 f"{int(indices.min())} to {int(indices.max())}"
@@ -231,28 +231,32 @@ class Sampler(MinibatchSource):
         """What to multiply the learning rate with, a 0-d float64 tensor on the device.
 
         N_ems / B for "sgd" (Kutsuna 2025, eq. 8), its square root for "adam" (and its family); 1
-        while draws are uniform.
+        while draws are uniform, and for methods that define no adjustment. RAIS: its gain.
         """
+        factor = self._method.lr_factor(self._table)
         if optimizer == "sgd":
-            return self._factor.clone()
+            return factor
         check.choice("optimizer", optimizer, ["sgd", "adam"])
-        return self._factor.sqrt()
+        return factor.sqrt()
+
+    @property
+    def effective_iterations(self) -> Tensor:
+        """0-d float64: iterations of uniform sampling that the run so far is worth.
+
+        RAIS: the sum of its gains (Johnson & Guestrin 2018); any other method: ``.step``.
+        """
+        return self._method.effective_iterations(self._table)
 
     def probabilities(self) -> Tensor:
         """float64 [N]: the probabilities of each draw of the next minibatch, exactly. O(N)."""
-        n = self.num_samples
-        if self._in_uniform_phase():
-            return torch.full((n,), 1 / n, dtype=torch.float64, device=self.device)
-        drawn = distribution(self._table)
-        return drawn.weights.double() / float(drawn.total)
-
-    def _in_uniform_phase(self) -> bool:
-        table = self._table
-        return table.records is None or int(table.scalars[DRAWS]) < table.constants.warmup_draws
+        return self._method.probabilities(self._table)
 
     @property
     def mean(self) -> Tensor:
-        """float32 [N]: moving mean of each sample's score; 0 if unseen. A copy."""
+        """float32 [N]: moving mean of each sample's score; 0 if unseen. A copy.
+
+        Methods with weights of their own (all but emais and loss) keep the last weight here.
+        """
         return self._column(MEAN)
 
     @property
@@ -322,13 +326,15 @@ class Sampler(MinibatchSource):
             if name != "seed" and other != value:
                 raise ValueError(f"state_dict must have {name}={value!r}, got {other!r}")
         for name, value in mine.items():
+            if isinstance(value, Tensor) and name not in theirs:
+                raise ValueError(f"state_dict must have {name!r}, got {', '.join(theirs)}")
             if isinstance(value, Tensor) and theirs[name].shape != value.shape:
                 raise ValueError(
                     f"state_dict[{name!r}] must have shape {list(value.shape)}, "
                     f"got {list(theirs[name].shape)}"
                 )
         self._arguments["seed"] = theirs["settings"]["seed"]
-        table = Table(self._constants(self._table.constants.warmup_draws), self.device)
+        table = self._new_table(self._table.constants.warmup_draws, self.device)
         table.load(theirs)
         self._use(table)
 

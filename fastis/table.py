@@ -9,6 +9,7 @@ layout is that of csrc/table.h, position by position.
                                csrc/weights.h). One record is 16 bytes: one cache line a sample.
 ``scalars``    int64 [16]      clocks and totals, named below
 ``variance``   float64 [11]    minibatch moments, smoothed, and what follows from them
+``memory``     dict            tensors that the method asked for, by name
 ``starts`` ...                 the sampling structure of the compiled backends; always rebuilt from
                                the records, never saved
 =============  ==============  =================================================================
@@ -72,7 +73,7 @@ class Constants:
     scheme: int
     has_records: bool
     floor: float = 1e-3
-    tau: float = 0.0  # 0: linear
+    tau: float = 0.0  # 0: linear; below 0: the state is the last observation
     importance: int = 0
     smoothing: float = 0.99
     unbiased: bool = True
@@ -128,6 +129,7 @@ class Table:
         self.variance = torch.full((11,), torch.nan, dtype=torch.float64, device=device)
         self.variance[:TRACE_IS] = 0.0
         self.variance[FACTOR] = 1.0
+        self.memory: dict[str, Tensor] = {}
         self.records: Tensor | None = None
         if constants.has_records:
             padded = -(-constants.num_samples // LEAF) * LEAF  # whole leaves for the kernels
@@ -212,6 +214,8 @@ class Table:
         if self.records is not None:
             state["records"] = self.records.clone()
             state["records"][:, CODE] = self.codes()
+        for name, tensor in self.memory.items():
+            state[f"memory.{name}"] = tensor.clone()
         return state
 
     def load(self, state: dict[str, Tensor]) -> None:
@@ -221,3 +225,5 @@ class Table:
         self.variance.copy_(state["variance"])
         if self.records is not None:
             self.records.copy_(state["records"])
+        for name, tensor in self.memory.items():
+            tensor.copy_(state[f"memory.{name}"])

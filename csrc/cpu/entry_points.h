@@ -14,6 +14,9 @@ bool update(Pointer<const Table> table, Pointer<const int64_t> indices /* [n] */
             Pointer<const float> score /* [n] */, int64_t n,
             Pointer<const float> mean_grad /* [C] */, int64_t num_classes);
 
+// Codes, e0 and totals anew from the states of all samples, which have been written from outside.
+void rescale(Pointer<const Table> table);
+
 // The next minibatch: without replacement in the warm-up, by importance (or uniformly) after it.
 void draw(Pointer<const Table> table, Pointer<int64_t> indices /* [B] */,
           Pointer<float> weights /* [B] */);

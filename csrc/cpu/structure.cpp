@@ -243,10 +243,11 @@ void rescale(const Table& t) {
   s.seen = 0;
   uint32_t largest = 0;
   for (int64_t i = 0; i < t.num_samples; ++i) {
-    const Record& record = t.records[i];
+    Record& record = t.records[i];
     if (record.last < 0) continue;
     ++s.seen;
-    largest = std::max(largest, code_of(importance_of(record.mean, record.var, t.importance), 0));
+    record.code = code_of(importance_of(record.mean, record.var, t.importance), 0);
+    largest = std::max(largest, record.code);
   }
   if (s.seen == 0) return;
   // The mean, in integers relative to the largest weight: the same on every backend.
@@ -255,17 +256,17 @@ void rescale(const Table& t) {
   for (int64_t i = 0; i < t.num_samples; ++i) {
     const Record& record = t.records[i];
     if (record.last < 0) continue;
-    const uint32_t code = code_of(importance_of(record.mean, record.var, t.importance), 0);
-    const int below = exponent_of(largest) - exponent_of(code);
-    sum += below > 62 ? 0 : (mantissa_of(code) << spare) >> below;
+    const int below = exponent_of(largest) - exponent_of(record.code);
+    sum += below > 62 ? 0 : (mantissa_of(record.code) << spare) >> below;
   }
   const float floor = floor_of(sum, s.seen, exponent_of(largest) - spare, t.floor);
   s.exponent = exponent_for(floor, t.headroom);
+  const uint32_t least = code_of(floor, 0);  // rounding keeps the order: floor before it or after
   uint64_t total = 0;
   for (int64_t i = 0; i < t.num_samples; ++i) {
     Record& record = t.records[i];
     if (record.last < 0) continue;
-    record.code = code_of(importance_of(record.mean, record.var, t.importance), floor);
+    record.code = std::max(record.code, least);
     total += weight_of(record.code, e0(t));
   }
   s.total = static_cast<int64_t>(total);

@@ -53,10 +53,11 @@ void gather(const Table& t, const int64_t* indices, const float* observed, int64
     if (record.last >= now) continue;
     const int at = block.size++;
     const bool fresh = record.last < 0;
+    const bool anew = fresh || t.tau < 0;
     block.num_fresh += fresh;
     block.index[at] = indices[b];
-    block.mean[at] = fresh ? observed[b] : record.mean;  // d = 0: the mean is x and the variance 0
-    block.var[at] = fresh ? 0.0f : record.var;
+    block.mean[at] = anew ? observed[b] : record.mean;  // d = 0: the mean is x and the variance 0
+    block.var[at] = anew ? 0.0f : record.var;
     block.x[at] = observed[b];
     block.dt[at] = fresh ? 1 : now - record.last;
     block.old_code[at] = record.code;
@@ -211,5 +212,7 @@ bool update(Pointer<const Table> table, Pointer<const int64_t> indices,
   ++t.scalars->updates;
   return true;
 }
+
+void rescale(Pointer<const Table> table) { rescale(*table.address); }
 
 }  // namespace fastis::FASTIS_ISA

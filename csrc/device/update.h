@@ -68,8 +68,8 @@ FASTIS_HD inline Tally apply(const DeviceTable& t, const Minibatch& m, const Clo
   if (t.claims[index] != static_cast<uint32_t>(b)) return tally;
   t.claims[index] = kUnclaimed;
   const Record old = t.records[index];
-  const bool fresh = old.last < 0;
-  Record record{fresh ? x : old.mean, fresh ? 0.0f : old.var, clock.now, 0};
+  const bool fresh = old.last < 0, anew = fresh || t.tau < 0;
+  Record record{anew ? x : old.mean, anew ? 0.0f : old.var, clock.now, 0};
   observe(record.mean, record.var, x, static_cast<float>(fresh ? 1 : clock.now - old.last),
           clock.tau);
   const uint32_t code = code_of(importance_of(record.mean, record.var, t.importance), clock.floor);

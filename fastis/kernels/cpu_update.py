@@ -27,3 +27,8 @@ def update(
         0 if mean_grad is None else mean_grad.data_ptr(),
         0 if mean_grad is None else mean_grad.numel(),
     )
+
+
+def rescale(table: Table) -> None:
+    """See :func:`fastis.kernels.reference_update.rescale`."""
+    _C.rescale(table.handle)

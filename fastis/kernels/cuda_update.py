@@ -1,4 +1,7 @@
-"""The update on a GPU: csrc/cuda/sampler.cu, one launch, no host synchronisation."""
+"""The update on a GPU: csrc/cuda/sampler.cu, one launch, no host synchronisation.
+
+To rescale for states written from outside, the reference's operations serve (they synchronise).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,10 @@ from torch import Tensor
 
 from fastis.kernels import _C
 from fastis.kernels.cuda_launch import launch
+from fastis.kernels.reference_update import rescale
 from fastis.table import Table
+
+__all__ = ["rescale", "update"]
 
 
 def update(

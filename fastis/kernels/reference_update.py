@@ -110,20 +110,14 @@ def update_state(table: Table, indices: Tensor, observed: Tensor) -> None:
     constants, scalars = table.constants, table.scalars
     now = min(int(scalars[UPDATES]), 2**31 - 1)
     total, seen, e0 = (int(scalars[at]) for at in (TOTAL, SEEN, EXPONENT))
-    tau = constants.tau if constants.tau > 0 else float(max(now, 1))
     usable = observed.abs() < LARGEST_SCORE
     scalars[SKIPPED] += (~usable).sum()
     keep = first_positions(indices, usable)
     keep = keep[table.column(LAST)[indices[keep]] < now]  # an iteration observes a sample once
     i, x = indices[keep], observed[keep]
 
-    mean, var, last = (table.column(at)[i] for at in (MEAN, VAR, LAST))
-    fresh = last < 0
-    dt = torch.where(fresh, 1, now - last).float()
-    alpha, one_minus_alpha = decay(dt / torch.tensor(tau, dtype=torch.float32))
-    d = x - mean
-    new_mean = torch.where(fresh, x, mean + one_minus_alpha * d)
-    new_var = torch.where(fresh, 0.0, alpha * (var + one_minus_alpha * d * d))
+    fresh = table.column(LAST)[i] < 0
+    new_mean, new_var = smoothed(table, i, x, now)
     importance = importance_of(new_mean, new_var, constants.importance)
     codes = code_of(importance, floor_of(total, seen, e0, constants.floor))
 
@@ -143,13 +137,41 @@ def update_state(table: Table, indices: Tensor, observed: Tensor) -> None:
         rescale(table)
 
 
+def smoothed(table: Table, i: Tensor | slice, x: Tensor, now: int) -> tuple[Tensor, Tensor]:
+    """New mean and variance of samples ``i`` after observing ``x`` in iteration ``now``."""
+    tau = table.constants.tau
+    mean, var, last = (table.column(at)[i] for at in (MEAN, VAR, LAST))
+    if tau < 0:
+        return x, torch.zeros_like(x)
+    dt = torch.where(last < 0, 1, now - last).float()
+    tau_now = torch.tensor(tau if tau > 0 else float(max(now, 1)), dtype=torch.float32)
+    alpha, one_minus_alpha = decay(dt / tau_now)
+    d = x - mean
+    new_mean = torch.where(last < 0, x, mean + one_minus_alpha * d)
+    return new_mean, torch.where(last < 0, 0.0, alpha * (var + one_minus_alpha * d * d))
+
+
+def observe_all(table: Table, observed: Tensor, iteration: int) -> None:
+    """Observes every sample that has not been observed in ``iteration``; float32 [N]. O(N).
+
+    Of the states alone: :func:`rescale` of the backend in use has to follow.
+    """
+    now = min(iteration, 2**31 - 1)
+    usable = observed.abs() < LARGEST_SCORE
+    table.scalars[SKIPPED] += (~usable).sum()
+    usable &= table.column(LAST) < now
+    for at, values in zip((MEAN, VAR), smoothed(table, slice(None), observed, now), strict=True):
+        table.column(at)[:] = torch.where(usable, values, table.column(at))
+    table.column(LAST)[:] = torch.where(usable, now, table.column(LAST))
+
+
 def max_shift(n: int) -> int:
     """The largest shift of a mantissa that n new weights can have without overflowing a sum."""
     return 61 - 16 - (n - 1).bit_length()
 
 
 def rescale(table: Table) -> None:
-    """Codes, e0 and totals anew from the state, with the floor at the present mean."""
+    """Codes, e0 and totals anew from the states, with the floor at the present mean. O(N)."""
     constants, scalars = table.constants, table.scalars
     scalars[VALID] = 0
     is_seen = table.column(LAST) >= 0

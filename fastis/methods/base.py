@@ -1,18 +1,24 @@
-"""What a sampling method is: options, and how a minibatch is observed.
+"""What a sampling method is: options, what it remembers, and how it draws and learns.
 
-A method is a small frozen dataclass of options. The :class:`fastis.Sampler` owns what changes (the
-clocks, the table of states, the variance averages) and asks the method three things: how long draws
-are without replacement, which constants its table has, and what it observes of a scored loss.
+A method is a small frozen dataclass of options. All that changes belongs to the sampler's
+:class:`fastis.table.Table`, which is saved and loaded as a whole: clocks, the states of the samples
+with the tree over them, variance averages, and the tensors that the method asks for in
+:meth:`Method.memory`. So one object can serve any number of samplers.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from fastis import check
+from fastis.kernels import kernels_for
+from fastis.kernels.reference_weights import distribution
+from fastis.table import DRAWS, FACTOR, UPDATES, Table
 
 ESTIMATORS = ("unbiased", "plugin")
 FOREVER = 2**62
@@ -29,7 +35,11 @@ class Scored(Protocol):
     def mean_grad(self) -> Tensor | None: ...
 
 
-@dataclass(frozen=True)
+# indices int64 [n] on the sampler's device -> the scored loss of these samples, or float [n] there.
+ScoreFn = Callable[[Tensor], "Scored | Tensor"]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """Options that every method has.
 
@@ -39,10 +49,15 @@ class Method:
         of the variance traces: with the B/(B-1) corrections, or as in Kutsuna 2025, eqs. 10-12.
     smoothing : float in [0, 1)
         how much of the moments' moving averages an iteration keeps.
+
+    The traces are those of a method with coefficients; for the others they have no meaning.
     """
 
     name: ClassVar[str]
+    # Does the table keep a state and a weight for every sample?
     has_records: ClassVar[bool] = False
+    # Does the learning rate follow N_ems (:meth:`lr_factor`)? If not, the factor is 1.
+    adjusts_lr: ClassVar[bool] = False
 
     estimator: str = "unbiased"
     smoothing: float = 0.99
@@ -52,9 +67,11 @@ class Method:
         if check.number("smoothing", self.smoothing, 0.0) >= 1:
             raise ValueError(f"smoothing must be in [0, 1), got {self.smoothing!r}")
 
+    # What the sampler asks once ------------------------------------------------------------------
+
     def options(self) -> dict[str, Any]:
-        """Name and value of every option, for saving and comparing."""
-        return asdict(self)
+        """Name and value of every option but functions, for saving and comparing."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
 
     def warmup_draws(self, batches_per_epoch: int) -> int:
         """How many of the first minibatches are drawn without replacement."""
@@ -64,6 +81,48 @@ class Method:
         """The method's own entries of :class:`fastis.table.Constants`."""
         return {"smoothing": self.smoothing, "unbiased": self.estimator == "unbiased"}
 
+    def memory(self, table: Table) -> dict[str, Tensor]:
+        """Tensors that the method wants kept in ``table.memory``, on the table's device."""
+        return {}
+
+    # The step ------------------------------------------------------------------------------------
+
+    def draw(self, table: Table, indices: Tensor, weights: Tensor) -> None:
+        """The next minibatch, into ``indices`` int64 [B] and ``weights`` float32 [B]."""
+        kernels_for("sample", table.device.type).draw(table, indices, weights)
+
     def observed(self, out: Scored) -> Tensor:
-        """[n]: what the table keeps averages of."""
+        """[n]: what is observed of every sample of a minibatch."""
         return out.score
+
+    def update(
+        self,
+        table: Table,
+        indices: Tensor,
+        weights: Tensor,
+        observed: Tensor,
+        score: Tensor,
+        mean_grad: Tensor | None,
+    ) -> bool:
+        """One iteration; False when an index is out of range, and then nothing has changed."""
+        update: Callable[..., bool] = kernels_for("update", table.device.type).update
+        return update(table, indices, observed, weights, score, mean_grad)
+
+    # What can be read ----------------------------------------------------------------------------
+
+    def probabilities(self, table: Table) -> Tensor:
+        """float64 [N]: the probabilities of each draw of the next minibatch. O(N)."""
+        n = table.constants.num_samples
+        if table.records is None or int(table.scalars[DRAWS]) < table.constants.warmup_draws:
+            return torch.full((n,), 1 / n, dtype=torch.float64, device=table.device)
+        drawn = distribution(table)
+        return drawn.weights.double() / float(drawn.total)
+
+    def lr_factor(self, table: Table) -> Tensor:
+        """0-d float64: what SGD's learning rate is multiplied with."""
+        factor = table.variance[FACTOR]
+        return factor.clone() if self.adjusts_lr else torch.ones_like(factor)
+
+    def effective_iterations(self, table: Table) -> Tensor:
+        """0-d float64: how far the run is, in iterations of uniform sampling."""
+        return table.scalars[UPDATES].double()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from fastis import check
-from fastis.methods.base import Method
-from fastis.table import IMPORTANCE
+from fastis.kernels import kernels_for
+from fastis.kernels.reference_update import observe_all
+from fastis.methods.base import Method, Scored, ScoreFn
+from fastis.methods.scoring import score_all
+from fastis.table import IMPORTANCE, UPDATES, Table
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,8 @@ class EMAIS(Method):
         d = |g| - m;   m += (1 - alpha) d;   v = alpha (v + (1 - alpha) d^2)
         w = sqrt(m^2 + v)  ("rms")   or   m + sqrt(v)  ("sum");   p ~ max(w, floor mean(w))
 
-    Unseen samples have the mean weight of the seen ones.
+    Unseen samples have the mean weight of the seen ones. Coefficients are 1/(N p); the learning
+    rate is multiplied by N_ems / B (eq. 8).
 
     Parameters
     ----------
@@ -33,17 +39,26 @@ class EMAIS(Method):
         epochs without replacement before importance sampling starts (the paper: 2).
     floor : float in [1e-6, 1]
         least importance, as a part of the mean (ours): no coefficient exceeds 1 + 1/floor.
+    refresh_every : int
+        every so many iterations all samples are scored anew with the parameters of the moment (sec.
+        9.8), by ``score_fn``; 0: never. Costs a forward pass over the data, and waits for it.
+    score_fn : callable
+        indices int64 [n] -> the ScoredLoss of these samples from a forward pass of the user's
+        (called under ``torch.no_grad()``), or float [n], their scores.
     estimator, smoothing
         see :class:`fastis.methods.Method`.
     """
 
     name: ClassVar[str] = "emais"
     has_records: ClassVar[bool] = True
+    adjusts_lr: ClassVar[bool] = True
 
     tau: str | float = "linear"
     importance: str = "rms"
     warmup_epochs: int = 2
     floor: float = 1e-3
+    refresh_every: int = 0
+    score_fn: ScoreFn | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,6 +69,12 @@ class EMAIS(Method):
         check.choice("importance", self.importance, IMPORTANCE)
         check.integer("warmup_epochs", self.warmup_epochs, 0)
         check.number("floor", self.floor, 1e-6, 1.0)
+        check.integer("refresh_every", self.refresh_every, 0)
+        if (self.score_fn is None) != (self.refresh_every == 0):
+            raise ValueError(
+                "refresh_every and score_fn must be given together, got "
+                f"refresh_every={self.refresh_every}, score_fn={self.score_fn!r}"
+            )
 
     def warmup_draws(self, batches_per_epoch: int) -> int:
         return self.warmup_epochs * batches_per_epoch
@@ -65,3 +86,36 @@ class EMAIS(Method):
             "importance": IMPORTANCE[self.importance],
             "floor": self.floor,
         }
+
+    def update(
+        self,
+        table: Table,
+        indices: Tensor,
+        weights: Tensor,
+        observed: Tensor,
+        score: Tensor,
+        mean_grad: Tensor | None,
+    ) -> bool:
+        if not super().update(table, indices, weights, observed, score, mean_grad):
+            return False
+        if self.score_fn is not None:
+            iteration = int(table.scalars[UPDATES]) - 1
+            if (iteration + 1) % self.refresh_every == 0:
+                scores = score_all(self.score_fn, table, self.observed)
+                observe_all(table, scores, iteration)
+                kernels_for("update", table.device.type).rescale(table)
+        return True
+
+
+@dataclass(frozen=True)
+class Loss(EMAIS):
+    """EMAIS on the loss instead of the gradient norm: p ~ the moving statistics of each loss.
+
+    The same formulas, options and coefficients as :class:`EMAIS`, with x = the sample's loss. (The
+    baseline "loss" of Katharopoulos & Fleuret 2018 is :class:`Presampling` with score="loss".)
+    """
+
+    name: ClassVar[str] = "loss"
+
+    def observed(self, out: Scored) -> Tensor:
+        return out.losses

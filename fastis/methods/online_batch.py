@@ -1,0 +1,113 @@
+"""Online batch selection by the rank of the loss (Loshchilov & Hutter 2015)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastis import check
+from fastis.methods.base import Scored, ScoreFn
+from fastis.methods.scoring import score_all
+from fastis.methods.weighted import WithoutCoefficients, assign, epoch_ended, usable_positions
+from fastis.table import MEAN, Table
+
+
+@dataclass(frozen=True)
+class OnlineBatch(WithoutCoefficients):
+    """Samples with a large last loss come more often, by rank.
+
+    With rank 1 for the largest last loss, in epoch e after the e0 warm-up epochs::
+
+        p_i ~ exp(-log(s) rank_i / N),   s = pressure^(1 - (e - e0) / (total_epochs - e0))
+
+    Losses are stored as they come and ranked at the end of every epoch; all are computed anew every
+    ``recompute_every`` epochs where there is a ``score_fn``. Minibatches have no coefficients
+    (weights are 1): a biased estimate, by design. Ranking is a host decision at the end of an
+    epoch: not for CUDA graphs.
+
+    Parameters
+    ----------
+    pressure : float of at least 1
+        s at the start: how much more often the largest loss comes than the smallest (100).
+    total_epochs : int, optional
+        length of the run: the pressure falls to 1 by then. None: it stays.
+    score_fn : callable, optional
+        indices int64 [n] -> the ScoredLoss of these samples from a forward pass of the user's
+        (called under ``torch.no_grad()``), or float [n], their losses.
+    recompute_every : int
+        epochs between calls of ``score_fn`` for all samples (2).
+    warmup_epochs : int
+        epochs without replacement at the start (1): a loss for every sample.
+    estimator, smoothing
+        see :class:`fastis.methods.Method`.
+    """
+
+    name: ClassVar[str] = "online_batch"
+
+    warmup_epochs: int = 1
+    pressure: float = 100.0
+    total_epochs: int | None = None
+    recompute_every: int = 2
+    score_fn: ScoreFn | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check.number("pressure", self.pressure, 1.0)
+        if math.isinf(self.pressure):
+            raise ValueError("pressure must be finite, got inf")
+        if self.total_epochs is not None:
+            check.integer("total_epochs", self.total_epochs, self.warmup_epochs + 1)
+        check.integer("recompute_every", self.recompute_every, 1)
+
+    def memory(self, table: Table) -> dict[str, Tensor]:
+        # Not seen yet counts as the largest loss.
+        n = table.constants.num_samples
+        return {"losses": torch.full((n,), torch.inf, device=table.device)}
+
+    def observed(self, out: Scored) -> Tensor:
+        return out.losses
+
+    def update(
+        self,
+        table: Table,
+        indices: Tensor,
+        weights: Tensor,
+        observed: Tensor,
+        score: Tensor,
+        mean_grad: Tensor | None,
+    ) -> bool:
+        keep = usable_positions(table, indices, observed)
+        if keep is None:
+            return False
+        losses = table.memory["losses"]
+        losses[indices[keep]] = observed[keep]
+        # The weights in force stay until the next ranking.
+        same = torch.where(observed.isfinite(), table.column(MEAN)[indices], observed)
+        super().update(table, indices, weights, same, score, mean_grad)
+        epoch = epoch_ended(table) if len(indices) else 0
+        if epoch >= max(1, self.warmup_epochs):
+            since = epoch - self.warmup_epochs
+            if self.score_fn is not None and since % self.recompute_every == 0:
+                fresh = score_all(self.score_fn, table, self.observed)
+                losses.copy_(torch.where(fresh.isnan(), losses, fresh))
+            assign(table, self.by_rank(losses, epoch))
+        return True
+
+    def by_rank(self, losses: Tensor, epoch: int) -> Tensor:
+        """float32 [N]: the weights of epoch ``epoch`` (from 0) for last losses ``losses`` [N]."""
+        n = len(losses)
+        rank = torch.empty(n, dtype=torch.float64, device=losses.device)
+        order = losses.argsort(descending=True, stable=True)
+        rank[order] = torch.arange(1, n + 1, dtype=torch.float64, device=losses.device)
+        return (-math.log(self.pressure_in(epoch)) * rank / n).exp().float()
+
+    def pressure_in(self, epoch: int) -> float:
+        """s in epoch ``epoch``, counted from 0."""
+        if self.total_epochs is None:
+            return self.pressure
+        share = (epoch - self.warmup_epochs) / (self.total_epochs - self.warmup_epochs)
+        return math.pow(self.pressure, 1 - min(1.0, max(0.0, share)))

@@ -1,0 +1,161 @@
+"""Importance sampling within a large uniform minibatch (Katharopoulos & Fleuret 2018, Alg. 1)."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastis import check
+from fastis.kernels import kernels_for
+from fastis.methods import scoring
+from fastis.methods.base import Method, Scored, ScoreFn
+from fastis.table import DRAWS, Table
+
+SCORES = ("upper_bound", "loss", "gradient_norm")
+_FLOOR = 1e-3
+
+
+@dataclass(frozen=True)
+class Presampling(Method):
+    """Scores M uniform candidates by an extra forward pass, and draws the minibatch from them.
+
+    When the smoothed tau exceeds (M + 3 b) / (3 b), M candidates are drawn uniformly and scored,
+    and b of them with replacement in proportion to the score, with coefficients 1/(M q). Otherwise
+    the minibatch is uniform, and its own scores renew tau for free::
+
+        q_i = score_i / sum of scores;   tau <- 0.9 tau + 0.1 sqrt(n sum q^2)
+
+    q is floored at 1e-3/M (ours). Scores that are not finite count as 0. The sampler's
+    ``max_duplicates`` does not apply (the method as published): b q copies of a candidate are
+    expected. Whether there is a forward pass is decided on the host: not for CUDA graphs.
+
+    Parameters
+    ----------
+    score_fn : callable
+        indices int64 [n] -> the ScoredLoss of these samples from a forward pass of the user's
+        (called under ``torch.no_grad()``), or float [n], their scores.
+    score : "upper_bound", "loss" or "gradient_norm"
+        which column of a ScoredLoss counts: the norm of the gradient at the logits (eq. 19), or the
+        loss. For "gradient_norm" ``score_fn`` must return the exact norms, e.g. those of
+        :func:`fastis.estimators.gradient_norms`.
+    presample : int, optional
+        M, the number of candidates; None: 3 b (Kutsuna 2025 and the authors' experiments).
+    tau_threshold : float, optional
+        None: (M + 3 b) / (3 b), from where on a variance reduction pays for the extra forward pass.
+    tau_smoothing : float in [0, 1)
+        how much of tau a step keeps (0.9).
+    estimator, smoothing
+        see :class:`fastis.methods.Method`.
+    """
+
+    name: ClassVar[str] = "presampling"
+
+    score_fn: ScoreFn = field(compare=False)
+    score: str = "upper_bound"
+    presample: int | None = None
+    tau_threshold: float | None = None
+    tau_smoothing: float = 0.9
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not callable(self.score_fn):
+            raise TypeError(
+                "score_fn must be callable (indices -> scores), "
+                f"got {type(self.score_fn).__name__} {self.score_fn!r}"
+            )
+        check.choice("score", self.score, SCORES)
+        if self.presample is not None:
+            check.integer("presample", self.presample, 1)
+        if self.tau_threshold is not None:
+            check.number("tau_threshold", self.tau_threshold, 0.0)
+        if check.number("tau_smoothing", self.tau_smoothing, 0.0) >= 1:
+            raise ValueError(f"tau_smoothing must be in [0, 1), got {self.tau_smoothing!r}")
+
+    def warmup_draws(self, batches_per_epoch: int) -> int:
+        return 0
+
+    def memory(self, table: Table) -> dict[str, Tensor]:
+        _, threshold = self._sizes(table)
+        highest = table.constants.batch_size**0.5  # of b scores, one of them holding everything
+        if threshold >= highest:
+            warnings.warn(
+                "presampling will never switch on: tau is at most sqrt(batch_size) = "
+                f"{highest:.3g} in uniform steps, and its threshold is {threshold:.3g}",
+                stacklevel=4,
+            )
+        return {"tau": torch.zeros((), dtype=torch.float64, device=table.device)}
+
+    def _sizes(self, table: Table) -> tuple[int, float]:
+        """M and the threshold of tau."""
+        b = table.constants.batch_size
+        m = 3 * b if self.presample is None else self.presample
+        threshold = (m + 3 * b) / (3 * b) if self.tau_threshold is None else self.tau_threshold
+        return m, threshold
+
+    def draw(self, table: Table, indices: Tensor, weights: Tensor) -> None:
+        constants = table.constants
+        n, b, seed = constants.num_samples, constants.batch_size, constants.seed
+        m, threshold = self._sizes(table)
+        kernels = kernels_for("sample", table.device.type)
+        # A stretch of the counters for every iteration: m candidates, then b choices.
+        first = int(table.scalars[DRAWS]) * (max(m, b) + b)
+        if float(table.memory["tau"]) <= threshold:
+            indices.copy_(kernels.draw_points(n, seed, first, b, table.device))
+            weights.fill_(1.0)
+        else:
+            candidates = kernels.draw_points(n, seed, first, m, table.device)
+            q = _shares(scoring.score(self.score_fn, candidates, self.observed))
+            self._smooth(table, q)
+            weighed = kernels.weigh(q.clamp(min=_FLOOR / m))
+            chosen, coefficients = kernels.search(weighed, seed, first + max(m, b), b)
+            indices.copy_(candidates[chosen])
+            weights.copy_(coefficients)
+        table.scalars[DRAWS] += 1
+
+    def observed(self, out: Scored) -> Tensor:
+        return out.losses if self.score == "loss" else out.score
+
+    def update(
+        self,
+        table: Table,
+        indices: Tensor,
+        weights: Tensor,
+        observed: Tensor,
+        score: Tensor,
+        mean_grad: Tensor | None,
+    ) -> bool:
+        if not super().update(table, indices, weights, observed, score, mean_grad):
+            return False
+        # A minibatch drawn ahead may be older than tau: its own weights say how it was drawn.
+        if len(indices) and bool((weights == 1).all()):
+            self._smooth(table, _shares(self._scores_of(indices, observed)))
+        return True
+
+    def _scores_of(self, indices: Tensor, observed: Tensor) -> Tensor:
+        if self.score == "gradient_norm":
+            return scoring.score(self.score_fn, indices, self.observed)
+        return observed
+
+    def _smooth(self, table: Table, q: Tensor) -> None:
+        tau = (len(q) * q.square().sum()).sqrt()
+        table.memory["tau"].lerp_(tau, 1 - self.tau_smoothing)
+
+    def probabilities(self, table: Table) -> Tensor:
+        _, threshold = self._sizes(table)
+        if float(table.memory["tau"]) > threshold:
+            raise ValueError(
+                "probabilities of the next draw are not known before its candidates are scored "
+                "(method 'presampling')"
+            )
+        return super().probabilities(table)
+
+
+def _shares(scores: Tensor) -> Tensor:
+    """float64 [n]: q, the scores over their sum; all equal when all are 0."""
+    usable = torch.where(scores.isfinite(), scores, 0.0).double().clamp(min=0)
+    total = usable.sum()
+    return torch.where(total > 0, usable / total, 1 / len(scores))

@@ -1,0 +1,94 @@
+"""Prioritized replay for supervised training (Schaul, Quan, Antonoglou & Silver 2015)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastis import check
+from fastis.methods.base import Scored
+from fastis.methods.weighted import Weighted, assign, usable_positions
+from fastis.table import DRAWS, Table
+
+_EPSILON = 1e-8
+
+
+@dataclass(frozen=True)
+class Prioritized(Weighted):
+    """Samples in proportion to a power of their last loss, with partly corrected coefficients.
+
+    ::
+
+        p_i ~ (l_i + 1e-8)^alpha;   weights = (1/(N p))^beta / (their maximum in the minibatch)
+
+    Samples without a loss so far have the largest priority so far. The estimate is biased until
+    beta reaches 1, and then unbiased up to the minibatch's scale.
+
+    Parameters
+    ----------
+    alpha : float in [0, 1]
+        0.6; 0 is uniform.
+    beta : float in [0, 1]
+        beta at the start, 0.4 (Schaul et al., proportional variant).
+    total_steps : int, optional
+        minibatches in the run: beta grows linearly to 1 by then. None: it stays.
+    warmup_epochs : int
+        epochs without replacement at the start (0).
+    estimator, smoothing
+        see :class:`fastis.methods.Method`.
+    """
+
+    name: ClassVar[str] = "prioritized"
+
+    warmup_epochs: int = 0
+    alpha: float = 0.6
+    beta: float = 0.4
+    total_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check.number("alpha", self.alpha, 0.0, 1.0)
+        check.number("beta", self.beta, 0.0, 1.0)
+        if self.total_steps is not None:
+            check.integer("total_steps", self.total_steps, 1)
+
+    def memory(self, table: Table) -> dict[str, Tensor]:
+        n = table.constants.num_samples
+        return {
+            "known": torch.zeros(n, dtype=torch.bool, device=table.device),
+            "largest": torch.zeros((), device=table.device),
+        }
+
+    def draw(self, table: Table, indices: Tensor, weights: Tensor) -> None:
+        share = table.scalars[DRAWS] / (self.total_steps or float("inf"))
+        beta = self.beta + (1 - self.beta) * share.clamp(max=1)
+        super().draw(table, indices, weights)
+        weights.pow_(beta)
+        weights.div_(weights.max())
+
+    def observed(self, out: Scored) -> Tensor:
+        return (out.losses.abs() + _EPSILON) ** self.alpha
+
+    def update(
+        self,
+        table: Table,
+        indices: Tensor,
+        weights: Tensor,
+        observed: Tensor,
+        score: Tensor,
+        mean_grad: Tensor | None,
+    ) -> bool:
+        keep = usable_positions(table, indices, observed)
+        if keep is None:
+            return False
+        super().update(table, indices, weights, observed, score, mean_grad)
+        known, largest = table.memory["known"], table.memory["largest"]
+        known[indices[keep]] = True
+        before = largest.clone()
+        largest.copy_(torch.cat([observed[keep], largest[None]]).max())
+        if bool(largest > before) and not bool(known.all()):
+            assign(table, largest.expand(len(known)), which=~known)
+        return True

@@ -1,0 +1,217 @@
+"""RAIS: robust approximate importance sampling (Johnson & Guestrin 2018)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastis import check
+from fastis.methods.weighted import Weighted, assign, usable_positions
+from fastis.table import LAST, UPDATES, Table
+
+_DECAYS = (0.0, 0.5, 0.9)  # of the averages h_1, h_2, h_3
+_FEATURES = len(_DECAYS) + 1
+_SQUARE, _COEFFICIENT = _FEATURES, _FEATURES + 1  # columns of the buffer, after the features
+_GAIN_SMOOTHING = 0.99
+
+
+@dataclass(frozen=True)
+class RAIS(Weighted):
+    """Samples by a robust regression of the squared gradient norm on the norms seen before.
+
+    Each sample has features s = [h_1, h_2, h_3, mean over the data of h_1], averages of its squared
+    norms x^2 with decays 0, 0.5, 0.9. With c, d >= 0 fitted to the last observations::
+
+        p_i ~ sqrt(c.s_i + k d.s_i)
+        c = argmin sum r (x^2 - c.s)^2 / (c_old.s + e)^2
+        d = argmin sum r (|x^2 - c.s| - d.s)^2 / (c_old.s + e)^2
+
+    c.s is the expected squared norm and d.s its uncertainty. Coefficients are 1/(N p). The learning
+    rate is multiplied by the gain (its square root for Adam, ours), and the run's progress is its
+    sum, the effective iterations (:class:`fastis.EffectiveIterationsLR`)::
+
+        gain = E|G_u|^2 / E|G_p|^2,   E|G_u|^2 = E|G_p|^2 + (1/B) E[(r - r^2) |g|^2]
+
+    with G_u, G_p the minibatch's mean gradient under uniform draws and under p; both expectations
+    are moving averages (0.99). Without ``mean_grad``, |G_p|^2 is taken as (1/B) E[r^2 |g|^2].
+
+    The authors' code and formulas were not found: the regression follows the paper's idea, its
+    features, e (1 % of the mean x^2), the non-negative least squares (exact, by trying all subsets
+    of the four features) and the buffer are ours. Between fits the mean of h_1 in a weight is that
+    of the sample's last visit or the last fit. A fit costs O(N) and is a host decision: not for
+    CUDA graphs.
+
+    Parameters
+    ----------
+    uncertainty : float
+        k, how much the uncertainty counts (1).
+    refit_epochs : float
+        epochs between two fits (0.1).
+    buffer_size : int
+        observations that a fit goes by (20,000, the last ones).
+    warmup_epochs : int
+        epochs without replacement at the start (2); the gain is 1 in them.
+    estimator, smoothing
+        see :class:`fastis.methods.Method`.
+    """
+
+    name: ClassVar[str] = "rais"
+
+    uncertainty: float = 1.0
+    refit_epochs: float = 0.1
+    buffer_size: int = 20_000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check.number("uncertainty", self.uncertainty, 0.0)
+        if check.number("refit_epochs", self.refit_epochs, 0.0) == 0:
+            raise ValueError(f"refit_epochs must be above 0, got {self.refit_epochs!r}")
+        check.integer("buffer_size", self.buffer_size, 1)
+
+    def memory(self, table: Table) -> dict[str, Tensor]:
+        n, device = table.constants.num_samples, table.device
+
+        def double(*values: float) -> Tensor:
+            return torch.tensor(values, dtype=torch.float64, device=device)
+
+        return {
+            "history": torch.zeros((n, len(_DECAYS)), device=device),  # h_1, h_2, h_3
+            "first": double(0.0, 0.0),  # sum of h_1 over the seen samples, and how many those are
+            "buffer": torch.zeros((self.buffer_size, _FEATURES + 2), device=device),
+            "buffered": torch.zeros((), dtype=torch.int64, device=device),  # observations ever
+            # Until the first fit the steadiest average is the prediction.
+            "c": double(0.0, 0.0, 1.0, 0.0),
+            "d": double(0.0, 0.0, 0.0, 0.0),
+            "moments": double(0.0, 0.0),  # E|G_p|^2, and E|G_u|^2 less that; times the same factor
+            "gain": double(1.0)[0],
+            "effective_iterations": double(0.0)[0],
+        }
+
+    # The step ------------------------------------------------------------------------------------
+
+    def update(
+        self,
+        table: Table,
+        indices: Tensor,
+        weights: Tensor,
+        observed: Tensor,
+        score: Tensor,
+        mean_grad: Tensor | None,
+    ) -> bool:
+        keep = usable_positions(table, indices, observed)
+        if keep is None:
+            return False
+        if len(indices) == 0:
+            return True
+        i, square = indices[keep], observed[keep].square()
+        fresh = table.column(LAST)[i] < 0
+        self._remember(table, i, square, weights[keep], fresh)
+        self._observe(table, i, square, fresh)
+        # Not a number for observations that are not: the table counts and skips them.
+        new_weights = self.weights(table, self._features(table, indices)) + 0 * observed
+        super().update(table, indices, weights, new_weights, score, mean_grad)
+        updates, constants = int(table.scalars[UPDATES]), table.constants
+        if updates > constants.warmup_draws:
+            self._measure_gain(table, weights, score, mean_grad)
+        table.memory["effective_iterations"] += table.memory["gain"]
+        every = max(1, round(self.refit_epochs * constants.batches_per_epoch))
+        if updates % every == 0 and int(table.memory["buffered"]) > 0:
+            self._fit(table)
+            everything = torch.arange(constants.num_samples, device=table.device)
+            fitted = self.weights(table, self._features(table, everything))
+            assign(table, fitted, which=table.column(LAST) >= 0)
+        return True
+
+    def _features(self, table: Table, i: Tensor) -> Tensor:
+        """s, float32 [n, 4], of the samples ``i`` as they stand."""
+        total, seen = table.memory["first"].unbind()
+        mean_first = (total / seen.clamp(min=1)).float()
+        return torch.cat([table.memory["history"][i], mean_first.expand(len(i), 1)], dim=1)
+
+    def weights(self, table: Table, features: Tensor) -> Tensor:
+        """sqrt(c.s + k d.s), float32 [n]."""
+        slopes = table.memory["c"] + self.uncertainty * table.memory["d"]
+        return (features.double() @ slopes).clamp(min=0).sqrt().float()
+
+    def _remember(self, table: Table, i: Tensor, square: Tensor, r: Tensor, fresh: Tensor) -> None:
+        """Into the ring buffer: what was known before, what came, and the coefficient."""
+        known = ~fresh
+        columns = (self._features(table, i[known]), square[known, None], r[known, None])
+        rows = torch.cat(columns, dim=1)[-self.buffer_size :]
+        buffered = table.memory["buffered"]
+        places = torch.arange(len(rows), device=rows.device).add_(buffered) % self.buffer_size
+        table.memory["buffer"][places] = rows
+        buffered += len(rows)
+
+    def _observe(self, table: Table, i: Tensor, square: Tensor, fresh: Tensor) -> None:
+        history, first = table.memory["history"], table.memory["first"]
+        before = history[i]
+        decays = torch.tensor(_DECAYS, device=i.device)
+        after = before + (1 - decays) * (square[:, None] - before)
+        after = torch.where(fresh[:, None], square[:, None], after)
+        history[i] = after
+        first += torch.stack([(after - before)[:, 0].double().sum(), fresh.sum().double()])
+
+    def _measure_gain(
+        self, table: Table, weights: Tensor, score: Tensor, mean_grad: Tensor | None
+    ) -> None:
+        r, g2 = weights.double(), score.double().square()
+        n = len(r)
+        minibatch = (
+            (r * r * g2).mean() / n if mean_grad is None else mean_grad.double().square().sum()
+        )
+        now = torch.stack([minibatch, ((r - r * r) * g2).mean() / n])
+        moments = table.memory["moments"]
+        if bool(now.isfinite().all()):
+            moments.lerp_(now, 1 - _GAIN_SMOOTHING)
+        gain = 1 + moments[1] / moments[0]
+        good = gain.isfinite() & (gain > 0)
+        table.memory["gain"].copy_(torch.where(good, gain, 1.0))
+
+    # The regression ------------------------------------------------------------------------------
+
+    def _fit(self, table: Table) -> None:
+        memory = table.memory
+        rows = memory["buffer"][: min(int(memory["buffered"]), self.buffer_size)].double()
+        s, square, r = rows[:, :_FEATURES], rows[:, _SQUARE], rows[:, _COEFFICIENT]
+        e = 0.01 * square.mean() + torch.finfo(torch.float32).tiny
+        trust = r / (s @ memory["c"] + e).square()
+        memory["c"].copy_(non_negative_least_squares(s, square, trust))
+        error = (square - s @ memory["c"]).abs()
+        memory["d"].copy_(non_negative_least_squares(s, error, trust))
+
+    # What can be read ----------------------------------------------------------------------------
+
+    def lr_factor(self, table: Table) -> Tensor:
+        return table.memory["gain"].clone()
+
+    def effective_iterations(self, table: Table) -> Tensor:
+        return table.memory["effective_iterations"].clone()
+
+
+def non_negative_least_squares(a: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    """argmin over x >= 0 of sum_n weights_n (y_n - a_n . x)^2: float64 [k], k small.
+
+    a [n, k], y and weights >= 0 [n], float64. Exact: the minimum is the unconstrained one of some
+    subset of the columns, and all 2^k - 1 are tried.
+    """
+    gram = (a.T @ (weights[:, None] * a)).cpu().numpy()
+    right = (a.T @ (weights * y)).cpu().numpy()
+    k = len(right)
+    best, least = np.zeros(k), 0.0  # no column at all
+    for size in range(1, k + 1):
+        for columns in combinations(range(k), size):
+            chosen = list(columns)
+            x = np.linalg.lstsq(gram[np.ix_(chosen, chosen)], right[chosen], rcond=None)[0]
+            if (x < 0).any() or not np.isfinite(x).all():
+                continue
+            value = x @ gram[np.ix_(chosen, chosen)] @ x - 2 * right[chosen] @ x
+            if value < least:
+                least, best = value, np.zeros(k)
+                best[chosen] = x
+    return torch.from_numpy(best).to(a.device)

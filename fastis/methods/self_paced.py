@@ -1,0 +1,99 @@
+"""Self-paced learning: easy samples first (Kumar, Packer & Koller 2010; Kutsuna 2025, sec. 9.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastis import check
+from fastis.methods.base import FOREVER, Method, Scored
+from fastis.methods.weighted import epoch_ended, usable_positions
+from fastis.table import Table
+
+
+@dataclass(frozen=True)
+class SelfPaced(Method):
+    """Uniform minibatches, of which only samples with a loss below a growing threshold count.
+
+    ``loss = sum(v l) / max(1, sum v)`` with v = 1 where l < lambda, else 0, which ``batch.weights``
+    = v B / max(1, sum v) make of the plain mean. Minibatches are drawn without replacement. The
+    first epoch counts whole; lambda is then set to a quantile of its losses, and multiplied every
+    epoch until it exceeds the largest loss, from where on all samples count.
+
+    Since the weights travel with the draw, v goes by each sample's last known loss (ours; the paper
+    by the present one). lambda is a host decision at the end of an epoch: not for CUDA graphs.
+
+    Parameters
+    ----------
+    quantile : float in (0, 1]
+        part of the data that counts after the first epoch (Kutsuna 2025: 0.6).
+    growth : float above 1
+        what lambda is multiplied with every epoch (1.3; Kumar et al. 2010, a value from memory).
+    estimator, smoothing
+        see :class:`fastis.methods.Method`.
+    """
+
+    name: ClassVar[str] = "self_paced"
+
+    quantile: float = 0.6
+    growth: float = 1.3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if check.number("quantile", self.quantile, 0.0, 1.0) == 0:
+            raise ValueError(f"quantile must be in (0, 1], got {self.quantile!r}")
+        if check.number("growth", self.growth, 1.0) == 1:
+            raise ValueError(f"growth must be above 1, got {self.growth!r}")
+
+    def warmup_draws(self, batches_per_epoch: int) -> int:
+        return FOREVER
+
+    def memory(self, table: Table) -> dict[str, Tensor]:
+        n = table.constants.num_samples
+        return {
+            "losses": torch.full((n,), torch.nan, device=table.device),  # NaN: not known yet
+            "threshold": torch.full((), torch.inf, device=table.device),
+        }
+
+    def draw(self, table: Table, indices: Tensor, weights: Tensor) -> None:
+        super().draw(table, indices, weights)
+        harder = table.memory["losses"][indices] >= table.memory["threshold"]
+        counts = (~harder).to(weights.dtype)
+        weights.copy_(counts * (len(counts) / counts.sum().clamp(min=1)))
+
+    def observed(self, out: Scored) -> Tensor:
+        return out.losses
+
+    def update(
+        self,
+        table: Table,
+        indices: Tensor,
+        weights: Tensor,
+        observed: Tensor,
+        score: Tensor,
+        mean_grad: Tensor | None,
+    ) -> bool:
+        keep = usable_positions(table, indices, observed)
+        if keep is None:
+            return False
+        table.memory["losses"][indices[keep]] = observed[keep]
+        super().update(table, indices, weights, observed, score, mean_grad)
+        if len(indices) and (epoch := epoch_ended(table)):
+            self._raise_threshold(table.memory["losses"], table.memory["threshold"], epoch)
+        return True
+
+    def _raise_threshold(self, losses: Tensor, threshold: Tensor, epoch: int) -> None:
+        known = losses[~losses.isnan()]
+        if len(known) == 0:
+            return
+        if epoch == 1:  # by sorting: torch.quantile takes 2^24 values at most
+            last = max(0, round(self.quantile * len(known)) - 1)
+            quantile = known.sort().values[last]
+            threshold.copy_(torch.nextafter(quantile, quantile.new_tensor(torch.inf)))
+        else:
+            threshold.mul_(self.growth)
+        if bool(threshold > known.max()):
+            threshold.fill_(torch.inf)
