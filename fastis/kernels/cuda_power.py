@@ -9,7 +9,12 @@ from fastis.kernels.reference_power import flatten_by_power
 from fastis.kernels.reference_random import STREAM_DRAW, random_words, scale
 from fastis.kernels.reference_sample import slice_points
 from fastis.kernels.reference_weights import weight_of
-from fastis.table import DRAWS, EXPONENT, LAST, SCHEMES, SEEN, TOTAL, UNIFORM_WEIGHT, Table
+from fastis.table import DRAWS, EXPONENT, FLATTEN, LAST, SCHEMES, SEEN, TOTAL, UNIFORM_WEIGHT, Table
+
+
+def draws_by_power(table: Table) -> bool:
+    """Is flattening by power what past the warm-up the table's draws need?"""
+    return table.records is not None and table.constants.flatten == FLATTEN["power"]
 
 
 def draw_by_power(table: Table, indices: Tensor, weights: Tensor) -> None:
