@@ -171,9 +171,11 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<fastis::Table>(m, "Table")
       .def(py::init(&make_table))
+      .def_readwrite("seed", &fastis::Table::seed)
       .def_property_readonly("address", [](const fastis::Table& t) { return uintptr_t(&t); });
   py::class_<fastis::DeviceTable>(m, "DeviceTable")
       .def(py::init(&make_device_table))
+      .def_readwrite("seed", &fastis::DeviceTable::seed)
       .def_property_readonly("address", [](const fastis::DeviceTable& t) { return uintptr_t(&t); });
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("structure_nodes", [](int64_t n) { return fastis::Levels(n).total(); });
@@ -181,6 +183,7 @@ PYBIND11_MODULE(_C, m) {
         [](int64_t n) { return fastis::Levels(n, fastis::kDeviceTop).total(); });
   m.def("emulate_update", &fastis::emulated::update);
   m.def("emulate_draw", &fastis::emulated::draw);
+  m.def("emulate_update_and_draw", &fastis::emulated::update_and_draw);
   m.def("emulate_survey", &fastis::emulated::survey);
   m.def("emulate_running_sums_bytes", &fastis::emulated::running_sums_bytes);
   m.def("emulate_running_sums", &fastis::emulated::running_sums);

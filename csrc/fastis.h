@@ -28,6 +28,11 @@ void update(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
             int64_t n, Pointer<const float> mean_grad, int64_t num_classes, uint64_t stride);
 void draw(Pointer<const DeviceTable> table, Pointer<int64_t> indices, Pointer<float> weights,
           uint64_t stride);
+void update_and_draw(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
+                     Pointer<const float> observed, Pointer<const float> weights,
+                     Pointer<const float> score, int64_t n, Pointer<const float> mean_grad,
+                     int64_t num_classes, Pointer<int64_t> next_indices,
+                     Pointer<float> next_weights, uint64_t stride);
 int64_t survey(int64_t format, Pointer<const void> values, int64_t n, Pointer<int64_t> found,
                uint64_t stride);
 int64_t running_sums_bytes(int64_t n);

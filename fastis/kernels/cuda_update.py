@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastis.kernels import _C
-from fastis.kernels.cuda_launch import launch
+from fastis.kernels.cuda_launch import launch, minibatch
 from fastis.kernels.reference_update import rescale
 from fastis.table import Table
 
@@ -29,12 +29,6 @@ def update(
             _C.cuda_update,
             table.device,
             table.device_handle,
-            indices.data_ptr(),
-            observed.data_ptr(),
-            weights.data_ptr(),
-            score.data_ptr(),
-            indices.numel(),
-            0 if mean_grad is None else mean_grad.data_ptr(),
-            0 if mean_grad is None else mean_grad.numel(),
+            *minibatch(indices, observed, weights, score, mean_grad),
         )
     return True

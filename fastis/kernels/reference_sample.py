@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastis.kernels import reference_weights
+from fastis.kernels import reference_update, reference_weights
 from fastis.kernels.reference_random import (
     STREAM_DRAW,
     STREAM_WEIGHTS,
@@ -34,6 +34,27 @@ def draw(table: Table, indices: Tensor, weights: Tensor) -> None:
         weights.fill_(1.0)
     else:
         _draw_by_importance(table, iteration, positions, indices, weights)
+
+
+def update_and_draw(
+    table: Table,
+    indices: Tensor,
+    observed: Tensor,
+    weights: Tensor,
+    score: Tensor,
+    mean_grad: Tensor | None,
+    next_indices: Tensor,
+    next_weights: Tensor,
+) -> bool:
+    """An update, then the next draw, into ``next_indices`` [B] and ``next_weights`` [B].
+
+    False when an index is out of range: nothing has changed then, and nothing was drawn. Arguments
+    as for :func:`fastis.kernels.reference_update.update`.
+    """
+    if not reference_update.update(table, indices, observed, weights, score, mean_grad):
+        return False
+    draw(table, next_indices, next_weights)
+    return True
 
 
 def _draw_by_importance(
