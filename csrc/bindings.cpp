@@ -107,6 +107,7 @@ void fill_table(fastis::Table& t, const py::dict& tensors, const py::dict& const
   t.floor = constants["floor"].cast<double>();
   t.smoothing = constants["smoothing"].cast<double>();
   t.tau = constants["tau"].cast<float>();
+  t.tau_scale = constants["tau_scale"].cast<float>();
   t.unbiased = constants["unbiased"].cast<bool>();
   t.importance = static_cast<fastis::Importance>(integer("importance"));
   t.flatten = static_cast<fastis::Flatten>(integer("flatten"));

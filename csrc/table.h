@@ -87,12 +87,20 @@ struct Table {
   int headroom = 0;                                 // see exponent_for()
   double floor = 0, smoothing = 0;
   float tau = 0;  // 0: linear; below 0: the state is the last observation
+  float tau_scale = 1;
   bool unbiased = true;
   Importance importance = Importance::rms;
   Flatten flatten = Flatten::none;
   Scheme scheme = Scheme::multinomial;
   Levels levels{1};
 };
+
+// The time constant of the averages in iteration `now`: the table's, or linear in the iteration.
+FASTIS_HD inline float tau_at(const Table& t, int32_t now) {
+  if (t.tau > 0) return t.tau;
+  const float linear = t.tau_scale * static_cast<float>(now);
+  return linear > 1.0f ? linear : 1.0f;
+}
 
 // Rescaling puts the floor's exponent `headroom` above e0, so that the mean may fall by that many
 // powers of two (and rise by about as many) before the next one.

@@ -75,6 +75,7 @@ class Constants:
     has_records: bool
     floor: float = 1e-3
     tau: float = 0.0  # 0: linear; below 0: the state is the last observation
+    tau_scale: float = 1.0  # linear: tau = max(tau_scale t, 1)
     importance: int = 0
     smoothing: float = 0.99
     unbiased: bool = True

@@ -110,7 +110,21 @@ def test_same_indices_coefficients_and_state(emulated, stride, flatten, scheme):
     run(samplers, emulated, stride, steps=120, batch_size=32)
 
 
-@pytest.mark.parametrize("method", ["emais", "scan", "uniform", EMAIS(importance="sum", tau=30.0)])
+class LastScore(EMAIS):
+    """By the last score alone: how tables keep weights that are given."""
+
+    def constants(self):
+        return {**super().constants(), "tau": -1.0}
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        *("emais", "scan", "uniform", LastScore()),
+        *(EMAIS(importance="sum", tau=30.0), EMAIS(tau_scale=0.3)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("flatten", ["cap", "power"])
 def test_methods_and_the_warm_up(emulated, method, flatten):
     samplers = pair(num_samples=300, batch_size=16, method=method, flatten=flatten)

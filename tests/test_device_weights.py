@@ -57,11 +57,33 @@ def test_weights_tables_and_draws_equal_the_reference(emulated, shape, dtype):
             check_against_reference(values)
 
 
+# Items of one side so far apart that parts have none of their own.
+FAR_APART = {
+    "few heavy": lambda n: 1.0 + 99.0 * (torch.arange(n) % 3001 == 0).double(),
+    "few light": lambda n: 1.0 - (torch.arange(n) % 3001 == 0).double(),
+    "heavy first and last": lambda n: 1.0 + 99.0 * (torch.arange(n) % (n - 1) == 0).double(),
+    "halves": lambda n: torch.where(torch.arange(n) % 2048 < 1024, 1.0, 3.0).double(),
+    # Capacity to the unit: neither deficit nor surplus over whole tiles.
+    "one and three among twos": lambda n: (
+        2.0 + (torch.arange(n) == n // 2).double() - (torch.arange(n) == n // 3).double()
+    ),
+}
+
+
 @pytest.mark.parametrize("stride", ORDERS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, *FAR_APART])
 def test_many_parts_in_any_order(monkeypatch, shape, stride):
     emulate(monkeypatch, stride)
-    check_against_reference(SHAPES[shape](40_007).float())
+    check_against_reference((SHAPES | FAR_APART)[shape](40_007).float())
+
+
+def test_integers_at_their_capacity(emulated):
+    weights = torch.full((20_000,), 7)
+    check_against_reference(weights)
+    weights[[3, 15_000]] = torch.tensor([0, 14])
+    check_against_reference(weights)
+    weights[:5000], weights[5000:10_000] = 6, 8
+    check_against_reference(weights)
 
 
 @pytest.mark.parametrize("exponent", [-1070, -1000, -500, 500, 960])

@@ -268,6 +268,7 @@ def test_constructor_errors(arguments, error, message):
     ("options", "error", "message"),
     [
         ({"tau": 0}, ValueError, "tau must be 'linear' or positive"),
+        ({"tau_scale": 0.0}, ValueError, "tau_scale must be positive and finite"),
         ({"tau": "log"}, ValueError, "tau must be one of 'linear'"),
         ({"tau": None}, TypeError, "tau must be a number"),
         ({"importance": "max"}, ValueError, "importance must be one of 'rms', 'sum'"),

@@ -20,20 +20,20 @@ def batch_of(*indices):
     return fastis.Batch(torch.tensor(indices), torch.ones(len(indices)))
 
 
-def ema_in_float64(observations, tau=None):
+def ema_in_float64(observations, tau=None, scale=1.0):
     """math: state table, straight from the formulas. observations: [(t, x)]."""
     mean = var = 0.0
     last = -1
     for t, x in observations:
-        alpha = 0.0 if last < 0 else math.exp(-(t - last) / (tau or max(t, 1)))
+        alpha = 0.0 if last < 0 else math.exp(-(t - last) / (tau or max(scale * t, 1)))
         d = x - mean
         mean, var, last = mean + (1 - alpha) * d, alpha * (var + (1 - alpha) * d * d), t
     return mean, var
 
 
-@pytest.mark.parametrize("tau", ["linear", 7.5])
-def test_update_follows_the_formulas(any_backend, tau):
-    sampler = fastis.Sampler(20, 4, method=EMAIS(tau=tau))
+@pytest.mark.parametrize(("tau", "scale"), [("linear", 1.0), ("linear", 0.3), (7.5, 1.0)])
+def test_update_follows_the_formulas(any_backend, tau, scale):
+    sampler = fastis.Sampler(20, 4, method=EMAIS(tau=tau, tau_scale=scale))
     generator = torch.Generator().manual_seed(0)
     seen = {i: [] for i in range(20)}
     for t in range(60):
@@ -44,7 +44,7 @@ def test_update_follows_the_formulas(any_backend, tau):
             seen[i].append((t, x))
     mean, var, last = sampler.mean, sampler.var, sampler.last_seen
     for i, observations in seen.items():
-        expected = ema_in_float64(observations, None if tau == "linear" else tau)
+        expected = ema_in_float64(observations, None if tau == "linear" else tau, scale)
         # 60 float32 operations of relative error 2^-24 each, on values of order 1.
         assert float(mean[i]) == pytest.approx(expected[0], rel=1e-5, abs=1e-5)
         assert float(var[i]) == pytest.approx(expected[1], rel=1e-5, abs=1e-5)

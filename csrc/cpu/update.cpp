@@ -131,7 +131,7 @@ void update_state(const Table& t, const int64_t* indices, const float* observed,
   const int64_t last_iteration = std::numeric_limits<int32_t>::max();
   const int32_t now = static_cast<int32_t>(std::min(s.updates, last_iteration));
   const int exponent = static_cast<int>(s.exponent);
-  const Weighing weighing{t.tau > 0 ? t.tau : static_cast<float>(std::max(now, 1)),
+  const Weighing weighing{tau_at(t, now),
                           floor_of(static_cast<uint64_t>(s.total), s.seen, exponent, t.floor),
                           t.importance, exponent, max_shift(n)};
   bool in_range = true;
