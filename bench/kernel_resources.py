@@ -269,7 +269,7 @@ def measure_cuda(architectures: Iterable[int]) -> Iterator[dict[str, Any]]:
 
 def cuda_name(mangled: str) -> str | None:
     """A kernel of ours with its template's argument; None for those of CUB."""
-    ours = re.search(r"4cuda.*?\d+([a-z_]+_kernel)(?:E|I.*?\d+([A-Z][A-Za-z]+)E)", mangled)
+    ours = re.search(r"4cuda.*?\d+([a-z_]+_kernel)(?:E|I.*?\d+([A-Z][A-Za-z]+?)E)", mangled)
     if ours is None or "3cub" in mangled.split("_kernel")[0]:
         return None
     return ours[1] + (f"<{ours[2]}>" if ours[2] else "")

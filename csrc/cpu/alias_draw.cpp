@@ -48,7 +48,8 @@ class Draws {
   void resolve(const Group& group, int64_t* indices, float* coefficients) const {
     for (int i = 0; i < group.size; ++i) {
       const uint64_t index = group.bucket[i];
-      indices[i] = fastis::resolve(table_[index], index, group.offset[i], bits_, coefficients[i]);
+      indices[i] = fastis::resolve(BucketBits::read(table_ + index), index, group.offset[i], bits_,
+                                   coefficients[i]);
     }
   }
 

@@ -30,8 +30,16 @@ __global__ void __launch_bounds__(kThreads)
             [&](int64_t quad) { return sums_of(buckets, quad, weights.read(quad)); });
 }
 
+// Blocks that a multiprocessor is to hold at once. On the newest targets the registers that four
+// would leave a thread do not suffice.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kPartsAtOnce = 3;
+#else
+constexpr int kPartsAtOnce = 4;
+#endif
+
 // A block a part.
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kPartsAtOnce)
     alias_parts_kernel(const __grid_constant__ AliasJob job) {
   __shared__ device::PartMemory memory;
   device::CudaBlock block(nullptr);

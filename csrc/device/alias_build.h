@@ -127,7 +127,6 @@ class Side {
     const TileSums &begin_sums = job.before[first < tiles ? first : tiles],
                    &end_sums = job.before[end];
     uint64_t* const out = sums + (kHeavy ? 1 : 0);
-    if (kHeavy) sums[0] = begin_sums.surplus;
     const int64_t items = end > first ? (end - first) * kTile : 0;
     const int64_t all =
         kHeavy ? job.heavies(end) - job.heavies(first) : end_sums.lights - begin_sums.lights;
@@ -155,8 +154,13 @@ class Side {
           });
       size = found.count;
     }
-    if (!kHeavy) sums[size] = end_sums.deficit;
-    block.wait();
+    block.each(1, [&](int64_t) {
+      if (kHeavy) {
+        sums[0] = begin_sums.surplus;
+      } else {
+        sums[size] = end_sums.deficit;
+      }
+    });
   }
 
   FASTIS_HD int64_t index(int item) const { return base + position_[item]; }
@@ -235,8 +239,8 @@ FASTIS_HD void build_part(Block& block, PartMemory& memory, const AliasJob& job,
     const int i = first_light + static_cast<int>(k), j = heavy.first_from(light.sum(i) + 1);
     const int64_t index = light.index(i);
     const uint64_t own = job.buckets[index] - light.difference(i);
-    job.table[index] = {own << bits | static_cast<uint64_t>(heavy.index(j)),
-                        {alias_coefficient(job.total, job.n, own), memory.coefficient[j]}};
+    BucketBits::write(job.table + index, own << bits | static_cast<uint64_t>(heavy.index(j)),
+                      alias_coefficient(job.total, job.n, own), memory.coefficient[j]);
   });
   const int first_heavy = heavy.first_from(from.heavy_end);
   // Whole tiles lie behind a place even where their last items add nothing to the surpluses.
@@ -259,8 +263,8 @@ FASTIS_HD void build_part(Block& block, PartMemory& memory, const AliasJob& job,
     }
     const uint64_t given = light.sum(light.first_from(heavy.sum(j)));
     const uint64_t own = job.buckets[index] + heavy.sum(j) - given;
-    job.table[index] = {own << bits | static_cast<uint64_t>(next),
-                        {memory.coefficient[j], next_coefficient}};
+    BucketBits::write(job.table + index, own << bits | static_cast<uint64_t>(next),
+                      memory.coefficient[j], next_coefficient);
   });
 }
 

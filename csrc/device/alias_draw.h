@@ -39,12 +39,12 @@ FASTIS_HD void draw_from(const AliasTable& table, const Points& points, const Th
                          int64_t count, int64_t* indices, float* coefficients) {
   for (int64_t b = threads.number; b < count; b += kInFlight * threads.count) {
     uint64_t place[kInFlight], offset[kInFlight];
-    Bucket bucket[kInFlight];
+    BucketBits bucket[kInFlight];
     for (int j = 0; j < kInFlight; ++j) {
       const int64_t at = b + j * threads.count;
       place[j] = table.locate(at < count ? points(at) : 0, offset[j]);
     }
-    for (int j = 0; j < kInFlight; ++j) bucket[j] = table.buckets[place[j]];
+    for (int j = 0; j < kInFlight; ++j) bucket[j] = BucketBits::read(table.buckets + place[j]);
     for (int j = 0; j < kInFlight; ++j) {
       const int64_t at = b + j * threads.count;
       if (at >= count) continue;

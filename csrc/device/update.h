@@ -42,9 +42,8 @@ FASTIS_HD inline Clock clock_of(const Table& t, int64_t n) {
   const int64_t last = 0x7FFFFFFF;
   const int32_t now = static_cast<int32_t>(s.updates < last ? s.updates : last);
   const int exponent = exponent_of_table(t);
-  return {now, tau_at(t, now),
-          floor_of(static_cast<uint64_t>(s.total), s.seen, exponent, t.floor), exponent,
-          max_shift(n)};
+  return {now, tau_at(t, now), floor_of(static_cast<uint64_t>(s.total), s.seen, exponent, t.floor),
+          exponent, max_shift(n)};
 }
 
 FASTIS_HD inline void claim(const DeviceTable& t, const Minibatch& m, int32_t now, int64_t b) {
