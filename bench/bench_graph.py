@@ -2,13 +2,22 @@
 
     python bench/bench_graph.py [--json FILE] [--model lenet5 mlp resnet18]
 
-Two graphs of the same network, optimizer and data take turns: ``fastis`` (EMAIS past its warm-up)
+Graphs of the same network, optimizer and data take turns. EMAIS past its warm-up, in three ways:
+
+- ``fastis``: draw, loss, update, one after the other;
+- ``fused``: the update and the next draw in one launch (``Sampler.update_and_sample``);
+- ``ahead``: the next minibatch is drawn on a side stream while the network works on this one, from
+  the state before this one's update. Its coefficients are those of that state: drawing ahead is
+  legal, the update only comes one minibatch later to bear;
+
 and ``torch`` (``randint``, ``F.cross_entropy``). Nothing of a replay runs on the host: both clocks,
-the table and the draws live on the device. Checked first: replays draw what a sampler on the CPU
-draws from the same state and scores, and the clock ticks once a replay.
+the table and the draws live on the device. Checked first: replays of each way draw what a sampler
+on the CPU draws from the same state and scores in the same order, and the clock ticks once a
+replay.
 
 Then what the graph adds, each captured alone and replayed many times over: the update, the draw,
-both, beside the smallest kernel of torch (one element) for the cost of a node.
+both in two launches and in one, beside the smallest kernel of torch (one element) for the cost of a
+node.
 
 Targets: at batch 128 at least 0.995 of the uniform steps per second for ResNet-18 (bf16), 0.95 for
 LeNet-5 and the MLP; update + draw of 4096 in at most 10 us.
@@ -100,12 +109,69 @@ class Training:
         indices = torch.randint(NUM_SAMPLES, (BATCH_SIZE,), device=self.on)
         self.finish(F.cross_entropy(self.logits(indices).float(), self.y[indices]))
 
-    def fastis_step(self, sampler: fastis.Sampler) -> fastis.Batch:
+    def scored(self, batch: fastis.Batch) -> fastis.loss.ScoredLoss:
+        logits = self.logits(batch.indices)
+        return fastis.cross_entropy(logits, self.y[batch.indices], batch.weights)
+
+
+Learn = Callable[[fastis.Batch], fastis.loss.ScoredLoss]
+Finish = Callable[[torch.Tensor], None]
+Step = Callable[[], fastis.Batch]
+
+
+def one_after_the_other(
+    sampler: fastis.Sampler, held: fastis.Batch, learn: Learn, finish: Finish
+) -> Step:
+    """A step on a minibatch of its own, which it returns; ``held`` is not used."""
+
+    def step() -> fastis.Batch:
         batch = sampler.sample()
-        out = fastis.cross_entropy(self.logits(batch.indices), self.y[batch.indices], batch.weights)
+        out = learn(batch)
         sampler.update(batch, out)
-        self.finish(out.loss)
+        finish(out.loss)
         return batch
+
+    return step
+
+
+def fused(sampler: fastis.Sampler, held: fastis.Batch, learn: Learn, finish: Finish) -> Step:
+    """A step on the minibatch in ``held`` that leaves the next one there."""
+
+    def step() -> fastis.Batch:
+        out = learn(held)
+        following = sampler.update_and_sample(held, out)
+        finish(out.loss)
+        return hold(held, following)
+
+    return step
+
+
+def ahead(sampler: fastis.Sampler, held: fastis.Batch, learn: Learn, finish: Finish) -> Step:
+    """As :func:`fused`, but the next minibatch is drawn beside the forward pass."""
+    side = torch.cuda.Stream()
+
+    def step() -> fastis.Batch:
+        main = torch.cuda.current_stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            following = sampler.sample()
+        out = learn(held)
+        main.wait_stream(side)  # the draw and the update use the same table
+        sampler.update(held, out)
+        finish(out.loss)
+        return hold(held, following)
+
+    return step
+
+
+WAYS = {"fastis": one_after_the_other, "fused": fused, "ahead": ahead}
+
+
+def hold(held: fastis.Batch, batch: fastis.Batch) -> fastis.Batch:
+    """Into the tensors that the next replay reads: those of a captured call are another's."""
+    held.indices.copy_(batch.indices)
+    held.weights.copy_(batch.weights)
+    return held
 
 
 def make_sampler(n: int, batch_size: int) -> fastis.Sampler:
@@ -123,37 +189,57 @@ def make_sampler(n: int, batch_size: int) -> fastis.Sampler:
 
 def validate() -> None:
     """Replays must go on as an eager sampler on the CPU does from the same state and scores."""
-    sampler = make_sampler(5000, 64)
-    score = torch.rand(64, device="cuda") + 0.1
-    kept: list[fastis.Batch] = []
+    for name, way in WAYS.items():
+        sampler = make_sampler(5000, 64)
+        out = scored(torch.rand(64, device="cuda") + 0.1)
+        step = way(sampler, sampler.sample(), lambda _, out=out: out, lambda _: None)
+        kept: list[fastis.Batch] = []
 
-    def step() -> None:
-        kept[:] = [sampler.sample()]
-        sampler.update(kept[0], scored(score))
+        def keep(step: Step = step, kept: list[fastis.Batch] = kept) -> None:
+            kept[:] = [step()]
 
-    graph = capture(step)
-    twin = fastis.Sampler(5000, 64, method=sampler.method, device="cpu")
-    twin.load_state_dict(sampler.state_dict())
-    for _ in range(20):
-        graph.replay()
-        expected = twin.sample()
-        twin.update(expected, scored(score.cpu()))
-        assert torch.equal(kept[0].indices.cpu(), expected.indices), "a replay drew other indices"
-        assert torch.equal(kept[0].weights.cpu(), expected.weights), "... or coefficients"
-    assert sampler.step == twin.step, "the clock of updates does not tick once a replay"
+        graph = capture(keep)
+        held = kept[0]
+        twin = fastis.Sampler(5000, 64, method=sampler.method, device="cpu")
+        twin.load_state_dict(sampler.state_dict())
+        present = fastis.Batch(held.indices.cpu(), held.weights.cpu())
+        for _ in range(20):
+            graph.replay()
+            present = follow(name, twin, present, scored(out.score.cpu()))
+            message = f"a replay of {name} drew other "
+            assert torch.equal(held.indices.cpu(), present.indices), message + "indices"
+            assert torch.equal(held.weights.cpu(), present.weights), message + "coefficients"
+        assert sampler.step == twin.step, f"the clock of {name} does not tick once a replay"
+
+
+def follow(
+    way: str, twin: fastis.Sampler, present: fastis.Batch, out: fastis.loss.ScoredLoss
+) -> fastis.Batch:
+    """What a step of that way returns, by a sampler driven in the same order."""
+    if way == "fastis":
+        present = twin.sample()
+        twin.update(present, out)
+        return present
+    if way == "ahead":
+        following = twin.sample()
+        twin.update(present, out)
+        return following
+    twin.update(present, out)
+    return twin.sample()
 
 
 def measure_model(model: str, turns: int) -> dict[str, object]:
-    ours, theirs = Training(model), Training(model)
-    sampler = make_sampler(NUM_SAMPLES, BATCH_SIZE)
-    graphs = {
-        "fastis": capture(lambda: ours.fastis_step(sampler)),
-        "torch": capture(theirs.uniform_step),
-    }
+    theirs = Training(model)
+    graphs = {"torch": capture(theirs.uniform_step)}
+    for name, way in WAYS.items():
+        ours, sampler = Training(model), make_sampler(NUM_SAMPLES, BATCH_SIZE)
+        graphs[name] = capture(way(sampler, sampler.sample(), ours.scored, ours.finish))
     times = take_turns(graphs, turns)
-    ratios = [b / a for a, b in zip(times["fastis"], times["torch"], strict=True)]
-    figures = {f"{name}_us": 1e3 * median(values) for name, values in times.items()}
-    return {**figures, "ratio": median(ratios)}
+    figures: dict[str, object] = {f"{name}_us": 1e3 * median(v) for name, v in times.items()}
+    for name in WAYS:
+        pairs = zip(times[name], times["torch"], strict=True)
+        figures[f"{name}_ratio"] = median(theirs / ours for ours, theirs in pairs)
+    return figures
 
 
 def measure_parts(n: int, batch_size: int, turns: int) -> dict[str, float]:
@@ -172,7 +258,8 @@ def measure_parts(n: int, batch_size: int, turns: int) -> dict[str, float]:
         "node": capture(lambda: one.add_(1)),
         "update": capture(lambda: sampler.update(batch, out)),
         "draw": capture(sampler.sample),
-        "update + draw": capture(both),
+        "update, draw": capture(both),
+        "update + draw": capture(lambda: sampler.update_and_sample(batch, out)),
     }
     return {name: 1e3 * median(values) for name, values in take_turns(graphs, turns).items()}
 
@@ -190,16 +277,17 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     validate()
     device = torch.device("cuda")
-    lines = [("network", "torch us", "fastis us", "steps per second, ratio", "target")]
+    lines = [("network", "torch us", *WAYS, *(f"{way}, ratio" for way in WAYS), "target")]
     for model in args.model:
         row = measure_model(model, args.turns)
-        cells = (f"{row['torch_us']:.1f}", f"{row['fastis_us']:.1f}", f"{row['ratio']:.3f}")
+        cells = [f"{row[f'{name}_us']:.1f}" for name in ("torch", *WAYS)]
+        cells += [f"{row[f'{name}_ratio']:.3f}" for name in WAYS]
         lines.append((model, *cells, f"{TARGETS[model]}"))
         if args.json:
             case = {"benchmark": "graph", "model": model, "batch_size": BATCH_SIZE}
             append_row(args.json, {**case, **row, **provenance(device)})
     print(aligned(lines))
-    lines = [("N", "B", "node us", "update us", "draw us", "update + draw us")]
+    lines = [("N", "B", "node us", "update", "draw", "update, draw", "update + draw")]
     for n in (1_000_000, 100_000_000):
         for batch_size in (128, 4096):
             parts = measure_parts(n, batch_size, args.turns)

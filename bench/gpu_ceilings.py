@@ -1,8 +1,8 @@
-"""What the memory of this GPU gives: the fastest copy and the fastest read, measured like the rest.
+"""What this GPU gives at best: a copy, a read, random reads, an empty node of a graph.
 
 A kernel that moves as many bytes as it must can't be faster than these. The copy is torch's
 (``cudaMemcpyAsync``), in bytes read plus bytes written; the read is a kernel of our own, because no
-library has one that only reads.
+library has one that only reads. Random reads draw their places with Philox, as a draw does.
 """
 
 from __future__ import annotations
@@ -24,6 +24,23 @@ def read_kernel(x_ptr, out_ptr, num_elements, BLOCK: tl.constexpr):
     for start in range(first, num_elements, tl.num_programs(0).to(tl.int64) * BLOCK):
         total ^= tl.load(x_ptr + start + tl.arange(0, BLOCK))
     tl.store(out_ptr + tl.program_id(0), tl.sum(total, 0))
+
+
+@triton.jit
+def gather_kernel(x_ptr, out_ptr, num_items, count, WORDS: tl.constexpr, BLOCK: tl.constexpr):
+    """Reads ``count`` items of ``WORDS`` int64 each at random from [num_items, WORDS]."""
+    total = tl.zeros([BLOCK], tl.int64)
+    for start in range(tl.program_id(0) * BLOCK, count, tl.num_programs(0) * BLOCK):
+        random = tl.randint(7, start + tl.arange(0, BLOCK)).to(tl.uint32, bitcast=True)
+        item = (random.to(tl.uint64) * num_items >> 32).to(tl.int64)
+        words = tl.load(x_ptr + item[:, None] * WORDS + tl.arange(0, WORDS)[None, :])
+        total ^= tl.sum(words, 1)
+    tl.store(out_ptr + tl.program_id(0), tl.sum(total, 0))
+
+
+@triton.jit
+def empty_kernel():
+    pass
 
 
 def graph_of(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
@@ -69,6 +86,29 @@ def ceilings(repeats: int, megabytes: int = 2048) -> dict[str, float]:
         for programs in (132 * 8, 132 * 16, 132 * 64)
     )
     return {"copy": 2 * size / copy * 1e6, "read": size / read * 1e6}
+
+
+def gathers_a_second(num_items: int, count: int, size: int, repeats: int) -> float:
+    """The most items of ``size`` bytes, 8 or 16, that are read at random a second."""
+    words = size // 8
+    source = torch.ones(num_items, words, dtype=torch.int64, device="cuda")
+
+    def reader(programs: int, block: int) -> Callable[[], object]:
+        out = torch.empty(programs, dtype=torch.int64, device="cuda")
+        arguments = source, out, num_items, count
+        return lambda: gather_kernel[(programs,)](*arguments, WORDS=words, BLOCK=block, num_warps=8)
+
+    times = [
+        microseconds([reader(132 * many, block)], repeats)
+        for many in (8, 32)
+        for block in (256, 1024)
+    ]
+    return count / min(times) * 1e6
+
+
+def node_microseconds(repeats: int, nodes: int = 200) -> float:
+    """What an empty kernel takes as one of many nodes of a graph."""
+    return microseconds([lambda: empty_kernel[(1,)](num_warps=1)] * nodes, repeats)
 
 
 def _reader(source: Tensor, programs: int) -> Callable[[], object]:

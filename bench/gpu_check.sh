@@ -76,6 +76,7 @@ build || finish
 case $mode in
   quick)
     step "tests" bash -c gpu_tests
+    step "sampling" "$python" bench/bench_gpu_sample.py --quick
     step "training on the GPU" "$python" bench/train.py --device cuda --iterations 300 --seeds 1 \
       --out "$results/quick" --force
     ;;
@@ -91,6 +92,7 @@ case $mode in
     mkdir -p "$results"
     rows=$results/gpu.jsonl
     step "losses" "$python" bench/bench_gpu_loss.py --json "$rows"
+    step "sampling" "$python" bench/bench_gpu_sample.py --json "$rows"
     step "a step in one graph" "$python" bench/bench_graph.py --json "$rows"
     step "eager step" "$python" bench/bench_step.py --device cuda --json "$rows"
     step "sampling, CPU" "$python" bench/bench_sample.py --json "$results/cpu.jsonl" --seconds 3

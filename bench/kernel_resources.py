@@ -260,9 +260,19 @@ def measure_cuda(architectures: Iterable[int]) -> Iterator[dict[str, Any]]:
                 subprocess.run([*command, f"-arch=sm_{architecture}"], check=True)
                 found = resource_usage(cubin.read_bytes())
             for mangled, usage in sorted(found.items()):
-                name = re.findall(r"\d+([a-z_]+_kernel)E", mangled)[0]
+                name = cuda_name(mangled)
+                if name is None:
+                    continue
                 row = {"kernel": name, "call": source.name, "sm": architecture}
                 yield {**row, "num_warps": 8, **usage._asdict()}
+
+
+def cuda_name(mangled: str) -> str | None:
+    """A kernel of ours with its template's argument; None for those of CUB."""
+    ours = re.search(r"4cuda.*?\d+([a-z_]+_kernel)(?:E|I.*?\d+([A-Z][A-Za-z]+?)E)", mangled)
+    if ours is None or "3cub" in mangled.split("_kernel")[0]:
+        return None
+    return ours[1] + (f"<{ours[2]}>" if ours[2] else "")
 
 
 def identity(row: dict[str, Any]) -> tuple[str, str, int]:

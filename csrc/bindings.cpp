@@ -172,9 +172,11 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<fastis::Table>(m, "Table")
       .def(py::init(&make_table))
+      .def_readwrite("seed", &fastis::Table::seed)
       .def_property_readonly("address", [](const fastis::Table& t) { return uintptr_t(&t); });
   py::class_<fastis::DeviceTable>(m, "DeviceTable")
       .def(py::init(&make_device_table))
+      .def_readwrite("seed", &fastis::DeviceTable::seed)
       .def_property_readonly("address", [](const fastis::DeviceTable& t) { return uintptr_t(&t); });
   m.def("advise_huge_pages", &advise_huge_pages);
   m.def("structure_nodes", [](int64_t n) { return fastis::Levels(n).total(); });
@@ -182,6 +184,19 @@ PYBIND11_MODULE(_C, m) {
         [](int64_t n) { return fastis::Levels(n, fastis::kDeviceTop).total(); });
   m.def("emulate_update", &fastis::emulated::update);
   m.def("emulate_draw", &fastis::emulated::draw);
+  m.def("emulate_update_and_draw", &fastis::emulated::update_and_draw);
+  m.def("emulate_survey", &fastis::emulated::survey);
+  m.def("emulate_running_sums_bytes", &fastis::emulated::running_sums_bytes);
+  m.def("emulate_running_sums", &fastis::emulated::running_sums);
+  m.def("emulate_integers", &fastis::emulated::integers);
+  m.def("emulate_search", &fastis::emulated::search);
+  m.def("emulate_alias_build_bytes", &fastis::emulated::alias_build_bytes);
+  m.def("emulate_alias_build", &fastis::emulated::alias_build);
+  m.def("emulate_alias_draw", &fastis::emulated::alias_draw);
+  m.def("emulate_alias_resolve", &fastis::emulated::alias_resolve);
+  m.def("emulate_draw_points", &fastis::emulated::draw_points);
+  m.def("emulate_share", &fastis::emulated::share);
+  m.def("emulate_blocks_for", &fastis::emulated::blocks_for);
   m.def("rescale", FASTIS_CPU(rescale));
   m.def("locate", FASTIS_CPU(locate));
   m.def("integers", FASTIS_CPU(integers));
@@ -196,6 +211,16 @@ PYBIND11_MODULE(_C, m) {
   fastis::define_fast<struct CudaDraw>(m, "cuda_draw", &fastis::cuda::draw);
   fastis::define_fast<struct CudaUpdateAndDraw>(m, "cuda_update_and_draw",
                                                 &fastis::cuda::update_and_draw);
+  m.def("cuda_survey", &fastis::cuda::survey);
+  m.def("cuda_running_sums_bytes", &fastis::cuda::running_sums_bytes);
+  m.def("cuda_running_sums", &fastis::cuda::running_sums);
+  m.def("cuda_integers", &fastis::cuda::integers);
+  m.def("cuda_search", &fastis::cuda::search);
+  m.def("cuda_alias_build_bytes", &fastis::cuda::alias_build_bytes);
+  m.def("cuda_alias_build", &fastis::cuda::alias_build);
+  m.def("cuda_alias_draw", &fastis::cuda::alias_draw);
+  m.def("cuda_alias_resolve", &fastis::cuda::alias_resolve);
+  m.def("cuda_draw_points", &fastis::cuda::draw_points);
 #endif
   fastis::define_fast<struct Weigh>(m, "weigh", FASTIS_CPU(weigh));
   fastis::define_fast<struct Search>(m, "search", FASTIS_CPU(search));

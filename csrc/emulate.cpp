@@ -18,4 +18,15 @@ void draw(Pointer<const DeviceTable> table, Pointer<int64_t> indices, Pointer<fl
   device::draw(grid, *table.address, indices.address, weights.address);
 }
 
+void update_and_draw(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
+                     Pointer<const float> observed, Pointer<const float> weights,
+                     Pointer<const float> score, int64_t n, Pointer<const float> mean_grad,
+                     int64_t num_classes, Pointer<int64_t> next_indices,
+                     Pointer<float> next_weights, uint64_t stride) {
+  device::HostGrid grid(stride);
+  device::update(grid, *table.address,
+                 {indices, observed, weights, score, n, mean_grad, num_classes});
+  device::draw(grid, *table.address, next_indices.address, next_weights.address);
+}
+
 }  // namespace fastis::emulated

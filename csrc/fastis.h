@@ -28,6 +28,38 @@ void update(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
             int64_t n, Pointer<const float> mean_grad, int64_t num_classes, uint64_t stride);
 void draw(Pointer<const DeviceTable> table, Pointer<int64_t> indices, Pointer<float> weights,
           uint64_t stride);
+void update_and_draw(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
+                     Pointer<const float> observed, Pointer<const float> weights,
+                     Pointer<const float> score, int64_t n, Pointer<const float> mean_grad,
+                     int64_t num_classes, Pointer<int64_t> next_indices,
+                     Pointer<float> next_weights, uint64_t stride);
+int64_t survey(int64_t format, Pointer<const void> values, int64_t n, Pointer<int64_t> found,
+               uint64_t stride);
+int64_t running_sums_bytes(int64_t n);
+int64_t running_sums(int64_t format, Pointer<const void> values, int64_t n, int64_t shift,
+                     Pointer<uint64_t> ends, Pointer<void> memory, int64_t bytes, uint64_t stride);
+int64_t integers(int64_t format, Pointer<const void> values, int64_t n, int64_t shift,
+                 Pointer<uint64_t> out, uint64_t stride);
+int64_t search(int64_t format, Pointer<const void> values, int64_t n, int64_t shift,
+               Pointer<const uint64_t> ends, uint64_t total, uint64_t seed, int64_t first,
+               int64_t count, Pointer<int64_t> indices, Pointer<float> coefficients,
+               uint64_t stride);
+int64_t alias_build_bytes(int64_t n);
+int64_t alias_build(int64_t format, Pointer<const void> values, int64_t n, int64_t shift,
+                    uint64_t total, Pointer<int64_t> before, Pointer<uint64_t> table,
+                    Pointer<void> memory, int64_t bytes, uint64_t stride);
+int64_t alias_draw(Pointer<const uint64_t> table, int64_t n, uint64_t total, uint64_t seed,
+                   int64_t first, int64_t count, Pointer<int64_t> indices,
+                   Pointer<float> coefficients, uint64_t stride);
+int64_t alias_resolve(Pointer<const uint64_t> table, int64_t n, uint64_t total,
+                      Pointer<const uint64_t> points, int64_t count, Pointer<int64_t> indices,
+                      Pointer<float> coefficients, uint64_t stride);
+int64_t draw_points(uint64_t total, uint64_t seed, int64_t first, int64_t count,
+                    Pointer<uint64_t> points, uint64_t stride);
+// What thread number `thread` of block `block` of `blocks` does of n items: the first, the step to
+// the next, and how many.
+void share(unsigned block, unsigned thread, unsigned blocks, int64_t n, Pointer<int64_t> found);
+unsigned blocks_for(int64_t items, int64_t most);
 
 }  // namespace fastis::emulated
 
@@ -48,6 +80,38 @@ int64_t update_and_draw(Pointer<const DeviceTable> table, Pointer<const int64_t>
                         Pointer<const float> score, int64_t n, Pointer<const float> mean_grad,
                         int64_t num_classes, Pointer<int64_t> next_indices,
                         Pointer<float> next_weights, int64_t device, uint64_t stream);
+
+// Given weights: what cpu/entry_points.h says of them, in pieces. `values` are aligned to 16 bytes;
+// `memory` is for the launch alone, as many bytes as ..._bytes(n) says.
+int64_t survey(
+    int64_t format, Pointer<const void> values /* [N] */, int64_t n,
+    Pointer<int64_t> found /* [3], zeros: the largest and the sum, as doubles; unusable */,
+    int64_t device, uint64_t stream);
+int64_t running_sums_bytes(int64_t n, int64_t device);
+int64_t running_sums(int64_t format, Pointer<const void> values, int64_t n, int64_t shift,
+                     Pointer<uint64_t> ends /* [ceil(N / 256)] */, Pointer<void> memory,
+                     int64_t bytes, int64_t device, uint64_t stream);
+int64_t integers(int64_t format, Pointer<const void> values, int64_t n, int64_t shift,
+                 Pointer<uint64_t> out /* [N] */, int64_t device, uint64_t stream);
+int64_t search(int64_t format, Pointer<const void> values, int64_t n, int64_t shift,
+               Pointer<const uint64_t> ends, uint64_t total, uint64_t seed, int64_t first,
+               int64_t count, Pointer<int64_t> indices /* [count] */,
+               Pointer<float> coefficients /* [count] */, int64_t device, uint64_t stream);
+int64_t alias_build_bytes(int64_t n, int64_t device);
+int64_t alias_build(int64_t format, Pointer<const void> values, int64_t n, int64_t shift,
+                    uint64_t total, Pointer<int64_t> before /* [ceil(N / 256) + 1, 3], first 0 */,
+                    Pointer<uint64_t> table /* [N, 2] */, Pointer<void> memory, int64_t bytes,
+                    int64_t device, uint64_t stream);
+int64_t alias_draw(Pointer<const uint64_t> table /* [N, 2] */, int64_t n, uint64_t total,
+                   uint64_t seed, int64_t first, int64_t count,
+                   Pointer<int64_t> indices /* [count] */,
+                   Pointer<float> coefficients /* [count] */, int64_t device, uint64_t stream);
+int64_t alias_resolve(Pointer<const uint64_t> table /* [N, 2] */, int64_t n, uint64_t total,
+                      Pointer<const uint64_t> points /* [count] */, int64_t count,
+                      Pointer<int64_t> indices, Pointer<float> coefficients, int64_t device,
+                      uint64_t stream);
+int64_t draw_points(uint64_t total, uint64_t seed, int64_t first, int64_t count,
+                    Pointer<uint64_t> points /* [count] */, int64_t device, uint64_t stream);
 
 }  // namespace fastis::cuda
 #endif

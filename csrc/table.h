@@ -33,7 +33,7 @@ struct Variance {
 };
 static_assert(sizeof(Variance) == 11 * 8);
 
-enum class Flatten : int { none = 0, cap = 1, mix = 2 };
+enum class Flatten : int { none = 0, cap = 1, mix = 2, power = 3 };  // power: not drawn here
 enum class Scheme : int { multinomial = 0, stratified = 1, systematic = 2 };
 
 constexpr int kLeaf = 4;    // records below a node of level 0: one cache line of them

@@ -2,11 +2,13 @@ from typing import Any
 
 class Table:
     def __init__(self, tensors: dict[str, int], constants: dict[str, Any]) -> None: ...
+    seed: int
     @property
     def address(self) -> int: ...
 
 class DeviceTable:
     def __init__(self, tensors: dict[str, int], constants: dict[str, Any]) -> None: ...
+    seed: int
     @property
     def address(self) -> int: ...
 
@@ -29,6 +31,23 @@ def emulate_update(
     stride: int,
 ) -> None: ...
 def emulate_draw(table: int, indices: int, weights: int, stride: int) -> None: ...
+def emulate_update_and_draw(
+    table: int,
+    indices: int,
+    observed: int,
+    weights: int,
+    score: int,
+    n: int,
+    mean_grad: int,
+    num_classes: int,
+    next_indices: int,
+    next_weights: int,
+    stride: int,
+) -> None: ...
+
+# The kernels for given weights, cuda_NAME(..., device, stream) and emulate_NAME(..., stride), are
+# called by name: fastis/kernels/cuda_weights.py. Their arguments: csrc/fastis.h.
+
 def cuda_error_string(error: int) -> str: ...
 def cuda_update(
     table: int,
@@ -44,6 +63,21 @@ def cuda_update(
     /,
 ) -> int: ...
 def cuda_draw(table: int, indices: int, weights: int, device: int, stream: int, /) -> int: ...
+def cuda_update_and_draw(
+    table: int,
+    indices: int,
+    observed: int,
+    weights: int,
+    score: int,
+    n: int,
+    mean_grad: int,
+    num_classes: int,
+    next_indices: int,
+    next_weights: int,
+    device: int,
+    stream: int,
+    /,
+) -> int: ...
 def update(
     table: int,
     indices: int,

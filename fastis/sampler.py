@@ -173,6 +173,36 @@ class Sampler(MinibatchSource):
         Non-finite scores leave their samples' states unchanged and are counted in ``.skipped``. A
         sample drawn twice is observed once: its first position wins.
         """
+        if not self._method.update(self._table, *self._learnt(batch, out)):
+            raise self._out_of_range(batch.indices)
+
+    def update_and_sample(self, batch: Batch, out: Scored | Sequence[Scored]) -> Batch:
+        """:meth:`update`, then :meth:`sample`: exactly these two, in one launch on a CUDA device.
+
+        For loops that draw the next minibatch as soon as the last one's scores are known::
+
+            batch = sampler.sample()
+            for step in range(total_steps):
+                out = fastis.cross_entropy(model(x[batch.indices]), y[batch.indices], batch.weights)
+                following = sampler.update_and_sample(batch, out)
+                ...
+                batch = following
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            as :meth:`update`, before anything has changed: nothing was drawn then.
+        """
+        learnt = self._learnt(batch, out)
+        following = Batch(_empty_like(self._like.indices), _empty_like(self._like.weights))
+        if not self._method.update_and_draw(self._table, *learnt, following):
+            raise self._out_of_range(batch.indices)
+        return following
+
+    def _learnt(
+        self, batch: Batch, out: Scored | Sequence[Scored]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """Indices, weights, what is observed, score and mean gradient, checked."""
         indices, weights = batch
         try:
             score, mean_grad = out.score, out.mean_grad  # type: ignore[union-attr]
@@ -183,12 +213,13 @@ class Sampler(MinibatchSource):
             observed, score = observed.float(), score.float()
             mean_grad = None if mean_grad is None else mean_grad.float()
         _check_update(self._table, indices, weights, observed, score)
-        update = self._method.update
-        if not update(self._table, indices, weights, observed, score, mean_grad):
-            raise IndexError(
-                f"batch.indices must be in [0, {self.num_samples}), got values from "
-                f"{int(indices.min())} to {int(indices.max())}"
-            )
+        return indices, weights, observed, score, mean_grad
+
+    def _out_of_range(self, indices: Tensor) -> IndexError:
+        return IndexError(
+            f"batch.indices must be in [0, {self.num_samples}), got values from "
+            f"{int(indices.min())} to {int(indices.max())}"
+        )
 
     # What can be read ----------------------------------------------------------------------------
 
@@ -302,41 +333,50 @@ class Sampler(MinibatchSource):
 
         Tensors, numbers and strings only: fit for ``torch.save`` and ``weights_only=True``.
         """
+        return {"version": _STATE_VERSION, "settings": self._settings(), **self._table.state()}
+
+    def _settings(self) -> dict[str, Any]:
         settings = {k: v for k, v in self._arguments.items() if k != "method"}
-        settings.update(method=self._method.name, options=self._method.options())
-        return {"version": _STATE_VERSION, "settings": settings, **self._table.state()}
+        return {**settings, "method": self._method.name, "options": self._method.options()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over :meth:`state_dict` of a sampler with the same arguments, from any device.
 
-        The seed is part of the state: it is taken over too.
+        It goes into the tensors that are there, so that a CUDA graph captured before goes on with
+        the state loaded. The seed is part of the state and taken over too; a graph, however, keeps
+        the seed that it was captured with: capture anew when it differs.
 
         Raises
         ------
-        ValueError
+        ValueError, TypeError
             naming what differs; nothing has changed then.
         """
-        mine, theirs = self.state_dict(), state
+        theirs = state
         if theirs.get("version") != _STATE_VERSION:
             raise ValueError(
                 f"state_dict must have version {_STATE_VERSION}, got {theirs.get('version')!r}"
             )
-        for name, value in mine["settings"].items():
-            other = theirs["settings"].get(name)
+        settings = theirs.get("settings", {})
+        for name, value in self._settings().items():
+            other = settings.get(name)
             if name != "seed" and other != value:
                 raise ValueError(f"state_dict must have {name}={value!r}, got {other!r}")
-        for name, value in mine.items():
-            if isinstance(value, Tensor) and name not in theirs:
+        for name, value in self._table.durable().items():
+            other = theirs.get(name)
+            if not isinstance(other, Tensor):
                 raise ValueError(f"state_dict must have {name!r}, got {', '.join(theirs)}")
-            if isinstance(value, Tensor) and theirs[name].shape != value.shape:
+            if other.shape != value.shape:
                 raise ValueError(
                     f"state_dict[{name!r}] must have shape {list(value.shape)}, "
-                    f"got {list(theirs[name].shape)}"
+                    f"got {list(other.shape)}"
                 )
-        self._arguments["seed"] = theirs["settings"]["seed"]
-        table = self._new_table(self._table.constants.warmup_draws, self.device)
-        table.load(theirs)
-        self._use(table)
+            if other.dtype != value.dtype:
+                raise TypeError(
+                    f"state_dict[{name!r}] must have dtype {value.dtype}, got {other.dtype}"
+                )
+        seed = check.integer("state_dict's seed", settings.get("seed"), 0, 2**64 - 1)
+        self._arguments["seed"] = seed
+        self._table.load(theirs, seed)
 
     def __getstate__(self) -> dict[str, Any]:
         arguments = {**self._arguments, "device": str(self.device)}

@@ -17,10 +17,11 @@ layout is that of csrc/table.h, position by position.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,7 @@ LEAF = 4  # records below a node of the sampling structure (kLeaf in csrc/table.
 NO_EXPONENT = -1000  # e0 of a table that has seen nothing
 UNIFORM_WEIGHT = 1 << 15  # every item's integer weight in such a table
 MANTISSA_BITS = 16
+SUM_BITS = 61  # of integer weights that are made from floats
 FLATTEN = {"none": 0, "cap": 1, "mix": 2, "power": 3}
 SCHEMES = {"multinomial": 0, "stratified": 1, "systematic": 2}
 IMPORTANCE = {"rms": 0, "sum": 1}
@@ -137,6 +139,7 @@ class Table:
             records[:, LAST] = -1
             self.records = records[: constants.num_samples]
         self._structure: dict[str, Tensor] = {}
+        self._view: Any = None  # of the compiled kernels
 
     @cached_property
     def handle(self) -> int:
@@ -205,25 +208,28 @@ class Table:
         """int32 [N]: the codes without the flag of heavy items; 0 for unseen samples."""
         return self.column(CODE) & 0x7FFFFFFF
 
+    def durable(self) -> dict[str, Tensor]:
+        """The tensors that a resumed run needs, as they are: the codes may carry flags."""
+        tensors = {"scalars": self.scalars[:DURABLE_SCALARS], "variance": self.variance}
+        if self.records is not None:
+            tensors["records"] = self.records
+        return tensors | {f"memory.{name}": tensor for name, tensor in self.memory.items()}
+
     def state(self) -> dict[str, Tensor]:
         """What a resumed run needs, as new tensors."""
-        state = {
-            "scalars": self.scalars[:DURABLE_SCALARS].clone(),
-            "variance": self.variance.clone(),
-        }
+        state = {name: tensor.clone() for name, tensor in self.durable().items()}
         if self.records is not None:
-            state["records"] = self.records.clone()
             state["records"][:, CODE] = self.codes()
-        for name, tensor in self.memory.items():
-            state[f"memory.{name}"] = tensor.clone()
         return state
 
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Takes :meth:`state` over, from any device. The caller has checked the shapes."""
-        self.scalars.zero_()
-        self.scalars[:DURABLE_SCALARS].copy_(state["scalars"])
-        self.variance.copy_(state["variance"])
-        if self.records is not None:
-            self.records.copy_(state["records"])
-        for name, tensor in self.memory.items():
-            tensor.copy_(state[f"memory.{name}"])
+    def load(self, state: dict[str, Tensor], seed: int) -> None:
+        """Takes :meth:`state` and the seed over, from any device, into the tensors that are there.
+
+        The caller has checked names, shapes and dtypes. The structure is rebuilt at the next draw.
+        """
+        for name, tensor in self.durable().items():
+            tensor.copy_(state[name])
+        self.scalars[DURABLE_SCALARS:] = 0
+        self.constants = replace(self.constants, seed=seed)
+        if self._view is not None:
+            self._view.seed = seed

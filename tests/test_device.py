@@ -14,6 +14,8 @@ from conftest import observe, sweep
 
 import fastis
 from fastis import _C, kernels
+from fastis.kernels import cuda_launch
+from fastis.kernels.cuda_power import draw_by_power, draws_by_power
 from fastis.kernels.reference_weights import distribution
 from fastis.methods import EMAIS
 from fastis.table import LAST
@@ -30,18 +32,22 @@ class Emulator:
     def update(self, table, indices, observed, weights, score, mean_grad) -> bool:
         _C.emulate_update(
             table.device_handle,
-            indices.data_ptr(),
-            observed.data_ptr(),
-            weights.data_ptr(),
-            score.data_ptr(),
-            indices.numel(),
-            0 if mean_grad is None else mean_grad.data_ptr(),
-            0 if mean_grad is None else mean_grad.numel(),
+            *cuda_launch.minibatch(indices, observed, weights, score, mean_grad),
             self.stride,
         )
         return True
 
+    def update_and_draw(
+        self, table, indices, observed, weights, score, mean_grad, next_indices, next_weights
+    ) -> bool:
+        minibatch = cuda_launch.minibatch(indices, observed, weights, score, mean_grad)
+        following = next_indices.data_ptr(), next_weights.data_ptr()
+        _C.emulate_update_and_draw(table.device_handle, *minibatch, *following, self.stride)
+        return True
+
     def draw(self, table, indices, weights) -> None:
+        if draws_by_power(table):
+            draw_by_power(table, indices, weights)
         _C.emulate_draw(table.device_handle, indices.data_ptr(), weights.data_ptr(), self.stride)
 
 
@@ -52,7 +58,9 @@ def emulated(monkeypatch):
     def enter(stride: int) -> None:
         emulator = Emulator(stride)
         for operation in ("update", "sample"):
-            module = SimpleNamespace(update=emulator.update, draw=emulator.draw)
+            module = SimpleNamespace(
+                update=emulator.update, draw=emulator.draw, update_and_draw=emulator.update_and_draw
+            )
             monkeypatch.setitem(kernels._chosen, (operation, "cpu"), module)
 
     yield enter
@@ -92,7 +100,7 @@ def run(samplers, emulated, stride, steps, batch_size, spread=2.0, trend=0.0, si
 
 
 @pytest.mark.parametrize("stride", [FORWARDS, BACKWARDS, SCRAMBLED])
-@pytest.mark.parametrize("flatten", ["cap", "mix"])
+@pytest.mark.parametrize("flatten", ["cap", "mix", "power"])
 @pytest.mark.parametrize("scheme", ["multinomial", "stratified", "systematic"])
 def test_same_indices_coefficients_and_state(emulated, stride, flatten, scheme):
     samplers = pair(
@@ -117,8 +125,10 @@ class LastScore(EMAIS):
     ],
     ids=str,
 )
-def test_methods_and_the_warm_up(emulated, method):
-    run(pair(num_samples=300, batch_size=16, method=method), emulated, SCRAMBLED, 80, 16)
+@pytest.mark.parametrize("flatten", ["cap", "power"])
+def test_methods_and_the_warm_up(emulated, method, flatten):
+    samplers = pair(num_samples=300, batch_size=16, method=method, flatten=flatten)
+    run(samplers, emulated, SCRAMBLED, 80, 16)
 
 
 @pytest.mark.parametrize("trend", [-0.05, 0.05])
@@ -138,6 +148,29 @@ def test_every_cap(emulated, duplicates):
     run(samplers, emulated, SCRAMBLED, steps=60, batch_size=40, spread=3.0)
     table = samplers[1]._table
     assert int(table.scalars[8]) <= table.constants.max_heavy
+
+
+@pytest.mark.parametrize("stride", [FORWARDS, BACKWARDS, SCRAMBLED])
+@pytest.mark.parametrize("method", ["emais", "scan", EMAIS(warmup_epochs=0)])
+def test_update_and_draw_in_one_launch(emulated, stride, method):
+    samplers = pair(num_samples=400, batch_size=32, method=method)
+    generator = torch.Generator().manual_seed(0)
+    kernels._chosen.clear()
+    with fastis.backend("reference"):
+        expected = samplers[0].sample()
+    emulated(stride)
+    batch = samplers[1].sample()
+    for _ in range(60):
+        out = observe(torch.empty(32).log_normal_(0, 2, generator=generator))
+        kernels._chosen.clear()
+        with fastis.backend("reference"):
+            samplers[0].update(expected, out)
+            expected = samplers[0].sample()
+        emulated(stride)
+        batch = samplers[1].update_and_sample(batch, out)
+        assert torch.equal(batch.indices, expected.indices)
+        assert torch.equal(batch.weights, expected.weights)
+    assert_equal_tables(*samplers)
 
 
 def test_many_levels_and_many_heavy_items(emulated):
@@ -192,3 +225,19 @@ def test_a_sample_drawn_many_times_is_observed_once(emulated):
         assert_equal_tables(*samplers)
         assert samplers[1].mean[[0, 3, 5, 9]].tolist() == [6.0, 3.0, 2.0, 0.0]
         assert samplers[1].skipped == 2
+
+
+def nodes_of(n, most):
+    """Of the levels of 16, each padded to a multiple of 16, over leaves of 4."""
+    nodes, total = -(-n // 4), 0
+    while True:
+        total += -(-nodes // 16) * 16
+        if nodes <= most:
+            return total
+        nodes = -(-nodes // 16)
+
+
+@pytest.mark.parametrize("n", [1, 4, 5, 64, 65, 4096, 4097, 2**22 + 1, 2**31, 2**31 + 5, 2**32 - 1])
+def test_trees_of_any_size_have_room_in_64_bits(n):
+    assert _C.structure_nodes(n) == nodes_of(n, 16)
+    assert _C.device_structure_nodes(n) == nodes_of(n, 1024)

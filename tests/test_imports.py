@@ -68,8 +68,9 @@ def test_backends_have_the_same_functions():
     for operation, backend in columns:
         reference = importlib.import_module(f"fastis.kernels.reference_{operation}")
         compiled = importlib.import_module(f"fastis.kernels.{backend}_{operation}")
+        own = {compiled.__name__, "fastis.kernels.cuda_weights"}  # the latter is part of a column
         for name, function in inspect.getmembers(compiled, inspect.isfunction):
-            if function.__module__ != compiled.__name__ or name.startswith("_"):
+            if function.__module__ not in own or name.startswith("_"):
                 continue
             assert inspect.signature(function) == inspect.signature(getattr(reference, name))
 

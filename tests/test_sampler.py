@@ -175,6 +175,50 @@ def test_saving_takes_a_copy_and_loads_many_times():
     assert torch.equal(draws[0], draws[1])
 
 
+def addresses(sampler):
+    table = sampler._table
+    tensors = [table.scalars, table.variance, table.records, *table._structure.values()]
+    return [t.data_ptr() for t in (*tensors, *table.memory.values())]
+
+
+@pytest.mark.parametrize("method", ["emais", "prioritized"])
+def test_loading_goes_into_the_tensors_that_are_there(any_backend, method):
+    theirs = fastis.Sampler(50, 5, method=method, seed=7)
+    drive(theirs, 30)
+    sampler = fastis.Sampler(50, 5, method=method, seed=1)
+    drive(sampler, 35)
+    before, traces = addresses(sampler), sampler.variance
+    sampler.load_state_dict(theirs.state_dict())
+    assert addresses(sampler) == before
+    assert sampler.variance is traces
+    assert "seed=7" in repr(sampler)
+    for x, y in zip(drive(theirs, 20, seed=5), drive(sampler, 20, seed=5), strict=True):
+        assert torch.equal(x.indices, y.indices)
+        assert torch.equal(x.weights, y.weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda s: s.pop("variance"), ValueError, "state_dict must have 'variance'"),
+        (lambda s: s.update(variance=s["variance"].float()), TypeError, "must have dtype"),
+        (lambda s: s.update(records=s["records"][:3]), ValueError, "must have shape"),
+        (lambda s: s["settings"].pop("seed"), TypeError, "state_dict's seed must be an int"),
+        (lambda s: s.pop("settings"), ValueError, "num_samples=50, got None"),
+    ],
+)
+def test_a_bad_state_changes_nothing(change, error, message):
+    sampler, other = (fastis.Sampler(50, 5, seed=s) for s in (1, 2))
+    drive(sampler, 20)
+    before, state = sampler.state_dict(), other.state_dict()
+    change(state)
+    with pytest.raises(error, match=message):
+        sampler.load_state_dict(state)
+    after = sampler.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in ("records", "scalars", "variance"))
+    assert after["settings"] == before["settings"]
+
+
 def test_samplers_pickle_and_copy():
     sampler = fastis.Sampler(200, 10, method=EMAIS(tau=50), seed=2**63, scheme="stratified")
     drive(sampler, 60)
@@ -296,6 +340,33 @@ def test_update_errors_change_nothing(any_backend, batch, out, error, message):
         sampler.update(batch, out)
     after = sampler.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in ("records", "scalars", "variance"))
+
+
+@pytest.mark.parametrize("method", ["emais", "scan", "loss", "confidence", "prioritized"])
+@pytest.mark.parametrize("flatten", ["cap", "power"])
+def test_update_and_sample_is_update_then_sample(any_backend, method, flatten):
+    one, two = (fastis.Sampler(60, 6, method=method, flatten=flatten, seed=3) for _ in range(2))
+    batch, expected = one.sample(), two.sample()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        out = observe(torch.empty(6).log_normal_(0, 2, generator=generator).clamp(max=1.0))
+        batch = one.update_and_sample(batch, out)
+        two.update(expected, out)
+        expected = two.sample()
+        assert torch.equal(batch.indices, expected.indices)
+        assert torch.equal(batch.weights, expected.weights)
+    assert one.step == two.step == 40
+
+
+def test_update_and_sample_draws_nothing_on_errors(any_backend):
+    sampler = fastis.Sampler(10, 2)
+    before = sampler.state_dict()
+    bad = fastis.Batch(torch.tensor([1, 10]), torch.ones(2))
+    with pytest.raises(IndexError, match=r"batch.indices must be in"):
+        sampler.update_and_sample(bad, observe(torch.ones(2)))
+    with pytest.raises(ValueError, match=r"out.score must have shape"):
+        sampler.update_and_sample(good, observe(torch.ones(3)))
+    assert torch.equal(sampler.state_dict()["scalars"], before["scalars"])
 
 
 def test_an_empty_update_is_no_iteration():

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastis
-from fastis.kernels.reference_weights import distribution, power, water_level
+from fastis.kernels import reference_power
+from fastis.kernels.reference_power import quantised
+from fastis.kernels.reference_weights import distribution, integers, shift_of, water_level
 from fastis.methods import EMAIS
 from fastis.table import LAST
 
@@ -150,13 +152,29 @@ def test_power_finds_gamma():
     constants = fastis.Sampler(1000, 100, flatten="power")._table.constants
     generator = torch.Generator().manual_seed(4)
     w = (torch.empty(1000).log_normal_(0, 3, generator=generator) * 1e9).long().sort().values
-    powered = power(w, constants).double()
+    powered = quantised(reference_power.powered(w, constants)).double()
     gamma = (powered[-1] / powered[0]).log() / (w[-1] / w[0]).double().log()
     assert 0 < gamma < 1
     # 100 draws, two copies at most: the largest probability is 2/100.
     assert float(100 * powered.max() / powered.sum()) == pytest.approx(2, rel=1e-6)
     expected = w.double() ** gamma
     torch.testing.assert_close(powered / powered.sum(), expected / expected.sum())
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(1, 1), (7, 7), (500, 100), (3000, 8)])
+@pytest.mark.parametrize("duplicates", [1, 2, 3.3])
+def test_tensors_cap_and_round_as_the_integers_do(n, batch_size, duplicates):
+    constants = fastis.Sampler(
+        n, batch_size, max_duplicates=duplicates, method=EMAIS(warmup_epochs=0)
+    )._table.constants
+    generator = torch.Generator().manual_seed(n)
+    for spread in (0.0, 0.5, 3.0):
+        logs = spread * torch.randn(n, dtype=torch.float64, generator=generator)
+        values = (logs - logs.max()).exp()
+        weights = quantised(values)
+        assert torch.equal(weights, integers(values, shift_of(values)))
+        theta = water_level(weights, batch_size, constants.cap_numerator, constants.cap_denominator)
+        assert int(reference_power.water_level(weights, constants)) == theta
 
 
 def test_backends_can_take_turns():

@@ -9,7 +9,8 @@
 // anywhere, once the sums over whole blocks of items say where it stands, and the table is the same
 // however many parts there are.
 // Bytes moved: the weights read twice (thrice by several threads) and 16 written, an item.
-#include "cpu/alias.h"
+#include "alias.h"
+#include "cpu/integers.h"
 #include "fastis.h"
 
 namespace fastis::FASTIS_ISA {

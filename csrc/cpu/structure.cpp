@@ -233,6 +233,7 @@ void settle(const Table& t) {
     case Flatten::mix:
       return flatten_by_mix(t, mean_weight);
     case Flatten::none:
+    case Flatten::power:  // not drawn here
       s.unseen = static_cast<int64_t>(mean_weight);
   }
 }

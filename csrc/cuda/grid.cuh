@@ -7,10 +7,9 @@
 #include <cub/block/block_scan.cuh>
 
 #include "device/grid.h"
+#include "device/threads.h"
 
 namespace fastis::device {
-
-constexpr int kThreads = 256;
 
 class CudaBlock {
  public:
@@ -67,6 +66,29 @@ class CudaBlock {
     return total;
   }
 
+  // A thread holds what it made in registers until it uses it.
+  template <class V, class Make, class Tally, class Use>
+  __device__ V scan(int64_t n, V before, const Make& make, const Tally& tally,
+                    const Use& use) const {
+    using Scan = cub::BlockScan<V, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;  // little memory
+    __shared__ typename Scan::TempStorage storage;
+    const auto plus = [](const V& a, const V& b) { return a + b; };
+    for (int64_t begin = 0; begin < n; begin += kThreads) {
+      const int64_t i = begin + threadIdx.x;
+      decltype(make(n)) made{};
+      V mine{}, sum, all;
+      if (i < n) {
+        made = make(i);
+        mine = tally(i, made);
+      }
+      Scan(storage).ExclusiveScan(mine, sum, V{}, plus, all);
+      if (i < n) use(i, made, before + sum);
+      before = before + all;
+      __syncthreads();
+    }
+    return before;
+  }
+
   __device__ uint64_t* shared() { return shared_; }
 
  private:
@@ -79,7 +101,7 @@ class CudaGrid {
 
   template <class F>
   __device__ void each(int64_t n, const F& f) const {
-    for (int64_t i = first(); i < n; i += step()) f(i);
+    threads().each(n, f);
     wait();
   }
 
@@ -88,7 +110,7 @@ class CudaGrid {
     using Reduce = cub::BlockReduce<Tally, kThreads>;
     __shared__ typename Reduce::TempStorage storage;
     Tally mine{};
-    for (int64_t i = first(); i < n; i += step()) mine = mine + f(i);
+    threads().each(n, [&](int64_t i) { mine = mine + f(i); });
     const Tally tally =
         Reduce(storage).Reduce(mine, [](const Tally& a, const Tally& b) { return a + b; });
     if (threadIdx.x == 0) flush(tally);
@@ -120,8 +142,7 @@ class CudaGrid {
   __device__ CudaBlock& block() { return block_; }
 
  private:
-  __device__ static int64_t first() { return int64_t{blockIdx.x} * kThreads + threadIdx.x; }
-  __device__ static int64_t step() { return int64_t{gridDim.x} * kThreads; }
+  __device__ static Threads threads() { return {blockIdx.x, threadIdx.x, gridDim.x}; }
 
   CudaBlock block_;
   unsigned* arrivals_;

@@ -3,6 +3,7 @@
 // device. Bytes touched a sample: an update 64 (record, claim) and 8 a level, a draw 128 a level
 // and 64.
 #include "cuda/grid.cuh"
+#include "cuda/launch.h"
 #include "device/draw.h"
 #include "device/update.h"
 #include "fastis.h"
@@ -37,30 +38,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   device::draw(grid, table, indices, weights);
 }
 
-// As many blocks as the items ask for and the device can hold at once.
-template <class... A>
-cudaError_t launch(int device, uint64_t stream, int64_t items, void (*kernel)(A...), A... a) {
-  int before = 0, per_multiprocessor = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&before);
-  if (error == cudaSuccess && before != device) error = cudaSetDevice(device);
-  if (error != cudaSuccess) return error;
-  error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, kThreads, 0);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error == cudaSuccess) {
-    const int64_t most = int64_t{per_multiprocessor} * multiprocessors;
-    const int64_t wanted = (items + kThreads - 1) / kThreads;
-    const int64_t blocks = wanted < 1 ? 1 : wanted < most ? wanted : most;
-    void* arguments[] = {&a...};
-    error = cudaLaunchCooperativeKernel(reinterpret_cast<void*>(kernel),
-                                        dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
-                                        arguments, 0, reinterpret_cast<cudaStream_t>(stream));
-  }
-  if (before != device) cudaSetDevice(before);
-  return error;
-}
-
 }  // namespace
 
 const char* error_string(int64_t error) {
@@ -72,15 +49,13 @@ int64_t update(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
                Pointer<const float> score, int64_t n, Pointer<const float> mean_grad,
                int64_t num_classes, int64_t device, uint64_t stream) {
   const Minibatch minibatch{indices, observed, weights, score, n, mean_grad, num_classes};
-  return launch<DeviceTable, Minibatch>(static_cast<int>(device), stream, n, &update_kernel, *table,
-                                        minibatch);
+  return launch_cooperative<update_kernel>(device, stream, n, *table.address, minibatch);
 }
 
 int64_t draw(Pointer<const DeviceTable> table, Pointer<int64_t> indices, Pointer<float> weights,
              int64_t device, uint64_t stream) {
-  return launch<DeviceTable, int64_t*, float*>(static_cast<int>(device), stream, table->batch_size,
-                                               &draw_kernel, *table, indices.address,
-                                               weights.address);
+  return launch_cooperative<draw_kernel>(device, stream, table->batch_size, *table.address,
+                                         indices.address, weights.address);
 }
 
 int64_t update_and_draw(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
@@ -90,9 +65,8 @@ int64_t update_and_draw(Pointer<const DeviceTable> table, Pointer<const int64_t>
                         Pointer<float> next_weights, int64_t device, uint64_t stream) {
   const Minibatch minibatch{indices, observed, weights, score, n, mean_grad, num_classes};
   const int64_t items = n > table->batch_size ? n : table->batch_size;
-  return launch<DeviceTable, Minibatch, int64_t*, float*>(
-      static_cast<int>(device), stream, items, &update_and_draw_kernel, *table, minibatch,
-      next_indices.address, next_weights.address);
+  return launch_cooperative<update_and_draw_kernel>(
+      device, stream, items, *table.address, minibatch, next_indices.address, next_weights.address);
 }
 
 }  // namespace fastis::cuda

@@ -116,7 +116,7 @@ FASTIS_HD void draw(Grid& grid, const DeviceTable& t, int64_t* indices, float* w
       indices[b] = static_cast<int64_t>(scale(random, t.num_samples));
       weights[b] = 1.0f;
     });
-  } else {
+  } else if (t.flatten != Flatten::power) {  // of which the draw has been made before the launch
     Flattening flattening = flattening_of(grid.block(), t);
     if (!flattening.settled) {
       const bool valid = s.valid != 0;

@@ -30,7 +30,12 @@ FASTIS_HD inline T atomic_add(T* address, T value) {
 template <class T>
 FASTIS_HD inline void atomic_min(T* address, T value) {
 #ifdef __CUDA_ARCH__
-  atomicMin(address, value);
+  if constexpr (sizeof(T) == 8) {
+    atomicMin(reinterpret_cast<unsigned long long*>(address),
+              static_cast<unsigned long long>(value));
+  } else {
+    atomicMin(address, value);
+  }
 #else
   if (value < *address) *address = value;
 #endif
@@ -78,6 +83,19 @@ class HostBlock {
       total += value;
     }
     return total;
+  }
+  // use(i, x, V of all before i) for i < n, where x = make(i) and V starts with `before` and grows
+  // by tally(i, x); then a barrier. Returns V of all.
+  template <class V, class Make, class Tally, class Use>
+  V scan(int64_t n, V before, const Make& make, const Tally& tally, const Use& use) const {
+    std::vector<decltype(make(n))> made;
+    std::vector<V> sums{before};
+    for (int64_t i = 0; i < n; ++i) {
+      made.push_back(make(i));
+      sums.push_back(sums.back() + tally(i, made.back()));
+    }
+    each(n, [&](int64_t i) { use(i, made[i], sums[i]); });
+    return sums.back();
   }
   // Memory of the block: kShared values, uninitialised.
   uint64_t* shared() { return shared_.data(); }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastis.kernels import _C, reference_sample
+from fastis.kernels import _C, cpu_update, reference_sample
 from fastis.kernels.reference_weights import Weights
 from fastis.memory import empty
 from fastis.table import FLATTEN, Table
@@ -35,6 +35,23 @@ def draw(table: Table, indices: Tensor, weights: Tensor) -> None:
         reference_sample.draw(table, indices, weights)
     else:
         _C.draw(table.handle, indices.data_ptr(), weights.data_ptr())
+
+
+def update_and_draw(
+    table: Table,
+    indices: Tensor,
+    observed: Tensor,
+    weights: Tensor,
+    score: Tensor,
+    mean_grad: Tensor | None,
+    next_indices: Tensor,
+    next_weights: Tensor,
+) -> bool:
+    """See :func:`fastis.kernels.reference_sample.update_and_draw`."""
+    if not cpu_update.update(table, indices, observed, weights, score, mean_grad):
+        return False
+    draw(table, next_indices, next_weights)
+    return True
 
 
 def locate(table: Table, points: Tensor, indices: Tensor, weights: Tensor) -> None:

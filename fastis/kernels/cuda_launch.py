@@ -1,20 +1,35 @@
-"""Launches on the current stream of a table's device."""
+"""Launches on the current stream of a device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from fastis.kernels import _C
-from fastis.table import Table
 
 
-def launch(entry_point: Callable[..., int], table: Table, *arguments: int) -> None:
+def launch(entry_point: Callable[..., int], device: torch.device, *arguments: int) -> None:
     """Calls one of ``fastis._C``'s CUDA entry points; raises what the launch reported."""
-    index = table.device.index
+    index = device.index
     # What torch.cuda.current_stream(index).cuda_stream is, without the objects on the way.
     stream = torch._C._cuda_getCurrentRawStream(index)
-    error = entry_point(table.device_handle, *arguments, index, stream)
+    error = entry_point(*arguments, index, stream)
     if error:
         raise RuntimeError(f"a CUDA launch of fastis failed: {_C.cuda_error_string(error)}")
+
+
+def minibatch(
+    indices: Tensor, observed: Tensor, weights: Tensor, score: Tensor, mean_grad: Tensor | None
+) -> tuple[int, ...]:
+    """What an update learns from, as the entry points take it: addresses and sizes."""
+    return (
+        indices.data_ptr(),
+        observed.data_ptr(),
+        weights.data_ptr(),
+        score.data_ptr(),
+        indices.numel(),
+        0 if mean_grad is None else mean_grad.data_ptr(),
+        0 if mean_grad is None else mean_grad.numel(),
+    )

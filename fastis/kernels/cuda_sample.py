@@ -1,25 +1,27 @@
 """Draws on a GPU: csrc/cuda/sampler.cu, one launch, no host synchronisation.
 
-Given weights and alias tables are served by the reference's integer-exact PyTorch operations.
+Flattening by power comes before it, in PyTorch operations: O(N), as it moves every weight at every
+step.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from fastis.kernels import _C, reference_sample
-from fastis.kernels.cuda_launch import launch
-from fastis.kernels.reference_sample import (
+from fastis.kernels import _C, cuda_update
+from fastis.kernels.cuda_launch import launch, minibatch
+from fastis.kernels.cuda_power import draw_by_power, draws_by_power
+from fastis.kernels.cuda_weights import (
     alias_build,
     alias_draw,
     alias_resolve,
     draw_points,
     integers,
-    locate,
     search,
     weigh,
 )
-from fastis.table import FLATTEN, Table
+from fastis.kernels.reference_sample import locate
+from fastis.table import Table
 
 __all__ = [
     "alias_build",
@@ -30,15 +32,44 @@ __all__ = [
     "integers",
     "locate",
     "search",
+    "update_and_draw",
     "weigh",
 ]
-
-_POWER = FLATTEN["power"]
 
 
 def draw(table: Table, indices: Tensor, weights: Tensor) -> None:
     """See :func:`fastis.kernels.reference_sample.draw`."""
-    if table.constants.flatten == _POWER:  # it moves every weight at every step: O(N) anyway
-        reference_sample.draw(table, indices, weights)
-    else:
-        launch(_C.cuda_draw, table, indices.data_ptr(), weights.data_ptr())
+    if draws_by_power(table):
+        # The launch then overwrites this in the warm-up, leaves it after that, and ticks.
+        draw_by_power(table, indices, weights)
+    addresses = table.device_handle, indices.data_ptr(), weights.data_ptr()
+    launch(_C.cuda_draw, table.device, *addresses)
+
+
+def update_and_draw(
+    table: Table,
+    indices: Tensor,
+    observed: Tensor,
+    weights: Tensor,
+    score: Tensor,
+    mean_grad: Tensor | None,
+    next_indices: Tensor,
+    next_weights: Tensor,
+) -> bool:
+    """See :func:`fastis.kernels.reference_sample.update_and_draw`: one launch.
+
+    Indices out of range are left out.
+    """
+    if indices.numel() == 0 or draws_by_power(table):
+        cuda_update.update(table, indices, observed, weights, score, mean_grad)
+        draw(table, next_indices, next_weights)
+        return True
+    launch(
+        _C.cuda_update_and_draw,
+        table.device,
+        table.device_handle,
+        *minibatch(indices, observed, weights, score, mean_grad),
+        next_indices.data_ptr(),
+        next_weights.data_ptr(),
+    )
+    return True

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastis.kernels import _C
-from fastis.kernels.cuda_launch import launch
+from fastis.kernels.cuda_launch import launch, minibatch
 from fastis.kernels.reference_update import rescale
 from fastis.table import Table
 
@@ -27,13 +27,8 @@ def update(
     if indices.numel() > 0:
         launch(
             _C.cuda_update,
-            table,
-            indices.data_ptr(),
-            observed.data_ptr(),
-            weights.data_ptr(),
-            score.data_ptr(),
-            indices.numel(),
-            0 if mean_grad is None else mean_grad.data_ptr(),
-            0 if mean_grad is None else mean_grad.numel(),
+            table.device,
+            table.device_handle,
+            *minibatch(indices, observed, weights, score, mean_grad),
         )
     return True

@@ -18,13 +18,19 @@ def _halves(product: Tensor) -> tuple[Tensor, Tensor]:
     return (product >> 32) & MASK32, product & MASK32
 
 
-def random_words(seed: int, stream: int, iteration: int, positions: Tensor) -> list[Tensor]:
-    """Four words of 32 random bits, lowest first, for each of the draws ``positions`` (int64)."""
+def random_words(
+    seed: int, stream: int, iteration: int | Tensor, positions: Tensor
+) -> list[Tensor]:
+    """Four words of 32 random bits, lowest first, for each of the draws ``positions`` (int64).
+
+    ``iteration`` may be a 0-d int64 tensor, which is not read on the host.
+    """
+    zero = torch.zeros_like(positions)
     c = [
         positions & MASK32,
         (positions >> 32) | (stream << 24),
-        torch.full_like(positions, iteration & MASK32),
-        torch.full_like(positions, iteration >> 32),
+        zero + (iteration & MASK32),
+        zero + (iteration >> 32),
     ]
     k0, k1 = seed & MASK32, (seed >> 32) & MASK32
     for _ in range(10):
@@ -35,8 +41,11 @@ def random_words(seed: int, stream: int, iteration: int, positions: Tensor) -> l
     return c
 
 
-def scale(words: list[Tensor], total: int) -> Tensor:
-    """floor(R total / 2^128), R the bits of ``words``, total <= 2^62: schoolbook, in 32 bits."""
+def scale(words: list[Tensor], total: int | Tensor) -> Tensor:
+    """floor(R total / 2^128), R the bits of ``words``, total <= 2^62: schoolbook, in 32 bits.
+
+    ``total`` may be a 0-d int64 tensor, which is not read on the host.
+    """
     columns = [torch.zeros_like(words[0]) for _ in range(7)]
     for i, word in enumerate(words):
         for j, limb in enumerate((total & MASK32, total >> 32)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastis.kernels import reference_weights
+from fastis.kernels import reference_update, reference_weights
 from fastis.kernels.reference_random import (
     STREAM_DRAW,
     STREAM_WEIGHTS,
@@ -34,6 +34,27 @@ def draw(table: Table, indices: Tensor, weights: Tensor) -> None:
         weights.fill_(1.0)
     else:
         _draw_by_importance(table, iteration, positions, indices, weights)
+
+
+def update_and_draw(
+    table: Table,
+    indices: Tensor,
+    observed: Tensor,
+    weights: Tensor,
+    score: Tensor,
+    mean_grad: Tensor | None,
+    next_indices: Tensor,
+    next_weights: Tensor,
+) -> bool:
+    """An update, then the next draw, into ``next_indices`` [B] and ``next_weights`` [B].
+
+    False when an index is out of range: nothing has changed then, and nothing was drawn. Arguments
+    as for :func:`fastis.kernels.reference_update.update`.
+    """
+    if not reference_update.update(table, indices, observed, weights, score, mean_grad):
+        return False
+    draw(table, next_indices, next_weights)
+    return True
 
 
 def _draw_by_importance(
@@ -69,9 +90,11 @@ def _find(drawn: Distribution, points: Tensor, indices: Tensor, weights: Tensor)
     weights.copy_(coefficients(drawn.weights, drawn.total, indices))
 
 
-def slice_points(positions: Tensor, offsets: Tensor, total: int, batch_size: int) -> Tensor:
+def slice_points(
+    positions: Tensor, offsets: Tensor, total: int | Tensor, batch_size: int
+) -> Tensor:
     """floor((b total + u_b) / B): one point in every slice of the cumulative distribution."""
-    quotient, remainder = divmod(total, batch_size)
+    quotient, remainder = total // batch_size, total % batch_size
     return positions * quotient + (positions * remainder + offsets) // batch_size
 
 
@@ -122,7 +145,7 @@ def search(weights: Weights, seed: int, first: int, count: int) -> tuple[Tensor,
 
 
 def alias_build(weights: Weights) -> Tensor:
-    """The alias table of the weights, int64 [N, 2]: 16 bytes a bucket (csrc/cpu/alias.h).
+    """The alias table of the weights, int64 [N, 2]: 16 bytes a bucket (csrc/alias.h).
 
     A bucket's first number is ``own << bits | alias``: bucket i gives its first ``own`` units to
     item i and the rest to item ``alias``. The second holds r of item i and of ``alias`` (float32).

@@ -8,12 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastis.kernels.reference_power import flatten_by_power
 from fastis.table import (
     EXPONENT,
     FLATTEN,
     LAST,
     NO_EXPONENT,
     SEEN,
+    SUM_BITS,
     TOTAL,
     UNIFORM_WEIGHT,
     Constants,
@@ -40,7 +42,7 @@ def code_of(importance: Tensor, floor: float) -> Tensor:
     return (bits + 0x7F + ((bits >> 8) & 1)) & ~0xFF
 
 
-def weight_of(code: Tensor, e0: int) -> Tensor:
+def weight_of(code: Tensor, e0: int | Tensor) -> Tensor:
     """mantissa16 << (exponent - e0) as int64; 0 for code 0 (unseen)."""
     shift = torch.where(code == 0, 0, exponent_of(code) - e0)
     return torch.where(code == 0, 0, mantissa_of(code) << shift)
@@ -71,12 +73,13 @@ def distribution(table: Table) -> Distribution:
     is_seen = table.column(LAST) >= 0
     codes = table.codes()
     weights = torch.where(is_seen, weight_of(codes, e0 if e0 != NO_EXPONENT else 0), mean_weight)
+    heavy = torch.zeros(0, dtype=torch.int64, device=weights.device)
     if constants.flatten == FLATTEN["power"]:
-        weights = power(weights, constants)
+        weights, at_cap = flatten_by_power(weights, constants)
+        heavy = torch.nonzero(is_seen & at_cap).flatten()
     if constants.flatten == FLATTEN["mix"]:
         weights = weights + mix_offset(weights, constants)
-    heavy = torch.zeros(0, dtype=torch.int64, device=weights.device)
-    if constants.flatten in (FLATTEN["cap"], FLATTEN["power"]):
+    if constants.flatten == FLATTEN["cap"]:
         theta = water_level(
             weights, constants.batch_size, constants.cap_numerator, constants.cap_denominator
         )
@@ -110,26 +113,6 @@ def mix_offset(weights: Tensor, constants: Constants) -> int:
     return max(0, -(-over // divisor))
 
 
-def power(weights: Tensor, constants: Constants) -> Tensor:
-    """W^gamma in integers, gamma <= 1 the largest that meets the cap (to rounding).
-
-    log sum (W/Wmax)^gamma is convex and falling in gamma, so Newton's steps from gamma = 0 stay on
-    the side where the cap holds.
-    """
-    logs = weights.double().log()
-    logs = logs - logs.max()
-    least = math.log(constants.batch_size * constants.cap_denominator / constants.cap_numerator)
-    gamma = 0.0
-    for _ in range(30):
-        powered = (gamma * logs).exp()
-        value, slope = powered.sum(), (powered * logs).sum()
-        step = float((least - value.log()) * value / slope) if slope != 0 else 1.0
-        gamma = min(1.0, gamma + max(0.0, step))
-        if step < 1e-12 or gamma == 1.0:
-            break
-    return quantise((gamma * logs).exp())
-
-
 class Weights(NamedTuple):
     """Weights that add up to an integer."""
 
@@ -137,9 +120,6 @@ class Weights(NamedTuple):
     shift: int
     total: int
     ends: Tensor  # int64: running sums of the integers, spaced as the backend likes
-
-
-SUM_BITS = 61
 
 
 def integers(values: Tensor, shift: int) -> Tensor:
@@ -160,8 +140,3 @@ def shift_of(values: Tensor) -> int:
     first = SUM_BITS - (n - 1).bit_length() - exponent
     at_most = int(integers(values, first).sum()) + n  # each integer is off by less than 1
     return first + SUM_BITS - at_most.bit_length()
-
-
-def quantise(values: Tensor) -> Tensor:
-    """float [N], not all 0 -> int64 [N] with a sum of about 2^61; 0 only where the weight is 0."""
-    return integers(values, shift_of(values))

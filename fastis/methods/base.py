@@ -108,6 +108,30 @@ class Method:
         update: Callable[..., bool] = kernels_for("update", table.device.type).update
         return update(table, indices, observed, weights, score, mean_grad)
 
+    @property
+    def is_plain(self) -> bool:
+        """Are :meth:`draw` and :meth:`update` those of the kernels, with nothing beside them?"""
+        return type(self).draw is Method.draw and type(self).update is Method.update
+
+    def update_and_draw(
+        self,
+        table: Table,
+        indices: Tensor,
+        weights: Tensor,
+        observed: Tensor,
+        score: Tensor,
+        mean_grad: Tensor | None,
+        following: tuple[Tensor, Tensor],
+    ) -> bool:
+        """:meth:`update`, then :meth:`draw` into ``following``: by one kernel if both are plain."""
+        if self.is_plain:
+            both: Callable[..., bool] = kernels_for("sample", table.device.type).update_and_draw
+            return both(table, indices, observed, weights, score, mean_grad, *following)
+        if not self.update(table, indices, weights, observed, score, mean_grad):
+            return False
+        self.draw(table, *following)
+        return True
+
     # What can be read ----------------------------------------------------------------------------
 
     def probabilities(self, table: Table) -> Tensor:

@@ -94,6 +94,11 @@ class EMAIS(Method):
             "floor": self.floor,
         }
 
+    @property
+    def is_plain(self) -> bool:
+        own = type(self).draw is Method.draw and type(self).update is EMAIS.update
+        return own and self.score_fn is None
+
     def update(
         self,
         table: Table,
