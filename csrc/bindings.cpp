@@ -184,6 +184,7 @@ PYBIND11_MODULE(_C, m) {
         [](int64_t n) { return fastis::Levels(n, fastis::kDeviceTop).total(); });
   m.def("emulate_update", &fastis::emulated::update);
   m.def("emulate_draw", &fastis::emulated::draw);
+  m.def("emulate_rescale", &fastis::emulated::rescale);
   m.def("emulate_update_and_draw", &fastis::emulated::update_and_draw);
   m.def("emulate_survey", &fastis::emulated::survey);
   m.def("emulate_running_sums_bytes", &fastis::emulated::running_sums_bytes);
@@ -209,6 +210,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_error_string", &fastis::cuda::error_string);
   fastis::define_fast<struct CudaUpdate>(m, "cuda_update", &fastis::cuda::update);
   fastis::define_fast<struct CudaDraw>(m, "cuda_draw", &fastis::cuda::draw);
+  m.def("cuda_rescale", &fastis::cuda::rescale);
   fastis::define_fast<struct CudaUpdateAndDraw>(m, "cuda_update_and_draw",
                                                 &fastis::cuda::update_and_draw);
   m.def("cuda_survey", &fastis::cuda::survey);

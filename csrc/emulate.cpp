@@ -18,6 +18,11 @@ void draw(Pointer<const DeviceTable> table, Pointer<int64_t> indices, Pointer<fl
   device::draw(grid, *table.address, indices.address, weights.address);
 }
 
+void rescale(Pointer<const DeviceTable> table, uint64_t stride) {
+  device::HostGrid grid(stride);
+  device::rescale(grid, *table.address);
+}
+
 void update_and_draw(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
                      Pointer<const float> observed, Pointer<const float> weights,
                      Pointer<const float> score, int64_t n, Pointer<const float> mean_grad,

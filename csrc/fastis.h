@@ -28,6 +28,7 @@ void update(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
             int64_t n, Pointer<const float> mean_grad, int64_t num_classes, uint64_t stride);
 void draw(Pointer<const DeviceTable> table, Pointer<int64_t> indices, Pointer<float> weights,
           uint64_t stride);
+void rescale(Pointer<const DeviceTable> table, uint64_t stride);
 void update_and_draw(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
                      Pointer<const float> observed, Pointer<const float> weights,
                      Pointer<const float> score, int64_t n, Pointer<const float> mean_grad,
@@ -74,6 +75,8 @@ int64_t update(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
                int64_t num_classes, int64_t device, uint64_t stream);
 int64_t draw(Pointer<const DeviceTable> table, Pointer<int64_t> indices, Pointer<float> weights,
              int64_t device, uint64_t stream);
+// For states that were written from outside. O(N).
+int64_t rescale(Pointer<const DeviceTable> table, int64_t device, uint64_t stream);
 // Both in one launch: what is learnt of a minibatch, then the next one.
 int64_t update_and_draw(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
                         Pointer<const float> observed, Pointer<const float> weights,

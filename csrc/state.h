@@ -15,7 +15,7 @@ namespace fastis {
 
 // 16 bytes, so that a touched sample is one cache line. `code` belongs to weights.h; its top bit
 // marks a heavy item (kept outside the sampling structure).
-struct Record {
+struct alignas(16) Record {
   float mean, var;
   int32_t last;  // iteration of the last observation, -1: unseen
   uint32_t code;

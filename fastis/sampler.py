@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastis import check
 from fastis.methods import Method, from_name
-from fastis.methods.base import Scored
+from fastis.methods.base import Observation, Scored
 from fastis.sampling import Batch, MinibatchSource
 from fastis.table import (
     FLATTEN,
@@ -173,7 +173,7 @@ class Sampler(MinibatchSource):
         Non-finite scores leave their samples' states unchanged and are counted in ``.skipped``. A
         sample drawn twice is observed once: its first position wins.
         """
-        if not self._method.update(self._table, *self._learnt(batch, out)):
+        if not self._method.update(self._table, self._observation(batch, out)):
             raise self._out_of_range(batch.indices)
 
     def update_and_sample(self, batch: Batch, out: Scored | Sequence[Scored]) -> Batch:
@@ -193,16 +193,14 @@ class Sampler(MinibatchSource):
         TypeError, ValueError, IndexError
             as :meth:`update`, before anything has changed: nothing was drawn then.
         """
-        learnt = self._learnt(batch, out)
+        seen = self._observation(batch, out)
         following = Batch(_empty_like(self._like.indices), _empty_like(self._like.weights))
-        if not self._method.update_and_draw(self._table, *learnt, following):
+        if not self._method.update_and_draw(self._table, seen, following):
             raise self._out_of_range(batch.indices)
         return following
 
-    def _learnt(
-        self, batch: Batch, out: Scored | Sequence[Scored]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """Indices, weights, what is observed, score and mean gradient, checked."""
+    def _observation(self, batch: Batch, out: Scored | Sequence[Scored]) -> Observation:
+        """What the method is to learn from, checked."""
         indices, weights = batch
         try:
             score, mean_grad = out.score, out.mean_grad  # type: ignore[union-attr]
@@ -213,7 +211,7 @@ class Sampler(MinibatchSource):
             observed, score = observed.float(), score.float()
             mean_grad = None if mean_grad is None else mean_grad.float()
         _check_update(self._table, indices, weights, observed, score)
-        return indices, weights, observed, score, mean_grad
+        return Observation(indices, weights, observed, score, mean_grad)
 
     def _out_of_range(self, indices: Tensor) -> IndexError:
         return IndexError(

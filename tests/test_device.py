@@ -6,8 +6,6 @@ the other, forwards, backwards and scrambled, so that a dependence on the order 
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from conftest import observe, sweep
@@ -37,6 +35,9 @@ class Emulator:
         )
         return True
 
+    def rescale(self, table) -> None:
+        _C.emulate_rescale(table.device_handle, self.stride)
+
     def update_and_draw(
         self, table, indices, observed, weights, score, mean_grad, next_indices, next_weights
     ) -> bool:
@@ -58,10 +59,7 @@ def emulated(monkeypatch):
     def enter(stride: int) -> None:
         emulator = Emulator(stride)
         for operation in ("update", "sample"):
-            module = SimpleNamespace(
-                update=emulator.update, draw=emulator.draw, update_and_draw=emulator.update_and_draw
-            )
-            monkeypatch.setitem(kernels._chosen, (operation, "cpu"), module)
+            monkeypatch.setitem(kernels._chosen, (operation, "cpu"), emulator)
 
     yield enter
     kernels._chosen.clear()
@@ -122,6 +120,8 @@ class LastScore(EMAIS):
     [
         *("emais", "scan", "uniform", LastScore()),
         *(EMAIS(importance="sum", tau=30.0), EMAIS(tau_scale=0.3)),
+        *("confidence", "prioritized", "rais"),
+        EMAIS(refresh_every=7, score_fn=lambda i: 1.0 + i.float()),
     ],
     ids=str,
 )
@@ -154,6 +154,7 @@ def test_every_cap(emulated, duplicates):
 @pytest.mark.parametrize("method", ["emais", "scan", EMAIS(warmup_epochs=0)])
 def test_update_and_draw_in_one_launch(emulated, stride, method):
     samplers = pair(num_samples=400, batch_size=32, method=method)
+    assert samplers[1].method.is_plain  # else it would be two launches
     generator = torch.Generator().manual_seed(0)
     kernels._chosen.clear()
     with fastis.backend("reference"):

@@ -1,4 +1,4 @@
-// The sampler's launches: update, draw, and both in one. Cooperative, since a launch's phases wait
+// The sampler's launches: update, draw, both in one, and rescale. Cooperative, since a launch's phases wait
 // for each other; a minibatch of up to 256 is one block, which waits without the rest of the
 // device. Bytes touched a sample: an update 64 (record, claim) and 8 a level, a draw 128 a level
 // and 64.
@@ -38,6 +38,13 @@ __global__ void __launch_bounds__(kThreads, 1)
   device::draw(grid, table, indices, weights);
 }
 
+__global__ void __launch_bounds__(kThreads, 1)
+    rescale_kernel(const __grid_constant__ DeviceTable table) {
+  __shared__ uint64_t shared[device::CudaBlock::kShared];
+  CudaGrid grid(shared, table.arrivals);
+  device::rescale(grid, table);
+}
+
 }  // namespace
 
 const char* error_string(int64_t error) {
@@ -67,6 +74,10 @@ int64_t update_and_draw(Pointer<const DeviceTable> table, Pointer<const int64_t>
   const int64_t items = n > table->batch_size ? n : table->batch_size;
   return launch_cooperative<update_and_draw_kernel>(
       device, stream, items, *table.address, minibatch, next_indices.address, next_weights.address);
+}
+
+int64_t rescale(Pointer<const DeviceTable> table, int64_t device, uint64_t stream) {
+  return launch_cooperative<rescale_kernel>(device, stream, table->num_samples, *table.address);
 }
 
 }  // namespace fastis::cuda

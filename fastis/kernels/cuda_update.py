@@ -1,7 +1,4 @@
-"""The update on a GPU: csrc/cuda/sampler.cu, one launch, no host synchronisation.
-
-To rescale for states written from outside, the reference's operations serve (they synchronise).
-"""
+"""The update on a GPU: csrc/cuda/sampler.cu, one launch, no host synchronisation."""
 
 from __future__ import annotations
 
@@ -9,10 +6,7 @@ from torch import Tensor
 
 from fastis.kernels import _C
 from fastis.kernels.cuda_launch import launch, minibatch
-from fastis.kernels.reference_update import rescale
 from fastis.table import Table
-
-__all__ = ["rescale", "update"]
 
 
 def update(
@@ -32,3 +26,8 @@ def update(
             *minibatch(indices, observed, weights, score, mean_grad),
         )
     return True
+
+
+def rescale(table: Table) -> None:
+    """See :func:`fastis.kernels.reference_update.rescale`."""
+    launch(_C.cuda_rescale, table.device, table.device_handle)

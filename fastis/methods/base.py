@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +33,16 @@ class Scored(Protocol):
     def score(self) -> Tensor: ...
     @property
     def mean_grad(self) -> Tensor | None: ...
+
+
+class Observation(NamedTuple):
+    """What one minibatch of n draws has shown, checked, on the table's device."""
+
+    indices: Tensor  # int64 [n]
+    weights: Tensor  # float32 [n], the coefficients of the draw
+    observed: Tensor  # float32 [n], what the method observes (Method.observed)
+    score: Tensor  # float32 [n]
+    mean_grad: Tensor | None  # float32 [C]
 
 
 # indices int64 [n] on the sampler's device -> the scored loss of these samples, or float [n] there.
@@ -95,16 +105,9 @@ class Method:
         """[n]: what is observed of every sample of a minibatch."""
         return out.score
 
-    def update(
-        self,
-        table: Table,
-        indices: Tensor,
-        weights: Tensor,
-        observed: Tensor,
-        score: Tensor,
-        mean_grad: Tensor | None,
-    ) -> bool:
+    def update(self, table: Table, seen: Observation) -> bool:
         """One iteration; False when an index is out of range, and then nothing has changed."""
+        indices, weights, observed, score, mean_grad = seen
         update: Callable[..., bool] = kernels_for("update", table.device.type).update
         return update(table, indices, observed, weights, score, mean_grad)
 
@@ -114,20 +117,14 @@ class Method:
         return type(self).draw is Method.draw and type(self).update is Method.update
 
     def update_and_draw(
-        self,
-        table: Table,
-        indices: Tensor,
-        weights: Tensor,
-        observed: Tensor,
-        score: Tensor,
-        mean_grad: Tensor | None,
-        following: tuple[Tensor, Tensor],
+        self, table: Table, seen: Observation, following: tuple[Tensor, Tensor]
     ) -> bool:
         """:meth:`update`, then :meth:`draw` into ``following``: by one kernel if both are plain."""
         if self.is_plain:
+            indices, weights, observed, score, mean_grad = seen
             both: Callable[..., bool] = kernels_for("sample", table.device.type).update_and_draw
             return both(table, indices, observed, weights, score, mean_grad, *following)
-        if not self.update(table, indices, weights, observed, score, mean_grad):
+        if not self.update(table, seen):
             return False
         self.draw(table, *following)
         return True

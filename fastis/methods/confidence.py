@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastis.methods.base import Scored
+from fastis.methods.base import Observation, Scored
 from fastis.methods.weighted import WithoutCoefficients, assign, usable_positions
 from fastis.table import UPDATES, Table
 
@@ -50,25 +50,17 @@ class Confidence(WithoutCoefficients):
     def observed(self, out: Scored) -> Tensor:
         return out.losses.neg().exp()
 
-    def update(
-        self,
-        table: Table,
-        indices: Tensor,
-        weights: Tensor,
-        observed: Tensor,
-        score: Tensor,
-        mean_grad: Tensor | None,
-    ) -> bool:
-        keep = usable_positions(table, indices, observed)
+    def update(self, table: Table, seen: Observation) -> bool:
+        keep = usable_positions(table, seen)
         if keep is None:
             return False
         visits, mean, squares = (table.memory[name] for name in ("visits", "mean", "squares"))
-        i, p = indices[keep], observed[keep]
+        i, p = seen.indices[keep], seen.observed[keep]
         visits[i] += 1
         d = p - mean[i]
         mean[i] += d / visits[i]
         squares[i] += d * (p - mean[i])
-        super().update(table, indices, weights, observed, score, mean_grad)
+        super().update(table, seen)
         if int(table.scalars[UPDATES]) >= table.constants.warmup_draws:
             a = self.uncertainty(visits, mean, squares)
             visited = visits > 0

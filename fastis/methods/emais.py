@@ -10,7 +10,7 @@ from torch import Tensor
 from fastis import check
 from fastis.kernels import kernels_for
 from fastis.kernels.reference_update import observe_all
-from fastis.methods.base import Method, Scored, ScoreFn
+from fastis.methods.base import Method, Observation, Scored, ScoreFn
 from fastis.methods.scoring import score_all
 from fastis.table import IMPORTANCE, UPDATES, Table
 
@@ -99,16 +99,12 @@ class EMAIS(Method):
         own = type(self).draw is Method.draw and type(self).update is EMAIS.update
         return own and self.score_fn is None
 
-    def update(
-        self,
-        table: Table,
-        indices: Tensor,
-        weights: Tensor,
-        observed: Tensor,
-        score: Tensor,
-        mean_grad: Tensor | None,
-    ) -> bool:
-        if not super().update(table, indices, weights, observed, score, mean_grad):
+    @property
+    def is_plain(self) -> bool:
+        return self.score_fn is None
+
+    def update(self, table: Table, seen: Observation) -> bool:
+        if not super().update(table, seen):
             return False
         if self.score_fn is not None:
             iteration = int(table.scalars[UPDATES]) - 1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.methods.base import Scored, ScoreFn
+from fastis.methods.base import Observation, Scored, ScoreFn
 from fastis.methods.scoring import score_all
 from fastis.methods.weighted import WithoutCoefficients, assign, epoch_ended, usable_positions
 from fastis.table import MEAN, Table
@@ -71,24 +71,18 @@ class OnlineBatch(WithoutCoefficients):
     def observed(self, out: Scored) -> Tensor:
         return out.losses
 
-    def update(
-        self,
-        table: Table,
-        indices: Tensor,
-        weights: Tensor,
-        observed: Tensor,
-        score: Tensor,
-        mean_grad: Tensor | None,
-    ) -> bool:
-        keep = usable_positions(table, indices, observed)
+    def update(self, table: Table, seen: Observation) -> bool:
+        keep = usable_positions(table, seen)
         if keep is None:
             return False
         losses = table.memory["losses"]
-        losses[indices[keep]] = observed[keep]
+        losses[seen.indices[keep]] = seen.observed[keep]
         # The weights in force stay until the next ranking.
-        same = torch.where(observed.isfinite(), table.column(MEAN)[indices], observed)
-        super().update(table, indices, weights, same, score, mean_grad)
-        epoch = epoch_ended(table) if len(indices) else 0
+        same = torch.where(
+            seen.observed.isfinite(), table.column(MEAN)[seen.indices], seen.observed
+        )
+        super().update(table, seen._replace(observed=same))
+        epoch = epoch_ended(table) if len(same) else 0
         if epoch >= max(1, self.warmup_epochs):
             since = epoch - self.warmup_epochs
             if self.score_fn is not None and since % self.recompute_every == 0:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastis import check
 from fastis.kernels import kernels_for
 from fastis.methods import scoring
-from fastis.methods.base import Method, Scored, ScoreFn
+from fastis.methods.base import Method, Observation, Scored, ScoreFn
 from fastis.table import DRAWS, Table
 
 SCORES = ("upper_bound", "loss", "gradient_norm")
@@ -119,26 +119,16 @@ class Presampling(Method):
     def observed(self, out: Scored) -> Tensor:
         return out.losses if self.score == "loss" else out.score
 
-    def update(
-        self,
-        table: Table,
-        indices: Tensor,
-        weights: Tensor,
-        observed: Tensor,
-        score: Tensor,
-        mean_grad: Tensor | None,
-    ) -> bool:
-        if not super().update(table, indices, weights, observed, score, mean_grad):
+    def update(self, table: Table, seen: Observation) -> bool:
+        if not super().update(table, seen):
             return False
         # A minibatch drawn ahead may be older than tau: its own weights say how it was drawn.
-        if len(indices) and bool((weights == 1).all()):
-            self._smooth(table, _shares(self._scores_of(indices, observed)))
+        if len(seen.indices) and bool((seen.weights == 1).all()):
+            scores = seen.observed
+            if self.score == "gradient_norm":
+                scores = scoring.score(self.score_fn, seen.indices, self.observed)
+            self._smooth(table, _shares(scores))
         return True
-
-    def _scores_of(self, indices: Tensor, observed: Tensor) -> Tensor:
-        if self.score == "gradient_norm":
-            return scoring.score(self.score_fn, indices, self.observed)
-        return observed
 
     def _smooth(self, table: Table, q: Tensor) -> None:
         tau = (len(q) * q.square().sum()).sqrt()

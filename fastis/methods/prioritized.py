@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.methods.base import Scored
+from fastis.methods.base import Observation, Scored
 from fastis.methods.weighted import Weighted, assign, usable_positions
 from fastis.table import DRAWS, Table
 
@@ -72,23 +72,15 @@ class Prioritized(Weighted):
     def observed(self, out: Scored) -> Tensor:
         return (out.losses.abs() + _EPSILON) ** self.alpha
 
-    def update(
-        self,
-        table: Table,
-        indices: Tensor,
-        weights: Tensor,
-        observed: Tensor,
-        score: Tensor,
-        mean_grad: Tensor | None,
-    ) -> bool:
-        keep = usable_positions(table, indices, observed)
+    def update(self, table: Table, seen: Observation) -> bool:
+        keep = usable_positions(table, seen)
         if keep is None:
             return False
-        super().update(table, indices, weights, observed, score, mean_grad)
+        super().update(table, seen)
         known, largest = table.memory["known"], table.memory["largest"]
-        known[indices[keep]] = True
+        known[seen.indices[keep]] = True
         before = largest.clone()
-        largest.copy_(torch.cat([observed[keep], largest[None]]).max())
+        largest.copy_(torch.cat([seen.observed[keep], largest[None]]).max())
         if bool(largest > before) and not bool(known.all()):
             assign(table, largest.expand(len(known)), which=~known)
         return True

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastis import check
+from fastis.methods.base import Observation
 from fastis.methods.weighted import Weighted, assign, usable_positions
 from fastis.table import LAST, UPDATES, Table
 
@@ -94,30 +95,22 @@ class RAIS(Weighted):
 
     # The step ------------------------------------------------------------------------------------
 
-    def update(
-        self,
-        table: Table,
-        indices: Tensor,
-        weights: Tensor,
-        observed: Tensor,
-        score: Tensor,
-        mean_grad: Tensor | None,
-    ) -> bool:
-        keep = usable_positions(table, indices, observed)
+    def update(self, table: Table, seen: Observation) -> bool:
+        keep = usable_positions(table, seen)
         if keep is None:
             return False
-        if len(indices) == 0:
+        if len(seen.indices) == 0:
             return True
-        i, square = indices[keep], observed[keep].square()
+        i, square = seen.indices[keep], seen.observed[keep].square()
         fresh = table.column(LAST)[i] < 0
-        self._remember(table, i, square, weights[keep], fresh)
+        self._remember(table, i, square, seen.weights[keep], fresh)
         self._observe(table, i, square, fresh)
         # Not a number for observations that are not: the table counts and skips them.
-        new_weights = self.weights(table, self._features(table, indices)) + 0 * observed
-        super().update(table, indices, weights, new_weights, score, mean_grad)
+        new_weights = self.weights(table, self._features(table, seen.indices)) + 0 * seen.observed
+        super().update(table, seen._replace(observed=new_weights))
         updates, constants = int(table.scalars[UPDATES]), table.constants
         if updates > constants.warmup_draws:
-            self._measure_gain(table, weights, score, mean_grad)
+            self._measure_gain(table, seen)
         table.memory["effective_iterations"] += table.memory["gain"]
         every = max(1, round(self.refit_epochs * constants.batches_per_epoch))
         if updates % every == 0 and int(table.memory["buffered"]) > 0:
@@ -157,14 +150,13 @@ class RAIS(Weighted):
         history[i] = after
         first += torch.stack([(after - before)[:, 0].double().sum(), fresh.sum().double()])
 
-    def _measure_gain(
-        self, table: Table, weights: Tensor, score: Tensor, mean_grad: Tensor | None
-    ) -> None:
-        r, g2 = weights.double(), score.double().square()
+    def _measure_gain(self, table: Table, seen: Observation) -> None:
+        r, g2 = seen.weights.double(), seen.score.double().square()
         n = len(r)
-        minibatch = (
-            (r * r * g2).mean() / n if mean_grad is None else mean_grad.double().square().sum()
-        )
+        if seen.mean_grad is None:
+            minibatch = (r * r * g2).mean() / n
+        else:
+            minibatch = seen.mean_grad.double().square().sum()
         now = torch.stack([minibatch, ((r - r * r) * g2).mean() / n])
         moments = table.memory["moments"]
         if bool(now.isfinite().all()):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.methods.base import FOREVER, Method, Scored
+from fastis.methods.base import FOREVER, Method, Observation, Scored
 from fastis.methods.weighted import epoch_ended, usable_positions
 from fastis.table import Table
 
@@ -67,21 +67,13 @@ class SelfPaced(Method):
     def observed(self, out: Scored) -> Tensor:
         return out.losses
 
-    def update(
-        self,
-        table: Table,
-        indices: Tensor,
-        weights: Tensor,
-        observed: Tensor,
-        score: Tensor,
-        mean_grad: Tensor | None,
-    ) -> bool:
-        keep = usable_positions(table, indices, observed)
+    def update(self, table: Table, seen: Observation) -> bool:
+        keep = usable_positions(table, seen)
         if keep is None:
             return False
-        table.memory["losses"][indices[keep]] = observed[keep]
-        super().update(table, indices, weights, observed, score, mean_grad)
-        if len(indices) and (epoch := epoch_ended(table)):
+        table.memory["losses"][seen.indices[keep]] = seen.observed[keep]
+        super().update(table, seen)
+        if len(seen.indices) and (epoch := epoch_ended(table)):
             self._raise_threshold(table.memory["losses"], table.memory["threshold"], epoch)
         return True
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastis import check
 from fastis.kernels import kernels_for
 from fastis.kernels.reference_update import LARGEST_SCORE, first_positions
-from fastis.methods.base import Method
+from fastis.methods.base import Method, Observation
 from fastis.table import LAST, MEAN, UPDATES, VAR, Table
 
 
@@ -53,8 +53,9 @@ class WithoutCoefficients(Weighted):
         weights.fill_(1.0)
 
 
-def usable_positions(table: Table, indices: Tensor, observed: Tensor) -> Tensor | None:
+def usable_positions(table: Table, seen: Observation) -> Tensor | None:
     """First positions of the distinct indices with finite observations; None: one out of range."""
+    indices, observed = seen.indices, seen.observed
     if bool(((indices < 0) | (indices >= table.constants.num_samples)).any()):
         return None
     return first_positions(indices, observed.abs() < LARGEST_SCORE)
