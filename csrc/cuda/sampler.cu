@@ -1,7 +1,7 @@
-// The sampler's launches: update, draw, both in one, and rescale. Cooperative, since a launch's phases wait
-// for each other; a minibatch of up to 256 is one block, which waits without the rest of the
-// device. Bytes touched a sample: an update 64 (record, claim) and 8 a level, a draw 128 a level
-// and 64.
+// The sampler's launches: update, draw, both in one, and rescale. Cooperative, since a launch's
+// phases wait for each other; a minibatch of up to 256 is one block, which waits without the rest
+// of the device. Bytes touched a sample: an update 64 (record, claim) and 8 a level, a draw 128 a
+// level and 64.
 #include "cuda/grid.cuh"
 #include "cuda/launch.h"
 #include "device/draw.h"
