@@ -289,6 +289,14 @@ def max_lr(settings: Settings, iterations: int, rows: Rows) -> list[RunConfig]:
     ]
 
 
+def floor(settings: Settings, iterations: int, rows: Rows) -> list[RunConfig]:
+    options: list[dict[str, Any]] = [{}, {"floor": 0.1}, {"floor": 0.1, "tau_scale": 0.25}]
+    return [
+        settings.config("emais", lr, seed, iterations=iterations, options=choice)
+        for seed, lr, choice in product(range(settings.seeds), (0.03, 0.1), options)
+    ]
+
+
 EXPERIMENTS = {
     "table2": Experiment(
         "Test error of every method at one learning rate ([K] Table 2)",
@@ -377,6 +385,13 @@ EXPERIMENTS = {
         "gradient, with |G|^2 taken as 0: N_ems and S are not of the same gradient.",
     ),
     "estimator": Experiment("Plug-in traces instead of unbiased ones (the paper's)", estimator),
+    "floor": Experiment(
+        "A higher floor of the weights (not in the papers)",
+        floor,
+        panels=("train_loss", "test_error", "efficiency"),
+        note="The default floor is 0.001 of the mean weight: no coefficient exceeds 1001. With 0.1 "
+        "none exceeds 11.",
+    ),
     "max_lr": Experiment(
         "A largest learning rate that the factor may reach (not in the papers)",
         max_lr,
