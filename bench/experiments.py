@@ -275,6 +275,13 @@ def estimator(settings: Settings, iterations: int, rows: Rows) -> list[RunConfig
     ]
 
 
+def auto(settings: Settings, iterations: int, rows: Rows) -> list[RunConfig]:
+    return [
+        settings.config(method, lr, seed, iterations=iterations)
+        for seed, lr, method in product(range(settings.seeds), (0.03, 0.1), ("emais", "auto"))
+    ]
+
+
 def max_lr(settings: Settings, iterations: int, rows: Rows) -> list[RunConfig]:
     faster = {"tau_scale": 0.25}
     changes: list[dict[str, Any]] = [
@@ -391,6 +398,11 @@ EXPERIMENTS = {
         panels=("train_loss", "test_error", "efficiency"),
         note="The default floor is 0.001 of the mean weight: no coefficient exceeds 1001. With 0.1 "
         "none exceeds 11.",
+    ),
+    "auto": Experiment(
+        "Uniform draws while importance sampling is not predicted to pay (not in the papers)",
+        auto,
+        panels=("train_loss", "test_error", "efficiency"),
     ),
     "max_lr": Experiment(
         "A largest learning rate that the factor may reach (not in the papers)",

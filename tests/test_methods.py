@@ -120,7 +120,7 @@ def test_scores_that_are_not_numbers_are_left_out(name):
     drive(sampler, 3)
 
 
-@pytest.mark.parametrize("name", ["emais", "loss", "rais", "presampling"])
+@pytest.mark.parametrize("name", ["emais", "loss", "rais", "presampling", "auto"])
 def test_methods_with_coefficients_are_unbiased(name):
     """The mean of r x over many minibatches is that of x over the data."""
     n, b, draws = 200, 20, 4000
@@ -210,6 +210,25 @@ def test_additional_updates_lower_the_efficiency_score_of_stale_tables():
     now = torch.ones(2000)
     refreshed = mean_efficiency(refresh_every=5, score_fn=lambda i: now[i])
     assert refreshed < 0.7 * mean_efficiency()
+
+
+def test_auto_draws_uniformly_while_the_table_predicts_no_gain():
+    sampler = fastis.Sampler(4, 2, method=methods.Auto(warmup_epochs=0), seed=1, max_duplicates=2)
+    sampler.update(batch_of(0, 1, 2, 3), losses_of(1.0, 1.0, 1.0, 3.0))
+    assert probabilities(sampler) == normalised(1, 1, 1, 3)
+    # The table has it the wrong way round now: q = 1.5, 0.5 where |g|^2 = 25, 0.01.
+    batch = fastis.Batch(torch.tensor([0, 3]), torch.tensor([1.5, 0.5]))
+    sampler.update(batch, losses_of(5.0, 0.1))
+    uniform, table = sampler.state_dict()["memory.moments"].tolist()
+    assert uniform == pytest.approx(0.01 * (1.5 * 25 + 0.5 * 0.01) / 2, rel=QUANTISED)
+    assert table == pytest.approx(0.01 * (1.5**2 * 25 + 0.5**2 * 0.01) / 2, rel=QUANTISED)
+    assert sampler.probabilities().tolist() == [0.25] * 4
+    assert (sampler.sample().weights == 1).all()
+    # With what it learnt the table is right again, and that shows in uniform draws too.
+    while sampler.probabilities().tolist() == [0.25] * 4:
+        sampler.update(batch_of(0, 1, 2, 3), losses_of(5.0, 1.0, 1.0, 0.1))
+    assert not (sampler.sample().weights == 1).all()
+    assert not sampler.method.is_plain
 
 
 def test_confidence_by_hand():
