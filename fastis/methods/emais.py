@@ -99,11 +99,6 @@ class EMAIS(Method):
         own = type(self).draw is Method.draw and type(self).update is EMAIS.update
         return own and self.score_fn is None
 
-    @property
-    def is_plain(self) -> bool:
-        as_here = type(self).draw is Method.draw and type(self).update is EMAIS.update
-        return as_here and self.score_fn is None
-
     def update(self, table: Table, seen: Observation) -> bool:
         if not super().update(table, seen):
             return False
