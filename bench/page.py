@@ -263,12 +263,12 @@ def every_rate(results: Results) -> list[Group]:
     """All rates that any experiment ran with several seeds in this setting: the choice by one
     seed can be judged by them."""
     setting = replace(results.main_groups[0].config, method="", lr=0.0, seed=0)
+    methods = list(dict.fromkeys(group.config.method for group in results.main_groups))
     found: dict[tuple[str, float], list[Row]] = {}
     for row in results.rows.values():
         config = RunConfig(**row["config"])
-        if replace(config, method="", lr=0.0, seed=0) == setting:
+        if config.method in methods and replace(config, method="", lr=0.0, seed=0) == setting:
             found.setdefault((config.method, config.lr), []).append(row)
-    methods = list(dict.fromkeys(group.config.method for group in results.main_groups))
     return [
         Group(replace(setting, method=method, lr=lr), tuple(rows), ())
         for (method, lr), rows in sorted(
