@@ -89,8 +89,8 @@ class Plan:
 
     def __call__(self) -> list[RunConfig]:
         """Seed 0 of all experiments, then seed 1, ..."""
-        todo = {c.key: c for name in self.names for c in self.missing(name)}
-        return sorted(todo.values(), key=lambda config: config.seed)
+        pending = {c.key: c for name in self.names for c in self.missing(name)}
+        return sorted(pending.values(), key=lambda config: config.seed)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -128,10 +128,10 @@ def make_settings(args: argparse.Namespace) -> Settings:
     )
 
 
-def check(args: argparse.Namespace, todo: list[RunConfig]) -> None:
+def check(args: argparse.Namespace, pending: list[RunConfig]) -> None:
     """Raises on the first run that could not start, before any does."""
     torch.empty(0, device=args.device)
-    for config in {(c.dataset, c.method, str(c.options)): c for c in todo}.values():
+    for config in {(c.dataset, c.method, str(c.options)): c for c in pending}.values():
         check_config(config, len(cached_dataset(config.dataset, args.data).y_train))
 
 
@@ -170,13 +170,13 @@ def main(argv: list[str] | None = None) -> int:
                 f"NAME must be one or more of {known}, got {', '.join(unknown) or 'none'}"
             )
         plan = Plan(args.names, settings, args.only, rows)
-        todo = plan()
-        check(args, todo)
+        pending = plan()
+        check(args, pending)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         parser.error(str(error))
     if STEP_TIMES in args.names:
         measure_step_times(args, settings)
-    print(f"{len(todo)} runs to do", flush=True)
+    print(f"{len(pending)} runs to do", flush=True)
     try:
         for row in run_all(plan, args.data, args.jobs, args.threads):
             report.append_row(rows_file(args.out, RunConfig(**row["config"])), row)

@@ -122,10 +122,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     dataset_file = data_name(args.data)
     wanted = {c.key: c for c in configurations(args, dataset_file)}
-    todo = [c for key, c in wanted.items() if args.force or key not in done]
-    if len(todo) < len(wanted):
-        print(f"{len(wanted) - len(todo)} of {len(wanted)} runs are in {results} already")
-    left = {c.key: c for c in todo}
+    pending = [c for key, c in wanted.items() if args.force or key not in done]
+    if len(pending) < len(wanted):
+        print(f"{len(wanted) - len(pending)} of {len(wanted)} runs are in {results} already")
+    left = {c.key: c for c in pending}
     for row in run_all(lambda: list(left.values()), args.data, args.jobs, args.threads):
         report.append_row(results, row)
         del left[report.config_key(row["config"])]

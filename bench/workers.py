@@ -89,11 +89,11 @@ def _note_failure(failed: dict[str, str], config: RunConfig, error: BaseExceptio
 def _run_here(
     plan: Plan, data: str | None, jobs: int, threads: int, failed: dict[str, str]
 ) -> Iterator[dict]:
-    while todo := [c for c in plan() if c.key not in failed]:
+    while pending := [c for c in plan() if c.key not in failed]:
         try:
-            row = run_here(todo[0], data, threads)
+            row = run_here(pending[0], data, threads)
         except Exception as error:  # a run may fail in any way; the others go on
-            _note_failure(failed, todo[0], error)
+            _note_failure(failed, pending[0], error)
             continue
         yield {**row, "jobs": 1}
 
@@ -112,9 +112,9 @@ def _run_elsewhere(
     with pool, tqdm(desc="runs", unit="run") as bar:
         while True:
             taken = {config.key for config in running.values()} | failed.keys()
-            todo = [config for config in plan() if config.key not in taken]
-            bar.total = bar.n + len(running) + len(todo)
-            for config in todo[: jobs - len(running)]:
+            pending = [config for config in plan() if config.key not in taken]
+            bar.total = bar.n + len(running) + len(pending)
+            for config in pending[: jobs - len(running)]:
                 running[pool.submit(run_here, config, data, threads)] = config
             if not running:
                 return

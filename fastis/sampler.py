@@ -284,7 +284,7 @@ class Sampler(MinibatchSource):
     def mean(self) -> Tensor:
         """float32 [N]: moving mean of each sample's score; 0 if unseen. A copy.
 
-        Methods with weights of their own (all but emais and loss) keep the last weight here.
+        Methods with weights of their own (all but emais, loss and auto) keep the last weight here.
         """
         return self._column(MEAN)
 

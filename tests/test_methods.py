@@ -44,8 +44,8 @@ def normalised(*weights):
     return pytest.approx([w / sum(weights) for w in weights], rel=QUANTISED)
 
 
-def train(sampler, steps, learn=0.0):
-    """The loop with scores (and losses) by index, which fall by ``learn`` a visit; all visits."""
+def train(sampler, steps):
+    """The loop with scores (and losses) that follow from the index; how often each was drawn."""
     value = scores(torch.arange(sampler.num_samples))
     counts = torch.zeros(sampler.num_samples)
     for _ in range(steps):
@@ -53,7 +53,6 @@ def train(sampler, steps, learn=0.0):
         i = batch.indices
         sampler.update(batch, Observation(value[i], value[i], torch.full((4,), 0.1)))
         counts.index_add_(0, i, torch.ones(len(i)))
-        value[i] *= 1 - learn
     return counts
 
 
