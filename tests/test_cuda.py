@@ -8,7 +8,7 @@ from conftest import observe
 
 import fastis
 from fastis.kernels import cpu_sample, cuda_sample
-from fastis.methods import EMAIS
+from fastis.methods import BY_NAME, EMAIS, Presampling
 
 pytestmark = [
     pytest.mark.cuda,
@@ -35,6 +35,35 @@ def test_equal_scores_give_equal_draws(method, scheme):
     if samplers[0].method.has_records:
         assert torch.equal(samplers[0].importance, samplers[1].importance.cpu())
     torch.testing.assert_close(samplers[0].lr_factor(), samplers[1].lr_factor().cpu())
+
+
+def test_additional_updates_give_the_same_table():
+    method = EMAIS(refresh_every=5, score_fn=lambda i: 1.0 + i.float(), warmup_epochs=0)
+    samplers = [fastis.Sampler(300, 16, method=method, device=d) for d in ("cpu", "cuda")]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        score = torch.empty(16).log_normal_(0, 2, generator=generator)
+        cpu, cuda = (sampler.sample() for sampler in samplers)
+        assert torch.equal(cpu.indices, cuda.indices.cpu())
+        samplers[0].update(cpu, observe(score))
+        samplers[1].update(cuda, observe(score.cuda()))
+    assert torch.equal(samplers[0].importance, samplers[1].importance.cpu())
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_every_method_draws_and_learns(name):
+    def scores(indices):
+        return 1.0 + indices % 7
+
+    method = Presampling(lambda i: scores(i).float()) if name == "presampling" else name
+    sampler = fastis.Sampler(300, 16, method=method, seed=3, device="cuda")
+    for _ in range(60):
+        batch = sampler.sample()
+        assert bool(((batch.indices >= 0) & (batch.indices < 300)).all())
+        assert bool(batch.weights.isfinite().all())
+        sampler.update(batch, observe(scores(batch.indices).float()))
+    assert sampler.step == 60
+    assert sampler.skipped == 0
 
 
 def test_state_moves_between_devices():

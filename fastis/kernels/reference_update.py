@@ -142,8 +142,9 @@ def smoothed(table: Table, i: Tensor | slice, x: Tensor, now: int) -> tuple[Tens
     if tau < 0:
         return x, torch.zeros_like(x)
     dt = torch.where(last < 0, 1, now - last).float()
-    linear = torch.tensor(table.constants.tau_scale, dtype=torch.float32) * float(now)
-    tau_now = torch.tensor(tau, dtype=torch.float32) if tau > 0 else linear.clamp(min=1)
+    # On x's device: CUDA divides by a host's number by multiplying with its inverse.
+    linear = x.new_tensor(table.constants.tau_scale) * float(now)
+    tau_now = x.new_tensor(tau) if tau > 0 else linear.clamp(min=1)
     alpha, one_minus_alpha = decay(dt / tau_now)
     d = x - mean
     new_mean = torch.where(last < 0, x, mean + one_minus_alpha * d)
