@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from bench import figures
+from bench import figures, stale_scores, step_times
 from bench.compare import paired_interval
 from bench.config import RunConfig
 from bench.experiments import EXPERIMENTS, GRID, Rows, best_of_grid, matched_lr
 from bench.groups import Group, Results
 from bench.loop import CURVE_SAMPLES
+from bench.markdown import NOT_YET, markdown_table, provenance_line
 from bench.report import Row, mean_sd
 from bench.tasks import TASKS
 
 PAGE = "REPRODUCE.md"
-NOT_YET = "*Not yet measured.*"
 INTRODUCTION = """# Experiments of the papers
 
 Written by `python bench/reproduce.py --report` from the result rows in this folder; nothing here is
@@ -45,11 +45,6 @@ SOMETIMES: tuple[tuple[Column, float | None], ...] = (
     (("lr factor", "lr_factor", 2), 1.0),
     (("seconds", "seconds", 0), None),
 )
-
-
-def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(head) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *lines))
 
 
 def mean_cell(group: Group, name: str, digits: int) -> str:
@@ -128,25 +123,6 @@ def missing_line(groups: Sequence[Group]) -> str:
         if group.missing_seeds
     ]
     return f"Not yet measured: {'; '.join(missing)}." if missing else ""
-
-
-def provenance_line(rows: Sequence[Row]) -> str:
-    """Machines, versions and dates of the rows."""
-
-    def machine(row: Row) -> str:
-        where = row["machine"]
-        parts = [where["gpu"]] if "gpu" in where else []
-        parts += [where["cpu"], f"{where['threads']} thread(s) a run"]
-        parts += [f"{row['jobs']} run(s) at a time"] if "jobs" in row else []
-        return ", ".join(parts)
-
-    def distinct(of: Callable[[Row], str]) -> str:
-        return "; ".join(dict.fromkeys(map(of, rows)))
-
-    versions = distinct(lambda row: ", ".join(f"{k} {v}" for k, v in row["versions"].items()))
-    days = sorted({row["date"][:10] for row in rows})
-    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    return f"Measured {when} on {distinct(machine)}; {versions}."
 
 
 def command(results: Results) -> str:
@@ -314,51 +290,20 @@ def time_to_loss(groups: Sequence[Group], scan: Group, step_times: Sequence[Row]
     )
 
 
-# ---- time per step
-
-
-def step_times_section(rows: Sequence[Row]) -> str:
-    parts = ["## table5: Time per step of each method ([K] Table 5)"]
-    parts.append(
-        "All methods take turns in one process after two epochs of training. The ratio to SGD-Uni "
-        "(`uniform`) is taken within a round: median and quartiles over rounds. Presampling's own "
-        "forward pass comes and goes with its tau; with a threshold of 0 it is there at every step."
-    )
-    for row in rows:
-        lines = [
-            [
-                name,
-                f"{found['ms']:.2f}",
-                f"{found['ratio']:.3f}",
-                "{:.3f} to {:.3f}".format(*found["ratio_quartiles"]),
-            ]
-            for name, found in row["methods"].items()
-        ]
-        parts.append(
-            f"**{row['model']}, {row['num_samples']} samples ({row['data']}), minibatch "
-            f"{row['batch_size']}, {row['rounds']} rounds of {row['steps_per_round']} steps**"
-        )
-        parts.append(markdown_table(["method", "ms/step", "ratio", "quartiles"], lines))
-        parts.append(provenance_line([{**row, "jobs": 1}]))
-    if not rows:
-        parts.append(NOT_YET)
-    last = rows[-1] if rows else {"data": "fashion_mnist.npz", "device": "cpu"}
-    options = f" --data {last['data']}" if last["data"] != "embedded" else ""
-    options += f" --device {last['device']}" if last["device"] != "cpu" else ""
-    parts.append(f"```sh\npython bench/reproduce.py table5{options}\n```")
-    return "\n\n".join(parts)
-
-
-def write(folder: Path, rows: Rows, step_times: Sequence[Row]) -> Path:
+def write(
+    folder: Path, rows: Rows, step_time_rows: Sequence[Row], stale_score_rows: Sequence[Row]
+) -> Path:
     """Writes the page and its figures into ``folder``."""
     sections = []
     for name, experiment in EXPERIMENTS.items():
         results = Results(name, experiment, rows)
         if name == "best_lr":
-            sections.append(best_lr_section(results, folder, step_times))
+            sections.append(best_lr_section(results, folder, step_time_rows))
+            sections.append(step_times.section(step_time_rows))
         else:
             sections.append(section(results, folder))
-    sections.insert(2, step_times_section(step_times))
+        if name == "fig1":
+            sections.append(stale_scores.section(stale_score_rows))
     out = folder / PAGE
     out.write_text("\n\n".join([INTRODUCTION.rstrip(), *sections]) + "\n")
     return out

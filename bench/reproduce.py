@@ -35,6 +35,8 @@ EARLIER = "fashion_mnist_lenet5.jsonl"
 # No list of runs: all methods take turns in one process.
 STEP_TIMES = "table5"
 STEP_TIMES_FILE = "reproduce_step_times.jsonl"
+# Written by bench/stale_scores.py, for the page.
+STALE_SCORES = "stale_scores.jsonl"
 NAMES = (*EXPERIMENTS, STEP_TIMES)
 
 
@@ -161,7 +163,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.report:
             from bench import page  # matplotlib: for this alone
 
-            print(page.write(args.out, rows, read_step_times(args.out)))
+            others = (report.read_rows(args.out / name) for name in (STEP_TIMES_FILE, STALE_SCORES))
+            print(page.write(args.out, rows, *others))
             return 0
         unknown = [name for name in args.names if name not in NAMES]
         if unknown or not args.names:

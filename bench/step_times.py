@@ -7,6 +7,7 @@ over rounds is reported. Measured after two epochs and a bit: past every warm-up
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from statistics import median, quantiles
 
 import torch
@@ -17,6 +18,7 @@ from bench.config import RunConfig
 from bench.datasets import Dataset
 from bench.experiments import VARIANTS, Settings
 from bench.loop import Run
+from bench.markdown import NOT_YET, markdown_table, provenance_line
 from bench.provenance import provenance
 from bench.report import Row
 
@@ -93,3 +95,36 @@ def measure(
         "methods": summary(interleaved(runs, rounds, steps)),
         **provenance(torch.device(settings.device)),
     }
+
+
+def section(rows: Sequence[Row]) -> str:
+    """The results page's section of these rows."""
+    parts = ["## table5: Time per step of each method ([K] Table 5)"]
+    parts.append(
+        "All methods take turns in one process after two epochs of training. The ratio to SGD-Uni "
+        "(`uniform`) is taken within a round: median and quartiles over rounds. Presampling's own "
+        "forward pass comes and goes with its tau; with a threshold of 0 it is there at every step."
+    )
+    for row in rows:
+        lines = [
+            [
+                name,
+                f"{found['ms']:.2f}",
+                f"{found['ratio']:.3f}",
+                "{:.3f} to {:.3f}".format(*found["ratio_quartiles"]),
+            ]
+            for name, found in row["methods"].items()
+        ]
+        parts.append(
+            f"**{row['model']}, {row['num_samples']} samples ({row['data']}), minibatch "
+            f"{row['batch_size']}, {row['rounds']} rounds of {row['steps_per_round']} steps**"
+        )
+        parts.append(markdown_table(["method", "ms/step", "ratio", "quartiles"], lines))
+        parts.append(provenance_line([{**row, "jobs": 1}]))
+    if not rows:
+        parts.append(NOT_YET)
+    last = rows[-1] if rows else {"data": "fashion_mnist.npz", "device": "cpu"}
+    options = f" --data {last['data']}" if last["data"] != "embedded" else ""
+    options += f" --device {last['device']}" if last["device"] != "cpu" else ""
+    parts.append(f"```sh\npython bench/reproduce.py table5{options}\n```")
+    return "\n\n".join(parts)

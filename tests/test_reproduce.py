@@ -14,7 +14,7 @@ import fastis
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import experiments, loop, page, report, reproduce, step_times
+from bench import experiments, loop, markdown, page, report, reproduce, step_times
 from bench.config import RunConfig
 from bench.dynamic_batch import FollowingSampler, factors_of
 from bench.experiments import COMPARED, EXPERIMENTS, GRID, VARIANTS, Settings
@@ -430,12 +430,12 @@ def _no_figures(monkeypatch):
 
 
 def write_page(tmp_path, rows, times=()) -> str:
-    return page.write(tmp_path, by_key(rows), times).read_text()
+    return page.write(tmp_path, by_key(rows), times, []).read_text()
 
 
 def test_a_page_of_nothing_says_so(tmp_path):
     text = write_page(tmp_path, [])
-    assert text.count(page.NOT_YET) >= len(EXPERIMENTS)
+    assert text.count(markdown.NOT_YET) >= len(EXPERIMENTS)
     for name in EXPERIMENTS:
         assert f"## {name}: " in text
         assert f"python bench/reproduce.py {name} --data " in text
