@@ -398,8 +398,8 @@ EXPERIMENTS = {
         "A small convolutional network on CIFAR-10 (what a CPU can do of cifar10)",
         cifar10_cnn,
         panels=("train_loss", "test_error", "efficiency"),
-        note="Four convolutions, random crops and flips: far from fitting its training set, so that "
-        "scores differ less and there is less to gain than on Fashion-MNIST.",
+        note="Four convolutions, random crops and flips: far from fitting its training set, so "
+        "that scores differ less and there is less to gain than on Fashion-MNIST.",
     ),
     "stratified": Experiment(
         "Drawing by slices, data in the file's order and sorted by class (not in the papers)",
