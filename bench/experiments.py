@@ -74,6 +74,8 @@ class Experiment:
         the curves of its figure.
     x : "step" or "seconds"
         what the figure's curves are drawn against.
+    compared_with : str
+        label of the runs that the table's differences are to.
     note : str
         what a reader must know: choices of ours, what differs from the paper.
     """
@@ -85,6 +87,7 @@ class Experiment:
     curves: tuple[str, ...] = ()
     panels: tuple[str, ...] = ("train_loss", "test_error")
     x: str = "step"
+    compared_with: str = "scan"
     note: str = ""
 
     def configs(self, settings: Settings, rows: Rows) -> list[RunConfig]:
@@ -347,6 +350,7 @@ EXPERIMENTS = {
         "EMAIS against uniform minibatches of N_ems samples ([K] Figure 2)",
         fig2,
         panels=("train_loss", "test_error", "effective_batch_size"),
+        compared_with="emais",
         note="At each step the dynamic run draws as many samples, uniformly, as the N_ems that an "
         "EMAIS run of the same seed has there; its learning rate follows the size (eq. 8).",
     ),

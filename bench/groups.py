@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
+from statistics import median
 
 import numpy as np
 
@@ -37,6 +38,13 @@ class Group:
 
     def finals(self, name: str) -> list[float]:
         return finals(self.rows, name)
+
+    def late_medians(self, name: str) -> list[float]:
+        """Of every run that has the curve: its median over the second half of the evaluations, for
+        estimates that jump now and then."""
+        late = (row["curves"][name][len(row["curves"][name]) // 2 :] for row in self.rows)
+        defined = ([value for value in values if value is not None] for values in late)
+        return [median(values) for values in defined if values]
 
     def by_seed(self, name: str) -> dict[int, float]:
         found = ((row["config"]["seed"], row["final"][name]) for row in self.rows)

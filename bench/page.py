@@ -24,12 +24,13 @@ INTRODUCTION = """# Experiments of the papers
 Written by `python bench/reproduce.py --report` from the result rows in this folder; nothing here is
 typed in. [K] is Kutsuna 2025 (arXiv 2501.13296), [KF] Katharopoulos & Fleuret 2018 (1803.00942).
 Runs of equal seed start from the same network, whatever the method. ± after a mean is the standard
-deviation over seeds; a difference is paired by seed, with Student's 95 % interval. N_ems/B, S and
-the factor of the learning rate are means over the second half of a run; S is 0 for optimal and 1
-for uniform sampling. "-": not defined for the method (without coefficients the variance traces have
-no meaning), or fewer than two common seeds. "extra" is the samples of forward passes beyond the
-minibatches, for a step. Seconds are training time without evaluation, on the machine named below
-each table, which was shared by as many runs as it says.
+deviation over seeds; a difference is paired by seed, with Student's 95 % interval. N_ems/B and the
+factor of the learning rate are means over the second half of a run. S is 0 for optimal and 1 for
+uniform sampling; shown is its median over the second half, since its estimate jumps where the
+smoothed denominator is small. "-": not defined for the method (without coefficients the variance
+traces have no meaning), or fewer than two common seeds. "extra" is the samples of forward passes
+beyond the minibatches, for a step. Seconds are training time without evaluation, on the machine
+named below each table, which was shared by as many runs as it says.
 """
 Column = tuple[str, str, int]
 ALWAYS: tuple[Column, ...] = (
@@ -54,6 +55,8 @@ def mean_cell(group: Group, name: str, digits: int) -> str:
         return "diverged"
     if not group.defines(name):
         return "-"
+    if name == "efficiency":
+        return mean_sd(group.late_medians(name), digits)
     values = [row["final"].get(name) for row in group.rows]
     return "-" if None in values else mean_sd(values, digits)
 
@@ -85,17 +88,18 @@ def group_name(group: Group, groups: Sequence[Group]) -> str:
     return group.label + (f", {group.config.dataset}" if several else "")
 
 
-def reference_of(group: Group, groups: Sequence[Group]) -> Group | None:
-    """What a group is compared with: SGD-Scan on the same data, or the first group on them."""
+def reference_of(group: Group, groups: Sequence[Group], label: str = "scan") -> Group | None:
+    """What a group is compared with: the method of that label on the same data, or the first."""
     same = [g for g in groups if g.rows and g.config.dataset == group.config.dataset]
-    scans = [g for g in same if g.label == "scan"]
-    return next(iter(scans or same), None)
+    return next(iter([g for g in same if g.label == label] or same), None)
 
 
-def results_table(groups: Sequence[Group], reference: Group | None = None) -> str:
+def results_table(
+    groups: Sequence[Group], reference: Group | None = None, compared_with: str = "scan"
+) -> str:
     """Means over seeds, and paired differences to ``reference`` (None: :func:`reference_of`)."""
     columns = shown_columns(groups)
-    references = [reference or reference_of(group, groups) for group in groups]
+    references = [reference or reference_of(group, groups, compared_with) for group in groups]
     names = dict.fromkeys(f"{r.label} {r.config.lr:g}" for r in references if r is not None)
     versus = " or ".join(names) or "-"
     head = ["method", "lr", "seeds", *(title for title, _, _ in columns)]
@@ -167,7 +171,8 @@ def section(results: Results, folder: Path) -> str:
             + (f"{first['seconds']:g} s" if first.get("seconds") else f"{length} iterations")
             + f" at minibatch {first['batch_size']}**; error: {TASKS[first['dataset']].error}"
         )
-        parts += [results_table(groups), missing_line(groups)]
+        table = results_table(groups, compared_with=experiment.compared_with)
+        parts += [table, missing_line(groups)]
     later = [length for length in experiment.longer if length not in results.lengths]
     if later:
         parts.append(f"The paper's lengths of {', '.join(map(str, later))}: not yet measured.")

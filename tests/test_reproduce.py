@@ -487,6 +487,20 @@ def test_page_compares_each_method_at_its_best_rate(tmp_path):
 
 
 @pytest.mark.usefixtures("_no_figures")
+def test_figure_2_is_compared_with_emais_and_s_is_a_late_median(tmp_path):
+    configs = EXPERIMENTS["fig2"].configs(Settings("small.npz", seeds=2), {})
+    rows = [made_up_row(c, 0.3 if c.batch_size_like else 0.1 * (1 + c.seed)) for c in configs]
+    for row in rows:
+        row["final"]["efficiency"] = 0.5  # the mean is not what is shown
+        row["curves"]["efficiency"] = [9.0, 9.0, 0.25, 0.25, None, 80.0]
+    section = write_page(tmp_path, rows).split("## fig2")[1].split("\n## ")[0]
+    assert "test error minus emais 0.01 | train loss minus emais 0.01" in section
+    (line,) = (x for x in section.splitlines() if x.startswith("| uniform (minibatch N_ems"))
+    assert "| +0.1500 ± 0.6353 |" in line  # 12.706 * 0.0707 / sqrt(2)
+    assert "| 40.12 ± 0.00 |" in line  # of 0.25 and 80: S is None in between
+
+
+@pytest.mark.usefixtures("_no_figures")
 def test_diverged_and_undefined_figures_are_said(tmp_path):
     settings = Settings("small.npz", seeds=1)
     configs = {c.variant: c for c in EXPERIMENTS["table2"].configs(settings, {})}
