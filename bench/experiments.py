@@ -29,6 +29,8 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     *((method, {}) for method in COMPARED),
     ("presampling", ALWAYS_SCORING),
 )
+# EMAIS of ours: forgets faster, and lets no coefficient exceed 11.
+FASTER: dict[str, Any] = {"floor": 0.1, "tau_scale": 0.25}
 # These follow the predicted probability of the one right class.
 NEED_ONE_CLASS = ("confidence", "confvar")
 PAPER_ITERATIONS = 25_000
@@ -145,6 +147,21 @@ def matched_lr(emais: RunConfig, rows: Rows) -> float:
     return float(f"{emais.lr * rows[emais.key]['final']['lr_factor']:.2g}")
 
 
+def wall_clock(settings: Settings, iterations: int, rows: Rows) -> list[RunConfig]:
+    """The runs of ``best_lr`` that its question about time is about, and nothing beside them."""
+    grid = {
+        method: [settings.config(method, lr, 0, iterations=iterations) for lr in GRID]
+        for method in ("emais", "scan", "uniform")
+    }
+    best = {method: best_of_grid(configs, rows) for method, configs in grid.items()}
+    if not all(best.values()):
+        return [config for configs in grid.values() for config in configs]
+    wanted = [config for config in best.values() if config]
+    wanted.append(replace(wanted[0], options=FASTER))
+    wanted.append(replace(wanted[0], method="scan", lr=matched_lr(wanted[0], rows)))
+    return [replace(config, seed=s) for s, config in product(range(settings.seeds), wanted)]
+
+
 def table6(settings: Settings, iterations: int, rows: Rows) -> list[RunConfig]:
     adam = {"optimizer": "adam", "momentum": 0.0, "iterations": iterations}
     methods = ("emais", "rais", "scan", "uniform")
@@ -246,10 +263,6 @@ def cifar10(settings: Settings, iterations: int, rows: Rows) -> list[RunConfig]:
     ]
 
 
-# Ours: forgets faster, and lets no coefficient exceed 11.
-FASTER: dict[str, Any] = {"floor": 0.1, "tau_scale": 0.25}
-
-
 def cifar10_cnn(settings: Settings, iterations: int, rows: Rows) -> list[RunConfig]:
     task = {"dataset": "cifar10", "model": "cnn", "weight_decay": 5e-4, "iterations": iterations}
     methods = ("scan", "uniform", "emais", "loss", "presampling", "online_batch")
@@ -336,6 +349,14 @@ EXPERIMENTS = {
         "final train loss; then the other seeds at that rate. Seed 0 is among the seeds averaged. "
         "SGD-Scan runs also at EMAIS's best rate times its mean factor (two digits), the rate "
         "that EMAIS in effect had.",
+    ),
+    "wall_clock": Experiment(
+        "Time to SGD-Scan's final loss (not in the papers)",
+        wall_clock,
+        curves=("seconds",),
+        x="seconds",
+        note="EMAIS, SGD-Scan and SGD-Uni at their best rates of `best_lr`; with `--again`, so that "
+        "all were measured in one go with nothing else on the machine.",
     ),
     "table6": Experiment("Adam ([K] Table 6)", table6, longer=(12_500, 25_000)),
     "fig1": Experiment(

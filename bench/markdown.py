@@ -20,7 +20,8 @@ def provenance_line(rows: Sequence[Row]) -> str:
     def machine(row: Row) -> str:
         where = row["machine"]
         parts = [where["gpu"]] if "gpu" in where else []
-        parts += [where["cpu"], f"{where['threads']} thread(s) a run"]
+        cpu = f"{where['cpu']} ({where['isa']})" if "isa" in where else where["cpu"]
+        parts += [cpu, f"{where['threads']} thread(s) a run"]
         parts += [f"{row['jobs']} run(s) at a time"] if "jobs" in row else []
         return ", ".join(parts)
 

@@ -157,7 +157,8 @@ def figure(results: Results, folder: Path) -> str:
     return f"![{experiment.title}]({out.name})"
 
 
-def section(results: Results, folder: Path) -> str:
+def section(results: Results, folder: Path, addition: str = "") -> str:
+    """``addition`` comes below the tables."""
     experiment = results.experiment
     parts = [f"## {results.name}: {experiment.title}", experiment.note]
     for length in results.lengths:
@@ -176,7 +177,7 @@ def section(results: Results, folder: Path) -> str:
     later = [length for length in experiment.longer if length not in results.lengths]
     if later:
         parts.append(f"The paper's lengths of {', '.join(map(str, later))}: not yet measured.")
-    parts += [figure(results, folder), command(results)]
+    parts += [addition, figure(results, folder), command(results)]
     if results.all_rows:
         parts.append(provenance_line(results.all_rows))
     return "\n\n".join(part for part in parts if part)
@@ -288,11 +289,18 @@ def time_to_loss(groups: Sequence[Group], scan: Group, step_times: Sequence[Row]
         )
     head = ["method", "lr", "seeds that reach it", "steps", "s, at table5's ms/step", "s, measured"]
     return (
-        f"Until the train loss that SGD-Scan ends with at its best rate ({target:.4f}, mean over "
-        f"seeds, on the curves' {CURVE_SAMPLES} fixed images): the first evaluation at or below "
-        "it, over the seeds that reach it. Every schedule is as long as the run.\n\n"
+        f"Until the train loss that SGD-Scan ends with at {scan.config.lr:g} ({target:.4f}, mean "
+        f"over seeds, on the curves' {CURVE_SAMPLES} fixed images): the first evaluation at or "
+        "below it, over the seeds that reach it. Every schedule is as long as the run.\n\n"
         + markdown_table(head, lines)
     )
+
+
+def wall_clock_times(results: Results) -> str:
+    """A table for each rate of SGD-Scan: its final loss is what the others have to reach."""
+    groups = [group for group in results.main_groups if group.rows]
+    scans = [group for group in groups if group.label == "scan"]
+    return "\n\n".join(time_to_loss(groups, scan, []) for scan in scans)
 
 
 def write(
@@ -305,6 +313,8 @@ def write(
         if name == "best_lr":
             sections.append(best_lr_section(results, folder, step_time_rows))
             sections.append(step_times.section(step_time_rows))
+        elif name == "wall_clock":
+            sections.append(section(results, folder, wall_clock_times(results)))
         else:
             sections.append(section(results, folder))
         if name == "fig1":

@@ -25,7 +25,11 @@ def cpu_name() -> str:
 
 def provenance(device: torch.device) -> dict[str, object]:
     """Date, machine and versions as plain JSON values."""
-    machine = {"cpu": cpu_name(), "threads": torch.get_num_threads()}
+    machine = {
+        "cpu": cpu_name(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
     if device.type == "cuda":
         machine["gpu"] = torch.cuda.get_device_name(device)
     return {

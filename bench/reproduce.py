@@ -24,7 +24,7 @@ import torch
 from bench import report, step_times
 from bench.config import RunConfig
 from bench.datasets import data_name
-from bench.experiments import EXPERIMENTS, Settings
+from bench.experiments import EXPERIMENTS, Experiment, Settings
 from bench.methods import check_config
 from bench.report import Row
 from bench.workers import cached_dataset, run_all
@@ -76,18 +76,24 @@ class Plan:
         settings: Settings,
         only: Iterable[str] | None,
         rows: dict[str, Row],
+        again: bool = False,
     ) -> None:
         self.names = [name for name in names if name != STEP_TIMES]
         self.settings, self.rows = settings, rows
         self.only = set(only) if only else None
+        self.outdated = dict(rows) if again else {}
 
     def wanted(self, name: str) -> list[RunConfig]:
         configs = EXPERIMENTS[name].configs(self.settings, self.rows)
         return [c for c in configs if self.only is None or c.method in self.only]
 
     def missing(self, name: str) -> list[RunConfig]:
-        experiment = EXPERIMENTS[name]
-        return [c for c in self.wanted(name) if not experiment.has(c, self.rows)]
+        return [c for c in self.wanted(name) if not self.is_there(c, EXPERIMENTS[name])]
+
+    def is_there(self, config: RunConfig, experiment: Experiment) -> bool:
+        outdated = self.outdated.get(config.key)
+        is_new = outdated is None or self.rows[config.key] is not outdated
+        return is_new and experiment.has(config, self.rows)
 
     def __call__(self) -> list[RunConfig]:
         """Seed 0 of all experiments, then seed 1, ..."""
@@ -107,6 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seeds", type=int, help="how many: 0, 1, ...; default 3, on CUDA 5")
     add("--iterations", type=int, nargs="+", help="lengths of the runs; default: the experiment's")
     add("--seconds", type=float, default=Settings.seconds, help="training time of kf's runs")
+    add("--again", action="store_true", help="measures runs that have a row once more")
     add("--only", nargs="+", metavar="METHOD", help="leave the other methods out")
     add("--device", default="cpu")
     add("--jobs", type=int, default=1, help="runs at the same time, each in its own process")
@@ -172,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(
                 f"NAME must be one or more of {known}, got {', '.join(unknown) or 'none'}"
             )
-        plan = Plan(args.names, settings, args.only, rows)
+        plan = Plan(args.names, settings, args.only, rows, args.again)
         pending = plan()
         check(args, pending)
     except (ValueError, TypeError, OSError, RuntimeError) as error:

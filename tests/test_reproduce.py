@@ -52,7 +52,7 @@ def made_up_row(config: RunConfig, loss: float | None, **final) -> dict:
     return {
         "config": config.to_json(),
         "date": "2030-01-02T03:04:05+00:00",
-        "machine": {"cpu": "an abacus", "threads": 1},
+        "machine": {"cpu": "an abacus", "isa": "BEADS", "threads": 1},
         "versions": {"fastis": "9"},
         "jobs": 2,
         "final": {**others, "train_loss": loss, "ms_per_step": 1.0, "steps": 40} | final,
@@ -358,6 +358,8 @@ def test_runner_runs_what_is_missing_and_reports(tmp_path, capsys):
     assert "0 runs to do" in capsys.readouterr().out
     assert reproduce_here(out, "fig6", *fig6[1:3], "--seeds", "2") == 0
     assert len(report.read_rows(file)) == 4
+    assert reproduce_here(out, *fig6, "--again") == 0  # seed 0 once more
+    assert [row["config"]["seed"] for row in report.read_rows(file)] == [0, 0, 1, 1, 0, 0]
 
     assert reproduce_here(out, "--report") == 0
     text = (out / page.PAGE).read_text()
@@ -459,7 +461,8 @@ def test_page_has_means_paired_differences_and_what_is_missing(tmp_path):
     assert "| -1.50 ± 6.35 | +0.0000 ± 0.0000 |" in emais
     assert "Not yet measured: emais lr 0.01 (seed 2)" in section
     assert "| uniform | 0.01 | 0 of 3 | not yet measured |" in section
-    assert "Measured 2030-01-02 on an abacus, 1 thread(s) a run, 2 run(s) at a time" in section
+    machine = "an abacus (BEADS), 1 thread(s) a run, 2 run(s) at a time"
+    assert f"Measured 2030-01-02 on {machine}" in section
 
 
 @pytest.mark.usefixtures("_no_figures")
