@@ -306,19 +306,19 @@ def estimator(settings: Settings, iterations: int, rows: Rows) -> list[RunConfig
 
 
 def auto(settings: Settings, iterations: int, rows: Rows) -> list[RunConfig]:
+    runs: list[tuple[str, dict[str, Any]]] = [("emais", {}), ("auto", {}), ("auto", FASTER)]
     return [
-        settings.config(method, lr, seed, iterations=iterations)
-        for seed, lr, method in product(range(settings.seeds), (0.03, 0.1), ("emais", "auto"))
+        settings.config(method, lr, seed, iterations=iterations, options=options)
+        for seed, lr, (method, options) in product(range(settings.seeds), (0.03, 0.1), runs)
     ]
 
 
 def max_lr(settings: Settings, iterations: int, rows: Rows) -> list[RunConfig]:
-    faster = {"tau_scale": 0.25}
     changes: list[dict[str, Any]] = [
         {"lr": 0.03},
         {"lr": 0.1, "max_lr": 0.1},
-        {"lr": 0.03, "options": faster, "max_lr": 0.1},
-        {"lr": 0.1, "options": faster, "max_lr": 0.1},
+        {"lr": 0.03, "options": {"tau_scale": 0.25}, "max_lr": 0.1},
+        {"lr": 0.1, "options": {"tau_scale": 0.25}, "max_lr": 0.1},
     ]
     return [
         settings.config("emais", seed=seed, iterations=iterations, **change)
