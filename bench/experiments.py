@@ -355,8 +355,8 @@ EXPERIMENTS = {
         wall_clock,
         curves=("seconds",),
         x="seconds",
-        note="EMAIS, SGD-Scan and SGD-Uni at their best rates of `best_lr`; with `--again`, so that "
-        "all were measured in one go with nothing else on the machine.",
+        note="EMAIS, SGD-Scan and SGD-Uni at their best rates of `best_lr`; with `--again`, so "
+        "that all were measured in one go with nothing else on the machine.",
     ),
     "table6": Experiment("Adam ([K] Table 6)", table6, longer=(12_500, 25_000)),
     "fig1": Experiment(
