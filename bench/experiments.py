@@ -165,9 +165,13 @@ def wall_clock(settings: Settings, iterations: int, rows: Rows) -> list[RunConfi
 def table6(settings: Settings, iterations: int, rows: Rows) -> list[RunConfig]:
     adam = {"optimizer": "adam", "momentum": 0.0, "iterations": iterations}
     methods = ("emais", "rais", "scan", "uniform")
+    runs = [(method, 0.001) for method in methods]
+    emais = settings.config("emais", 0.001, 0, **adam)
+    if emais.key in rows:
+        runs.append(("scan", matched_lr(emais, rows)))
     return [
-        settings.config(method, 0.001, seed, **adam)
-        for seed, method in product(range(settings.seeds), methods)
+        settings.config(method, lr, seed, **adam)
+        for seed, (method, lr) in product(range(settings.seeds), runs)
     ]
 
 
@@ -358,7 +362,13 @@ EXPERIMENTS = {
         note="EMAIS, SGD-Scan and SGD-Uni at their best rates of `best_lr`; with `--again`, so "
         "that all were measured in one go with nothing else on the machine.",
     ),
-    "table6": Experiment("Adam ([K] Table 6)", table6, longer=(12_500, 25_000)),
+    "table6": Experiment(
+        "Adam ([K] Table 6)",
+        table6,
+        longer=(12_500, 25_000),
+        note="Scan runs also at EMAIS's rate times its mean factor, here the square root of "
+        "N_ems / B: what EMAIS in effect had.",
+    ),
     "fig1": Experiment(
         "Efficiency S for fixed time constants and linear tau ([K] Figure 1)",
         fig1,
