@@ -1,4 +1,4 @@
-"""Shared fixtures: the backends, a stand-in for a scored loss, and one thread for everything."""
+"""Shared fixtures: the backends, minibatches, scores and scored losses made up, one thread."""
 
 from __future__ import annotations
 
@@ -40,6 +40,19 @@ def observe(score: Tensor, mean_grad: Tensor | None = None) -> Observation:
     return Observation(score, score, mean_grad)
 
 
+def losses_of(*values: float) -> Observation:
+    return observe(torch.tensor(values))
+
+
+def batch_of(*indices: int) -> fastis.Batch:
+    return fastis.Batch(torch.tensor(indices), torch.ones(len(indices)))
+
+
+def scores(indices: Tensor) -> Tensor:
+    """A score for every index, between 0.1 and about 5."""
+    return 0.1 + 5 * torch.frac(indices * 0.6180339887).square().float()
+
+
 def drive(sampler: fastis.Sampler, steps: int, seed: int = 0, decay: float = 0.0) -> list:
     """Runs the loop on lognormal scores (falling as exp(-decay t)); returns the minibatches."""
     generator = torch.Generator().manual_seed(seed)
@@ -51,6 +64,18 @@ def drive(sampler: fastis.Sampler, steps: int, seed: int = 0, decay: float = 0.0
         sampler.update(batch, observe(score * float(torch.tensor(-decay * step).exp()), mean_grad))
         batches.append(batch)
     return batches
+
+
+def train(sampler: fastis.Sampler, steps: int) -> Tensor:
+    """The loop with scores (and losses) that follow from the index; how often each was drawn."""
+    value = scores(torch.arange(sampler.num_samples))
+    counts = torch.zeros(sampler.num_samples)
+    for _ in range(steps):
+        batch = sampler.sample()
+        i = batch.indices
+        sampler.update(batch, Observation(value[i], value[i], torch.full((4,), 0.1)))
+        counts.index_add_(0, i, torch.ones(len(i)))
+    return counts
 
 
 def sweep(sampler: fastis.Sampler, score: Tensor) -> None:
