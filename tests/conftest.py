@@ -88,3 +88,12 @@ def sweep(sampler: fastis.Sampler, score: Tensor) -> None:
 def any_backend(request):
     with fastis.backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def threads_and_data(monkeypatch):
+    """The jobs set the number of threads of the process; FASTIS_DATA is the user's."""
+    monkeypatch.delenv("FASTIS_DATA", raising=False)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
