@@ -15,6 +15,9 @@ torch.set_num_threads(1)
 
 # In the process that test_triton.py starts, the losses are tested with Triton's interpreter alone.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(
+    not INTERPRETED, reason="for the process that test_in_the_interpreter starts"
+)
 LOSS_BACKENDS = ["triton"] if INTERPRETED else ["reference", "cpu"]
 
 if INTERPRETED:
@@ -88,6 +91,14 @@ def sweep(sampler: fastis.Sampler, score: Tensor) -> None:
 def any_backend(request):
     with fastis.backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def unwritten_memory_is_nan():
+    """torch.empty fills with NaN while torch is to be deterministic."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
