@@ -1,4 +1,4 @@
-"""Shared fixtures: the backends, a stand-in for a scored loss, and one thread for everything."""
+"""Shared fixtures: the backends, minibatches, scores and scored losses made up, one thread."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ torch.set_num_threads(1)
 
 # In the process that test_triton.py starts, the losses are tested with Triton's interpreter alone.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+interpreted = pytest.mark.skipif(
+    not INTERPRETED, reason="for the process that test_in_the_interpreter starts"
+)
 LOSS_BACKENDS = ["triton"] if INTERPRETED else ["reference", "cpu"]
 
 if INTERPRETED:
@@ -40,6 +43,19 @@ def observe(score: Tensor, mean_grad: Tensor | None = None) -> Observation:
     return Observation(score, score, mean_grad)
 
 
+def losses_of(*values: float) -> Observation:
+    return observe(torch.tensor(values))
+
+
+def batch_of(*indices: int) -> fastis.Batch:
+    return fastis.Batch(torch.tensor(indices), torch.ones(len(indices)))
+
+
+def scores(indices: Tensor) -> Tensor:
+    """A score for every index, between 0.1 and about 5."""
+    return 0.1 + 5 * torch.frac(indices * 0.6180339887).square().float()
+
+
 def drive(sampler: fastis.Sampler, steps: int, seed: int = 0, decay: float = 0.0) -> list:
     """Runs the loop on lognormal scores (falling as exp(-decay t)); returns the minibatches."""
     generator = torch.Generator().manual_seed(seed)
@@ -53,6 +69,18 @@ def drive(sampler: fastis.Sampler, steps: int, seed: int = 0, decay: float = 0.0
     return batches
 
 
+def train(sampler: fastis.Sampler, steps: int) -> Tensor:
+    """The loop with scores (and losses) that follow from the index; how often each was drawn."""
+    value = scores(torch.arange(sampler.num_samples))
+    counts = torch.zeros(sampler.num_samples)
+    for _ in range(steps):
+        batch = sampler.sample()
+        i = batch.indices
+        sampler.update(batch, Observation(value[i], value[i], torch.full((4,), 0.1)))
+        counts.index_add_(0, i, torch.ones(len(i)))
+    return counts
+
+
 def sweep(sampler: fastis.Sampler, score: Tensor) -> None:
     """Observes every sample once, outside the draws."""
     n = sampler.num_samples
@@ -63,3 +91,20 @@ def sweep(sampler: fastis.Sampler, score: Tensor) -> None:
 def any_backend(request):
     with fastis.backend(request.param):
         yield request.param
+
+
+@pytest.fixture
+def unwritten_memory_is_nan():
+    """torch.empty fills with NaN while torch is to be deterministic."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads_and_data(monkeypatch):
+    """The jobs set the number of threads of the process; FASTIS_DATA is the user's."""
+    monkeypatch.delenv("FASTIS_DATA", raising=False)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

@@ -21,15 +21,7 @@ from bench.loop import RunConfig
 from bench.models import build_model
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-
-
-@pytest.fixture(autouse=True)
-def _threads_and_data(monkeypatch):
-    """The jobs set the number of threads of the process; FASTIS_DATA is the user's."""
-    monkeypatch.delenv("FASTIS_DATA", raising=False)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("threads_and_data")
 
 
 def fashion_file(path: Path, **changes) -> Path:

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import drive, observe, sweep
+from conftest import batch_of, drive, observe, sweep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,10 +14,6 @@ import fastis
 from fastis.kernels import reference_update
 from fastis.kernels.reference_weights import code_of
 from fastis.methods import EMAIS
-
-
-def batch_of(*indices):
-    return fastis.Batch(torch.tensor(indices), torch.ones(len(indices)))
 
 
 def ema_in_float64(observations, tau=None, scale=1.0):
