@@ -12,7 +12,8 @@ import numpy as np
 
 from bench.config import RunConfig
 from bench.curves import curve
-from bench.experiments import BIASED, Experiment, Rows, Settings
+from bench.experiments import Experiment
+from bench.plans import BIASED, Rows, Settings
 from bench.report import Row, finals
 
 HAS_MEANING_WITH_COEFFICIENTS = ("efficiency", "effective_batch_size", "relative_batch_size")

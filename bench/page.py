@@ -11,10 +11,11 @@ from statistics import fmean
 from bench import figures, stale_scores, step_times
 from bench.compare import paired_interval
 from bench.config import RunConfig
-from bench.experiments import EXPERIMENTS, GRID, Rows, best_of_grid, matched_lr
+from bench.experiments import EXPERIMENTS
 from bench.groups import Group, Results
 from bench.loop import CURVE_SAMPLES
 from bench.markdown import NOT_YET, markdown_table, provenance_line
+from bench.plans import GRID, Rows, best_of_grid, matched_lr
 from bench.report import Row, mean_sd
 from bench.tasks import TASKS
 

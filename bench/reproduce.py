@@ -24,8 +24,9 @@ import torch
 from bench import report, step_times
 from bench.config import RunConfig
 from bench.datasets import data_name
-from bench.experiments import EXPERIMENTS, Experiment, Settings
+from bench.experiments import EXPERIMENTS, Experiment
 from bench.methods import check_config
+from bench.plans import Settings
 from bench.report import Row
 from bench.workers import cached_dataset, run_all
 

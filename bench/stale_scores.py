@@ -33,9 +33,9 @@ import fastis
 from bench import report
 from bench.config import RunConfig
 from bench.datasets import Dataset, data_name, load_dataset
-from bench.experiments import PAPER_ITERATIONS, TAUS
 from bench.loop import Run
 from bench.markdown import NOT_YET, markdown_table, provenance_line
+from bench.plans import PAPER_ITERATIONS, TAUS
 from bench.provenance import provenance
 from bench.report import Row
 

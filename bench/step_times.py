@@ -16,9 +16,9 @@ from tqdm import tqdm
 from bench.bench_step import block_seconds
 from bench.config import RunConfig
 from bench.datasets import Dataset
-from bench.experiments import VARIANTS, Settings
 from bench.loop import Run
 from bench.markdown import NOT_YET, markdown_table, provenance_line
+from bench.plans import VARIANTS, Settings
 from bench.provenance import provenance
 from bench.report import Row
 

@@ -12,8 +12,9 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from bench import markdown, page
 from bench.config import RunConfig
-from bench.experiments import EXPERIMENTS, Settings
+from bench.experiments import EXPERIMENTS
 from bench.groups import Results, grouped
+from bench.plans import Settings
 
 pytestmark = pytest.mark.usefixtures("threads_and_data")
 

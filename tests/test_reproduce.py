@@ -13,11 +13,12 @@ import fastis
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import experiments, page, report, reproduce, step_times
+from bench import experiments, page, plans, report, reproduce, step_times
 from bench.config import RunConfig
-from bench.experiments import COMPARED, EXPERIMENTS, GRID, VARIANTS, Settings
+from bench.experiments import EXPERIMENTS
 from bench.methods import check_config
 from bench.models import MODELS
+from bench.plans import COMPARED, GRID, VARIANTS, Settings
 from bench.tasks import TASKS, load_task_data
 
 SETTINGS = Settings("small.npz", seeds=2)
@@ -79,30 +80,30 @@ def test_methods_that_need_a_class_are_left_out_of_multilabel():
 
 
 def test_fixed_taus_are_scaled_with_the_run():
-    configs = experiments.fig1(SETTINGS, 2500, {})
+    configs = plans.fig1(SETTINGS, 2500, {})
     assert {c.options.get("tau") for c in configs} == {None, 100.0, 500.0, 1000.0, 2500.0}
 
 
 def test_best_lr_is_chosen_on_seed_0_and_then_repeated():
-    first = experiments.best_lr(SETTINGS, 6250, {})
+    first = plans.best_lr(SETTINGS, 6250, {})
     assert {(c.method, c.lr) for c in first} == {(m, lr) for m in COMPARED for lr in GRID}
     assert {config.seed for config in first} == {0}
     losses = {0.01: 0.3, 0.03: 0.1, 0.1: None}  # the largest diverged
     assert len(first) == len(VARIANTS) * len(GRID)
     of_emais = [config for config in first if config.method == "emais"]
     rows = by_key(made_up_row(c, losses[c.lr], lr_factor=2.34) for c in of_emais)
-    later = [config for config in experiments.best_lr(SETTINGS, 6250, rows) if config.seed]
+    later = [config for config in plans.best_lr(SETTINGS, 6250, rows) if config.seed]
     # Its own second seed, and SGD-Scan's at 0.03 * 2.34 in two digits.
     assert {(c.method, c.lr) for c in later} == {("emais", 0.03), ("scan", 0.07)}
 
 
 def test_adam_repeats_scan_at_the_rate_that_emais_had():
-    first = experiments.table6(SETTINGS, 100, {})
+    first = plans.table6(SETTINGS, 100, {})
     assert {(c.method, c.lr) for c in first} == {
         (method, 0.001) for method in ("emais", "rais", "scan", "uniform")
     }
     rows = by_key(made_up_row(c, 0.1, lr_factor=1.618) for c in first if c.method == "emais")
-    later = [c for c in experiments.table6(SETTINGS, 100, rows) if c not in first]
+    later = [c for c in plans.table6(SETTINGS, 100, rows) if c not in first]
     assert [(c.method, c.lr, c.optimizer, c.seed) for c in later] == [
         ("scan", 0.0016, "adam", 0),
         ("scan", 0.0016, "adam", 1),
@@ -110,12 +111,12 @@ def test_adam_repeats_scan_at_the_rate_that_emais_had():
 
 
 def test_wall_clock_measures_the_best_rates_once_they_are_known():
-    grid = experiments.wall_clock(SETTINGS, 100, {})
+    grid = plans.wall_clock(SETTINGS, 100, {})
     assert {(c.method, c.lr) for c in grid} == {
         (method, lr) for method in ("emais", "scan", "uniform") for lr in GRID
     }
     rows = by_key(made_up_row(c, c.lr, lr_factor=2.0) for c in grid)
-    found = [(c.variant, c.lr) for c in experiments.wall_clock(SETTINGS, 100, rows) if c.seed == 1]
+    found = [(c.variant, c.lr) for c in plans.wall_clock(SETTINGS, 100, rows) if c.seed == 1]
     assert found == [
         ("emais", 0.01),
         ("scan", 0.01),
