@@ -351,6 +351,10 @@ def main(argv: list[str] | None = None) -> int:
                 args.method, args.lr, args.seed, data=data_name(args.data),
                 iterations=args.iterations, batch_size=args.batch_size,
             )  # fmt: skip
+            if config.method == "presampling":
+                raise ValueError(
+                    "--method must have probabilities that are known before a draw, got presampling"
+                )
             run = Run(config, dataset)
         except (ValueError, OSError) as error:
             parser.error(str(error))

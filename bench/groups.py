@@ -13,10 +13,10 @@ import numpy as np
 from bench.config import RunConfig
 from bench.curves import curve
 from bench.experiments import Experiment
-from bench.plans import BIASED, Rows, Settings
+from bench.plans import WITHOUT_TRACES, Rows, Settings
 from bench.report import Row, finals
 
-HAS_MEANING_WITH_COEFFICIENTS = ("efficiency", "effective_batch_size", "relative_batch_size")
+OF_TRACES = ("efficiency", "effective_batch_size", "relative_batch_size")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Group:
 
     def defines(self, name: str) -> bool:
         """Whether a figure is there, and means something for this method."""
-        if self.config.method in BIASED and name in HAS_MEANING_WITH_COEFFICIENTS:
+        if self.config.method in WITHOUT_TRACES and name in OF_TRACES:
             return False
         return any(row["final"].get(name) is not None for row in self.rows)
 
@@ -54,7 +54,7 @@ class Group:
     def curve(self, name: str, x: str = "step") -> tuple[np.ndarray, np.ndarray] | None:
         """Points ``[P]`` and values ``[seeds, P]`` where all seeds have the curve; None if one has
         not."""
-        if self.config.method in BIASED and name in HAS_MEANING_WITH_COEFFICIENTS:
+        if self.config.method in WITHOUT_TRACES and name in OF_TRACES:
             return None
         if not self.rows or not all({name, x} <= row["curves"].keys() for row in self.rows):
             return None

@@ -28,10 +28,11 @@ Runs of equal seed start from the same network, whatever the method. ± after a 
 deviation over seeds; a difference is paired by seed, with Student's 95 % interval. N_ems/B and the
 factor of the learning rate are means over the second half of a run. S is 0 for optimal and 1 for
 uniform sampling; shown is its median over the second half, since its estimate jumps where the
-smoothed denominator is small. "-": not defined for the method (without coefficients the variance
-traces have no meaning), or fewer than two common seeds. "extra" is the samples of forward passes
-beyond the minibatches, for a step. Seconds are training time without evaluation, on the machine
-named below each table, which was shared by as many runs as it says.
+smoothed denominator is small. "-": not defined for the method (without coefficients, or with draws
+that depend on each other, the variance traces have no meaning), or fewer than two common seeds.
+"extra" is the samples of forward passes beyond the minibatches, for a step. Seconds are training
+time without evaluation, on the machine named below each table, which was shared by as many runs as
+it says.
 """
 Column = tuple[str, str, int]
 ALWAYS: tuple[Column, ...] = (

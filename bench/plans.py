@@ -21,7 +21,10 @@ Rows = Mapping[str, Row]
 COMPARED = ("emais", "scan", "uniform", "rais", "presampling", "confidence", "confvar")
 COMPARED += ("self_paced", "loss", "online_batch", "prioritized")
 # No coefficients, or not quite: the variance traces, N_ems and S mean nothing for them.
-BIASED = ("confidence", "confvar", "self_paced", "online_batch", "prioritized")
+# Presampling's draws share their candidates: N_ems and S of rows from before the sampler took that
+# into account are too good.
+WITHOUT_TRACES = ("confidence", "confvar", "self_paced", "online_batch", "prioritized")
+WITHOUT_TRACES += ("presampling",)
 # The same with an extra forward pass at every step, whatever tau is.
 ALWAYS_SCORING: dict[str, Any] = {"tau_threshold": 0.0}
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (

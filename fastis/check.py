@@ -37,6 +37,12 @@ def choice(name: str, value: Any, choices: Iterable[str]) -> str:
     return value
 
 
+def function(name: str, value: Any, *, optional: bool = False) -> None:
+    """Refuses what can't be called; None is fine where it is ``optional``."""
+    if not (callable(value) or (optional and value is None)):
+        raise TypeError(f"{name} must be callable, got {type(value).__name__} {value!r}")
+
+
 def vector(
     name: str, value: Any, length: int | None, dtypes: tuple[torch.dtype, ...], device: torch.device
 ) -> Tensor:

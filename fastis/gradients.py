@@ -18,8 +18,8 @@ from fastis import check
 from fastis.kernels.reference_loss import compute_dtype
 from fastis.scored import ScoredLoss
 
-# Without chunk_size: a chunk's gradients, and convolutions' workspaces beside them, shall stay in the
-# caches; a few hundred samples are enough to pay for the overhead of a call.
+# Without chunk_size: a chunk's gradients, and convolutions' workspaces beside them, shall stay in
+# the caches; a few hundred samples are enough to pay for the overhead of a call.
 GRADIENTS_AT_ONCE = 2**22
 SAMPLES_AT_ONCE = 256
 

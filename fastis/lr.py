@@ -5,7 +5,7 @@ A wrapper around any torch scheduler; it needs of the sampler only ``lr_factor(o
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -64,6 +64,8 @@ class EffectiveBatchLR:
         for group in optimizer.param_groups: group["lr"] *= sampler.lr_factor()
     """
 
+    _saved: ClassVar[tuple[str, ...]] = ("scheduler", "unscaled", "scaled")  # in a state_dict
+
     def __init__(
         self,
         scheduler: Any,
@@ -95,10 +97,7 @@ class EffectiveBatchLR:
         """The inner scheduler's step, on unscaled rates; then the present factor."""
         groups = self.optimizer.param_groups
         for group, lr in zip(groups, self._unscaled, strict=False):
-            if isinstance(lr, float):
-                group["lr"] = lr
-            else:  # in place: captured graphs hold its address
-                group["lr"].copy_(lr)
+            _put(group, lr)
         self._advance(*args, **kwargs)
         self._unscaled = [_kept(group["lr"]) for group in groups]
         self._scale()
@@ -133,20 +132,36 @@ class EffectiveBatchLR:
         return [float(lr) for lr in self._unscaled]
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner scheduler's state and the unscaled rates."""
+        """The inner scheduler's state, its rates, and those in force."""
         unscaled = [_kept(lr) for lr in self._unscaled]
-        return {"scheduler": self.scheduler.state_dict(), "unscaled": unscaled}
+        scaled = [_kept(group["lr"]) for group in self.optimizer.param_groups]
+        return {"scheduler": self.scheduler.state_dict(), "unscaled": unscaled, "scaled": scaled}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes :meth:`state_dict` over, and applies the sampler's present factor."""
-        if len(state["unscaled"]) != len(self.optimizer.param_groups):
-            raise ValueError(
-                f"state_dict must have {len(self.optimizer.param_groups)} parameter groups, "
-                f"got {len(state['unscaled'])}"
-            )
+        """Takes :meth:`state_dict` over, and the rates in force with it.
+
+        Whether the sampler and the optimizer are loaded before or after makes no difference.
+
+        Raises
+        ------
+        ValueError
+            naming what is missing or differs; nothing has changed then.
+        """
+        groups = self.optimizer.param_groups
+        missing = [name for name in self._saved if name not in state]
+        if missing:
+            got = ", ".join(map(str, state)) or "nothing"
+            raise ValueError(f"state_dict must have {', '.join(self._saved)}, got {got}")
+        for name in ("unscaled", "scaled"):
+            if len(state[name]) != len(groups):
+                raise ValueError(
+                    f"state_dict must have {len(groups)} parameter groups, "
+                    f"got {len(state[name])} ({name})"
+                )
         self.scheduler.load_state_dict(state["scheduler"])
         self._unscaled = [_kept(lr) for lr in state["unscaled"]]
-        self._scale()
+        for group, lr in zip(groups, state["scaled"], strict=True):
+            _put(group, lr)
 
 
 class EffectiveIterationsLR(EffectiveBatchLR):
@@ -168,6 +183,8 @@ class EffectiveIterationsLR(EffectiveBatchLR):
         while steps < int(sampler.effective_iterations): scheduler.step(); steps += 1
         for group in optimizer.param_groups: group["lr"] = unscaled_lr * sampler.lr_factor()
     """
+
+    _saved: ClassVar[tuple[str, ...]] = (*EffectiveBatchLR._saved, "steps")
 
     def __init__(
         self,
@@ -207,7 +224,7 @@ class EffectiveIterationsLR(EffectiveBatchLR):
         return {**super().state_dict(), "steps": self._steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes :meth:`state_dict` over, and applies the sampler's present factor."""
+        """As that of :class:`EffectiveBatchLR`."""
         super().load_state_dict(state)
         self._steps = state["steps"]
 
@@ -223,6 +240,14 @@ def _rule(optimizer: torch.optim.Optimizer) -> str:
         "optimizer must be given as 'sgd' (factor N_ems/B) or 'adam' (its square root) for a "
         f"{type(optimizer).__name__}, whose rule is not known"
     )
+
+
+def _put(group: dict[str, Any], lr: float | Tensor) -> None:
+    """A parameter group's rate; tensors in place, since captured graphs hold their address."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].copy_(torch.as_tensor(lr))
+    else:
+        group["lr"] = float(lr)
 
 
 def _kept(lr: float | Tensor) -> float | Tensor:

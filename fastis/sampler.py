@@ -27,11 +27,13 @@ from fastis.table import (
     VAR,
     Constants,
     Table,
+    is_uniform,
 )
 from fastis.variance import Variance
 
 _STATE_VERSION = 1
 _empty_like, _int64, _float32 = torch.empty_like, torch.int64, torch.float32
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Sampler(MinibatchSource):
@@ -116,7 +118,7 @@ class Sampler(MinibatchSource):
         flatten = a["flatten"]
         if duplicates >= b:
             flatten = "none"
-        elif duplicates * n == b:
+        elif is_uniform(duplicates, b, n):
             flatten = "cap"  # which is then exactly uniform; "mix" would need an infinite constant
         return Constants(
             num_samples=n,
@@ -208,8 +210,14 @@ class Sampler(MinibatchSource):
         except AttributeError:
             observed, score, mean_grad = _join(self._method, out)
         if score.dtype is not _float32:
+            for name, value in (("out.losses", observed), ("out.score", score)):
+                if not isinstance(value, Tensor):
+                    raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
             observed, score = observed.float(), score.float()
-            mean_grad = None if mean_grad is None else mean_grad.float()
+        if score.requires_grad or observed.requires_grad:  # a memory must not hold graphs
+            observed, score = observed.detach(), score.detach()
+        if mean_grad is not None:
+            mean_grad = _check_mean_grad(self._table, mean_grad)
         _check_update(self._table, indices, weights, observed, score)
         return Observation(indices, weights, observed, score, mean_grad)
 
@@ -295,7 +303,11 @@ class Sampler(MinibatchSource):
 
     @property
     def last_seen(self) -> Tensor:
-        """int64 [N]: iteration of each sample's last observation; -1 if unseen. A copy."""
+        """int64 [N]: iteration of each sample's last observation; -1 if unseen. A copy.
+
+        Methods that give unseen samples a weight of their own (online_batch, prioritized) count
+        that as seen.
+        """
         return self._column(LAST).long()
 
     @property
@@ -389,7 +401,7 @@ def _duplicates(max_duplicates: float, num_samples: int, batch_size: int, used: 
     value = check.number("max_duplicates", max_duplicates, 0.0)
     if not used:
         return max(value, batch_size / num_samples)  # uniform draws can't go below, and needn't
-    if value * num_samples < batch_size:
+    if value * num_samples < batch_size * (1 - 1e-12):  # D = B/N may have been rounded down
         raise ValueError(
             "max_duplicates must be at least batch_size / num_samples = "
             f"{batch_size / num_samples:.6g} (which is uniform), got {max_duplicates!r}"
@@ -415,6 +427,20 @@ def _join(method: Method, parts: Scored | Sequence[Scored]) -> tuple[Tensor, Ten
     ]
     mean_grad = torch.stack(shares).sum(0) if len(shares) == len(parts) else None
     return observed, score, mean_grad
+
+
+def _check_mean_grad(table: Table, mean_grad: Tensor) -> Tensor:
+    """float32 [C], contiguous, on the table's device."""
+    if (
+        isinstance(mean_grad, Tensor)
+        and mean_grad.dtype is _float32
+        and mean_grad.dim() == 1
+        and mean_grad.device == table.device
+        and mean_grad.is_contiguous()
+        and not mean_grad.requires_grad
+    ):
+        return mean_grad
+    return check.vector("out.mean_grad", mean_grad, None, _FLOATS, table.device).detach().float()
 
 
 def _check_update(

@@ -85,7 +85,7 @@ class Constants:
     headroom: int = field(init=False)
 
     def __post_init__(self) -> None:
-        ratio = Fraction(self.max_duplicates).limit_denominator(1024)
+        ratio = cap_ratio(self.max_duplicates, self.batch_size, self.num_samples)
         object.__setattr__(self, "cap_numerator", ratio.numerator)
         object.__setattr__(self, "cap_denominator", ratio.denominator)
         limit = self._limit_bits()
@@ -118,6 +118,34 @@ class Constants:
 def _bits(n: int) -> int:
     """ceil(log2 n)."""
     return (n - 1).bit_length()
+
+
+def is_uniform(max_duplicates: float, batch_size: int, num_samples: int) -> bool:
+    """Whether the cap leaves no other probabilities than 1/N (or others within 1e-6 of it)."""
+    return max_duplicates * num_samples <= batch_size * (1 + 1e-6)
+
+
+def cap_ratio(max_duplicates: float, batch_size: int, num_samples: int) -> Fraction:
+    """D as the simplest ratio within 1e-6 below it (or the rounding of a float above).
+
+    Never below B/N, which could not be met: items would be capped without end.
+    """
+    least = Fraction(batch_size, num_samples)
+    if is_uniform(max_duplicates, batch_size, num_samples):
+        return least
+    exact = Fraction(max_duplicates)
+    return simplest_between(
+        max(least, exact * (1 - Fraction(1, 10**6))), exact * (1 + Fraction(1, 2**50))
+    )
+
+
+def simplest_between(low: Fraction, high: Fraction) -> Fraction:
+    """The ratio of least denominator in [low, high], 0 < low <= high: by continued fractions."""
+    whole = ceil(low)
+    if whole <= high:
+        return Fraction(whole)
+    below = whole - 1
+    return below + 1 / simplest_between(1 / (high - below), 1 / (low - below))
 
 
 class Table:

@@ -15,7 +15,7 @@ from fastis.kernels import reference_power
 from fastis.kernels.reference_power import quantised
 from fastis.kernels.reference_weights import distribution, integers, shift_of, water_level
 from fastis.methods import EMAIS
-from fastis.table import LAST
+from fastis.table import LAST, cap_ratio
 
 
 def structure(sampler):
@@ -102,7 +102,7 @@ def test_cap_holds_exactly(flatten, duplicates):
     generator = torch.Generator().manual_seed(2)
     sweep(sampler, torch.empty(500).log_normal_(0, 3, generator=generator))
     drawn = distribution(sampler._table)
-    ratio = Fraction(duplicates).limit_denominator(1024)
+    ratio = cap_ratio(duplicates, 50, 500)
     assert 50 * int(drawn.weights.max()) <= ratio * drawn.total
     # ... and is used: flattening more than needed would waste variance.
     assert 50 * int(drawn.weights.max()) >= 0.999 * ratio * drawn.total
@@ -208,3 +208,39 @@ def test_deep_trees_draw_what_the_cumulative_sum_draws(n):
             samplers[1].update(expected, observe(score))
         assert torch.equal(batch.indices, expected.indices)
         assert torch.equal(batch.weights, expected.weights)
+
+
+# D = B/N of real sizes, whose floats are a little off, and what is barely above it.
+@pytest.mark.parametrize(
+    ("flatten", "above"),
+    [
+        ("cap", 1.0),
+        ("cap", 1 + 1e-9),
+        ("cap", 1.001),
+        ("cap", 1.5),
+        ("mix", 1.0),
+        ("mix", 1 + 1e-9),
+    ],
+)
+@pytest.mark.parametrize(("n", "b"), [(6000, 10), (60_000, 64), (50_000, 256), (10_007, 7)])
+def test_caps_about_the_least_one_are_met(n, b, above, flatten, any_backend):
+    duplicates = b / n * above
+    sampler = fastis.Sampler(
+        n, b, method=EMAIS(warmup_epochs=0), max_duplicates=duplicates, flatten=flatten
+    )
+    sweep(sampler, torch.linspace(0.1, 2.0, n))
+    batch = sampler.sample()
+    assert 0 <= int(batch.indices.min()) <= int(batch.indices.max()) < n
+    p = sampler.probabilities()
+    assert float(p.sum()) == pytest.approx(1)
+    assert b * float(p.max()) <= max(duplicates, b / n) * (1 + 1e-9)
+    assert batch.weights.tolist() == pytest.approx((1 / (n * p[batch.indices])).tolist(), rel=1e-6)
+
+
+@pytest.mark.parametrize("duplicates", [0.1, 1 / 3, 0.6, 1.1, 2, 2**0.5, 5.5, 1e-4])
+def test_the_cap_is_the_simplest_ratio_that_is_not_above(duplicates):
+    ratio = cap_ratio(duplicates, 1, 1_000_000)
+    assert duplicates * (1 - 1e-6) <= ratio <= Fraction(duplicates) * (1 + Fraction(1, 2**50))
+    for denominator in range(1, ratio.denominator):
+        below = Fraction(int(duplicates * denominator * (1 + 1e-15)), denominator)
+        assert below < duplicates * (1 - 1e-6)

@@ -224,6 +224,45 @@ def test_scheduler_state_resumes():
             scheduler.step()
 
 
+@pytest.mark.parametrize("tensor", [False, True])
+def test_loading_restores_the_rate_in_force_before_or_after_the_sampler(tensor):
+    def make(factor):
+        lr = torch.tensor(0.5) if tensor else 0.5
+        optimizer = torch.optim.SGD(parameters(), lr=lr)
+        sampler = FakeSampler()
+        sampler.factor = factor
+        return optimizer, sampler, fastis.EffectiveBatchLR(StepLR(optimizer, 2), sampler)
+
+    first, _, a = make(3.0)
+    first.step()
+    a.step()
+    second, sampler, b = make(1.0)  # the sampler is loaded last: its factor is another one yet
+    b.load_state_dict(a.state_dict())
+    assert a.get_last_lr() == b.get_last_lr() == [1.5]
+    second.load_state_dict(first.state_dict())
+    sampler.factor = 3.0
+    for scheduler, optimizer in ((a, first), (b, second)):
+        optimizer.step()
+        scheduler.step()
+    assert a.get_last_lr() == b.get_last_lr() == pytest.approx([0.15])
+
+
+def test_a_wrong_scheduler_state_changes_nothing():
+    optimizer = torch.optim.SGD(parameters(), lr=0.5)
+    inner = StepLR(optimizer, 2)
+    sampler = fastis.Sampler(20, 2, method="rais")
+    plain = fastis.EffectiveBatchLR(inner, sampler).state_dict()
+    for _ in range(5):
+        optimizer.step()
+        inner.step()
+    scheduler = fastis.EffectiveIterationsLR(inner, sampler)
+    with pytest.raises(ValueError, match="must have scheduler, unscaled, scaled, steps, got sched"):
+        scheduler.load_state_dict(plain)
+    with pytest.raises(ValueError, match="got nothing"):
+        scheduler.load_state_dict({})
+    assert inner.last_epoch == 5
+
+
 class Lion(torch.optim.Optimizer):
     def __init__(self, params):
         super().__init__(params, {"lr": 0.1})

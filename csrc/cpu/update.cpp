@@ -207,7 +207,11 @@ bool update(Pointer<const Table> table, Pointer<const int64_t> indices,
   const Table& t = *table.address;
   if (!in_range(indices, n, t.num_samples)) return false;
   if (n == 0) return true;
-  if (t.records != nullptr) update_state(t, indices, observed, n);
+  if (t.records != nullptr) {
+    update_state(t, indices, observed, n);
+  } else {
+    for (int64_t b = 0; b < n; ++b) t.scalars->skipped += !usable(observed[b]);
+  }
   update_variance(t, weights, score, n, mean_grad, num_classes);
   ++t.scalars->updates;
   return true;

@@ -100,7 +100,14 @@ FASTIS_HD void update_variance(Block& block, const Table& t, const Minibatch& m)
   const double O = block.sum(m.n, product) / n;
   const double G2 = block.sum(
       m.num_classes, [&](int64_t c) { return double(m.mean_grad[c]) * double(m.mean_grad[c]); });
-  block.once([&] { smooth(t, {A, U, O * O, G2}, n); });
+  // With records, the tally of the observations has counted them.
+  const double unusable = t.records != nullptr ? 0.0 : block.sum(m.n, [&](int64_t b) {
+    return usable(m.observed[b]) ? 0.0 : 1.0;
+  });
+  block.once([&] {
+    t.scalars->skipped += static_cast<int64_t>(unusable);
+    smooth(t, {A, U, O * O, G2}, n);
+  });
 }
 
 // One iteration of the clock of updates. Indices out of range are left out.

@@ -5,6 +5,7 @@ Same functions, signatures and results as :mod:`fastis.kernels.reference_loss`.
 
 from __future__ import annotations
 
+import functools
 from math import nan
 
 import torch
@@ -32,7 +33,7 @@ _FORMATS = {
 _PARALLEL_ELEMENTS = 1 << 18
 
 # Looked up once: at a batch of 128 the calls around the kernel cost more than the kernel.
-_empty = torch.empty
+_empty = functools.partial(torch.empty, device=torch.device("cpu"))  # whatever the default is
 _empty_like = torch.empty_like
 _float32 = torch.float32
 _int64 = torch.int64

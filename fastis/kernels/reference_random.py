@@ -64,7 +64,7 @@ def permute(seed: int, epoch: int, n: int, positions: Tensor) -> Tensor:
     while half < 32 and 1 << (2 * half) < n:
         half += 1
     mask = (1 << half) - 1
-    blocks = torch.arange(_ROUNDS_OF_PERMUTATION // 4)
+    blocks = torch.arange(_ROUNDS_OF_PERMUTATION // 4, device="cpu")
     words = random_words(seed, STREAM_PERMUTATION, epoch, blocks)
     keys = torch.stack(words, dim=1).flatten().tolist()
     images = positions

@@ -68,6 +68,8 @@ def update(
         return True
     if table.records is not None:
         update_state(table, indices, observed)
+    else:
+        table.scalars[SKIPPED] += (~(observed.abs() < LARGEST_SCORE)).sum()
     update_variance(table, weights, score, mean_grad)
     table.scalars[UPDATES] += 1
     return True
@@ -188,7 +190,7 @@ def rescale(table: Table) -> None:
     below = (largest - exponent_of(codes)).clamp(max=63)
     relative_total = int(((mantissa_of(codes) << spare) >> below).sum())
     floor = floor_of(relative_total, seen, largest - spare, constants.floor)
-    floor_code = code_of(torch.tensor(floor, dtype=torch.float32), 0.0)
+    floor_code = code_of(torch.tensor(floor, dtype=torch.float32, device="cpu"), 0.0)
     e0 = int(exponent_of(floor_code)) - constants.headroom
     codes = code_of(importance, floor)
     table.column(CODE)[is_seen] = codes
@@ -198,7 +200,12 @@ def rescale(table: Table) -> None:
 
 def update_variance(table: Table, weights: Tensor, score: Tensor, mean_grad: Tensor | None) -> None:
     """Kutsuna 2025, Proposition 4.1: moments of one minibatch, smoothed before any ratio."""
-    moments = torch.stack(minibatch_moments(weights.double(), score.double(), mean_grad))
+    smooth(table, minibatch_moments(weights.double(), score.double(), mean_grad), score.numel())
+
+
+def smooth(table: Table, minibatch: Moments, n: int) -> None:
+    """Moments of one minibatch of n draws into the averages; none if one of them is not finite."""
+    moments = torch.stack(minibatch)
     if not bool(moments.isfinite().all()):
         return
     v, constants = table.variance, table.constants
@@ -207,7 +214,7 @@ def update_variance(table: Table, weights: Tensor, score: Tensor, mean_grad: Ten
     keep = constants.smoothing
     v[WEIGHT] = keep * v[WEIGHT] + (1 - keep)
     v[SECOND:TRACE_IS] = keep * v[SECOND:TRACE_IS] + (1 - keep) * moments
-    derive(table, score.numel())
+    derive(table, n)
 
 
 def derive(table: Table, n: int) -> None:

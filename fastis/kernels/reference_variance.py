@@ -39,6 +39,29 @@ def minibatch_moments(r: Tensor, x: Tensor, mean_grad: Tensor | None) -> Moments
     )
 
 
+def of_two_stages(minibatch: Moments, n: int, candidates: int) -> Moments:
+    """Moments as of n independent draws, from those of n draws out of a few uniform candidates.
+
+    The n draws share the M ``candidates``, whose own scatter their moments don't show: n times the
+    variance of the minibatch's mean is V_is + (n / M) V_uni, with V_is that of draws from these
+    candidates. From the minibatch, with mu2 and O_2 the unbiased |G|^2 and O^2 of the candidates::
+
+        V_uni = M/(M-1) (U - mu2)     |G|^2 = U - V_uni     V_opt = M/(M-1) (O_2 - mu2)
+    """
+    A, U, O2, G2 = minibatch
+    m = candidates
+    if n < 2 or m < 2:
+        nan = A.new_tensor(float("nan"))
+        return Moments(nan, nan, nan, nan)
+    within = n / (n - 1) * (A - G2)
+    mu2, o2 = (n * G2 - A) / (n - 1), (n * O2 - A) / (n - 1)
+    uniform, optimal = m / (m - 1) * (U - mu2), m / (m - 1) * (o2 - mu2)
+    trace = within + n / m * uniform
+    mean_squared = U - uniform + trace / n  # |G|^2 and what its estimate is above it
+    kept = (n - 1) / n
+    return Moments(mean_squared + kept * trace, U, mean_squared + kept * optimal, mean_squared)
+
+
 def traces_of(moments: Moments, n: int, unbiased: bool) -> tuple[Tensor, Tensor, Tensor]:
     """tr V_is, tr V_uni and tr V_opt from moments of minibatches of n draws.
 

@@ -53,7 +53,7 @@ def floor_of(total: int, seen: int, e0: int, eps: float) -> float:
     if seen == 0 or total == 0:
         return 0.0
     value = float(total) / float(seen) * 2.0 ** (e0 - 15) * eps
-    return float(torch.tensor(value, dtype=torch.float64).float())
+    return float(torch.tensor(value, dtype=torch.float64, device="cpu").float())
 
 
 class Distribution(NamedTuple):

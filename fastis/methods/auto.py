@@ -13,7 +13,7 @@ from fastis.kernels import kernels_for
 from fastis.methods.base import Observation
 from fastis.methods.emais import EMAIS
 from fastis.methods.weighted import usable_positions
-from fastis.table import CODE, DRAWS, EXPONENT, SEEN, TOTAL, Table
+from fastis.table import CODE, DRAWS, EXPONENT, FLATTEN, SEEN, TOTAL, Table
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class Auto(EMAIS):
 
     Both are averaged over iterations; draws are uniform (with replacement, coefficients 1) while
     gain = uniform / table is below ``least_gain``. That keeps a base rate that is too high for
-    EMAIS from diverging. The choice is made on the host: not for CUDA graphs.
+    EMAIS from diverging. q takes the cap of ``flatten="cap"`` into account, as the table's last
+    draw had it; for "mix" and "power" it is that of the plain weights. The choice is made on the
+    host: not for CUDA graphs.
 
     Parameters
     ----------
@@ -47,7 +49,11 @@ class Auto(EMAIS):
         check.number("least_gain", self.least_gain, 0.0)
 
     def memory(self, table: Table) -> dict[str, Tensor]:
-        return {"moments": torch.zeros(2, dtype=torch.float64, device=table.device)}
+        return {
+            "moments": torch.zeros(2, dtype=torch.float64, device=table.device),
+            # Mean of the capped weights, and the least q; infinite and 0 while nothing is capped.
+            "level": torch.tensor(torch.inf, dtype=torch.float64, device=table.device),
+        }
 
     def _prefers_uniform(self, table: Table) -> bool:
         uniform, by_table = table.memory["moments"].tolist()
@@ -57,6 +63,10 @@ class Auto(EMAIS):
         constants = table.constants
         first = int(table.scalars[DRAWS])
         super().draw(table, indices, weights)
+        if first >= constants.warmup_draws and constants.flatten == FLATTEN["cap"]:
+            # r w is the mean of the capped weights for an item below the cap, and more above it.
+            level = (weights.double() * self._weights_of(table, indices)).min()
+            table.memory["level"].copy_(level)
         if first >= constants.warmup_draws and self._prefers_uniform(table):
             kernels = kernels_for("sample", table.device.type)
             n, b = constants.num_samples, constants.batch_size
@@ -66,16 +76,34 @@ class Auto(EMAIS):
     def update(self, table: Table, seen: Observation) -> bool:
         if usable_positions(table, seen) is None:
             return False
-        total, num_seen, e0 = (table.scalars[at] for at in (TOTAL, SEEN, EXPONENT))
-        if int(num_seen) > 0 and len(seen.indices) > 0:
-            mean = total / num_seen * 2.0 ** (e0 - 15)
-            code = table.column(CODE)[seen.indices] & 0x7FFFFFFF
-            q = torch.where(code == 0, 1.0, mean / code.view(torch.float32).double())
+        now = None
+        if int(table.scalars[SEEN]) > 0 and len(seen.indices) > 0:
             r, g2 = seen.weights.double(), seen.score.double().square()
+            q = self._coefficients(table, seen.indices)
             now = torch.stack([(r * g2).mean(), (r * q * g2).mean()])
-            if bool(now.isfinite().all()):
-                table.memory["moments"].lerp_(now, 1 - self.smoothing)
-        return super().update(table, seen)
+        super().update(table, seen)  # which may raise, then with nothing changed
+        if now is not None and bool(now.isfinite().all()):
+            table.memory["moments"].lerp_(now, 1 - self.smoothing)
+        return True
+
+    def _mean_weight(self, table: Table) -> Tensor:
+        total, num_seen, e0 = (table.scalars[at] for at in (TOTAL, SEEN, EXPONENT))
+        return total / num_seen * 2.0 ** (e0 - 15)
+
+    def _weights_of(self, table: Table, indices: Tensor) -> Tensor:
+        """float64 [n]: importance as the table has it; unseen samples have the mean."""
+        code = table.column(CODE)[indices] & 0x7FFFFFFF
+        weights = code.view(torch.float32).double()
+        return torch.where(code == 0, self._mean_weight(table), weights)
+
+    def _coefficients(self, table: Table, indices: Tensor) -> Tensor:
+        """float64 [n]: q, what 1/(N p) would be if the table drew."""
+        weights, mean = self._weights_of(table, indices), self._mean_weight(table)
+        constants, level = table.constants, table.memory["level"]
+        if constants.flatten != FLATTEN["cap"]:
+            return mean / weights
+        least = constants.batch_size / (constants.num_samples * constants.max_duplicates)
+        return (torch.minimum(mean, level) / weights).clamp(min=least)
 
     def probabilities(self, table: Table) -> Tensor:
         by_table = super().probabilities(table)

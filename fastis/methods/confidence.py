@@ -43,8 +43,9 @@ class Confidence(WithoutCoefficients):
         n, device = table.constants.num_samples, table.device
         return {
             "visits": torch.zeros(n, dtype=torch.int32, device=device),
-            "mean": torch.zeros(n, device=device),
-            "squares": torch.zeros(n, device=device),  # summed squares of the deviations
+            "mean": torch.zeros(n, dtype=torch.float32, device=device),
+            # Summed squares of the deviations.
+            "squares": torch.zeros(n, dtype=torch.float32, device=device),
         }
 
     def observed(self, out: Scored) -> Tensor:
@@ -64,8 +65,8 @@ class Confidence(WithoutCoefficients):
         if int(table.scalars[UPDATES]) >= table.constants.warmup_draws:
             a = self.uncertainty(visits, mean, squares)
             visited = visits > 0
-            a = torch.where(visited, a, (a * visited).sum() / visited.sum().clamp(min=1))
-            assign(table, a + a.mean())
+            mean_a = (a * visited).sum() / visited.sum().clamp(min=1)
+            assign(table, a + mean_a, which=visited)  # the others have the mean of these
         return True
 
     def uncertainty(self, visits: Tensor, mean: Tensor, squares: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ class EMAIS(Method):
         check.integer("warmup_epochs", self.warmup_epochs, 0)
         check.number("floor", self.floor, 1e-6, 1.0)
         check.integer("refresh_every", self.refresh_every, 0)
+        check.function("score_fn", self.score_fn, optional=True)
         if (self.score_fn is None) != (self.refresh_every == 0):
             raise ValueError(
                 "refresh_every and score_fn must be given together, got "
@@ -100,14 +101,17 @@ class EMAIS(Method):
         return own and self.score_fn is None
 
     def update(self, table: Table, seen: Observation) -> bool:
+        scores = None
+        if self.score_fn is not None and len(seen.indices) > 0:
+            iteration = int(table.scalars[UPDATES])
+            if (iteration + 1) % self.refresh_every == 0:
+                # Before anything changes: the user's function may fail.
+                scores = score_all(self.score_fn, table, self.observed)
         if not super().update(table, seen):
             return False
-        if self.score_fn is not None:
-            iteration = int(table.scalars[UPDATES]) - 1
-            if (iteration + 1) % self.refresh_every == 0:
-                scores = score_all(self.score_fn, table, self.observed)
-                observe_all(table, scores, iteration)
-                kernels_for("update", table.device.type).rescale(table)
+        if scores is not None:
+            observe_all(table, scores, iteration)
+            kernels_for("update", table.device.type).rescale(table)
         return True
 
 

@@ -12,7 +12,13 @@ from torch import Tensor
 from fastis import check
 from fastis.methods.base import Observation, Scored, ScoreFn
 from fastis.methods.scoring import score_all
-from fastis.methods.weighted import WithoutCoefficients, assign, epoch_ended, usable_positions
+from fastis.methods.weighted import (
+    WithoutCoefficients,
+    assign,
+    epoch_ended,
+    usable,
+    usable_positions,
+)
 from fastis.table import MEAN, Table
 
 
@@ -62,11 +68,12 @@ class OnlineBatch(WithoutCoefficients):
         if self.total_epochs is not None:
             check.integer("total_epochs", self.total_epochs, self.warmup_epochs + 1)
         check.integer("recompute_every", self.recompute_every, 1)
+        check.function("score_fn", self.score_fn, optional=True)
 
     def memory(self, table: Table) -> dict[str, Tensor]:
         # Not seen yet counts as the largest loss.
         n = table.constants.num_samples
-        return {"losses": torch.full((n,), torch.inf, device=table.device)}
+        return {"losses": torch.full((n,), torch.inf, dtype=torch.float32, device=table.device)}
 
     def observed(self, out: Scored) -> Tensor:
         return out.losses
@@ -75,19 +82,21 @@ class OnlineBatch(WithoutCoefficients):
         keep = usable_positions(table, seen)
         if keep is None:
             return False
+        epoch = epoch_ended(table, updates=1) if len(seen.indices) else 0
+        ranks = epoch >= max(1, self.warmup_epochs)
+        fresh = None
+        recomputes = ranks and (epoch - self.warmup_epochs) % self.recompute_every == 0
+        if recomputes and self.score_fn is not None:
+            # Before anything changes: the user's function may fail.
+            fresh = score_all(self.score_fn, table, self.observed)
         losses = table.memory["losses"]
         losses[seen.indices[keep]] = seen.observed[keep]
-        # The weights in force stay until the next ranking.
-        same = torch.where(
-            seen.observed.isfinite(), table.column(MEAN)[seen.indices], seen.observed
-        )
+        # The weights in force stay until the next ranking; what is not usable is skipped.
+        same = torch.where(usable(seen.observed), table.column(MEAN)[seen.indices], seen.observed)
         super().update(table, seen._replace(observed=same))
-        epoch = epoch_ended(table) if len(same) else 0
-        if epoch >= max(1, self.warmup_epochs):
-            since = epoch - self.warmup_epochs
-            if self.score_fn is not None and since % self.recompute_every == 0:
-                fresh = score_all(self.score_fn, table, self.observed)
-                losses.copy_(torch.where(fresh.isnan(), losses, fresh))
+        if fresh is not None:
+            losses.copy_(torch.where(fresh.isnan(), losses, fresh))
+        if ranks:
             assign(table, self.by_rank(losses, epoch))
         return True
 

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from fastis import check
 from fastis.kernels import kernels_for
+from fastis.kernels.reference_update import smooth
+from fastis.kernels.reference_variance import minibatch_moments, of_two_stages
 from fastis.methods import scoring
 from fastis.methods.base import Method, Observation, Scored, ScoreFn
-from fastis.table import DRAWS, Table
+from fastis.methods.weighted import usable, usable_positions
+from fastis.table import DRAWS, SKIPPED, UPDATES, Table
 
 SCORES = ("upper_bound", "loss", "gradient_norm")
 _FLOOR = 1e-3
@@ -30,8 +33,13 @@ class Presampling(Method):
         q_i = score_i / sum of scores;   tau <- 0.9 tau + 0.1 sqrt(n sum q^2)
 
     q is floored at 1e-3/M (ours). Scores that are not finite count as 0. The sampler's
-    ``max_duplicates`` does not apply (the method as published): b q copies of a candidate are
-    expected. Whether there is a forward pass is decided on the host: not for CUDA graphs.
+    ``max_duplicates`` and ``scheme`` do not apply (the method as published): b q copies of a
+    candidate are expected. Whether there is a forward pass is decided on the host: not for CUDA
+    graphs.
+
+    The draws of a minibatch share their candidates; the variance traces take the candidates' own
+    scatter into account, so that with M = 3 b no N_ems above 3 b is reached (ours). A minibatch
+    counts as uniform when all its coefficients are 1, which those of equal scores are as well.
 
     Parameters
     ----------
@@ -62,11 +70,7 @@ class Presampling(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not callable(self.score_fn):
-            raise TypeError(
-                "score_fn must be callable (indices -> scores), "
-                f"got {type(self.score_fn).__name__} {self.score_fn!r}"
-            )
+        check.function("score_fn", self.score_fn)
         check.choice("score", self.score, SCORES)
         if self.presample is not None:
             check.integer("presample", self.presample, 1)
@@ -120,14 +124,29 @@ class Presampling(Method):
         return out.losses if self.score == "loss" else out.score
 
     def update(self, table: Table, seen: Observation) -> bool:
+        # A minibatch drawn ahead may be older than tau: its own weights say how it was drawn.
+        if len(seen.indices) == 0 or not bool((seen.weights == 1).all()):
+            return self._update_after_scoring(table, seen)
+        scores = seen.observed
+        if self.score == "gradient_norm":  # before anything changes: the function may fail
+            scores = scoring.score(self.score_fn, seen.indices, self.observed)
         if not super().update(table, seen):
             return False
-        # A minibatch drawn ahead may be older than tau: its own weights say how it was drawn.
-        if len(seen.indices) and bool((seen.weights == 1).all()):
-            scores = seen.observed
-            if self.score == "gradient_norm":
-                scores = scoring.score(self.score_fn, seen.indices, self.observed)
-            self._smooth(table, _shares(scores))
+        self._smooth(table, _shares(scores))
+        return True
+
+    def _update_after_scoring(self, table: Table, seen: Observation) -> bool:
+        """The reference's update, but for the moments: those of draws in two stages."""
+        if usable_positions(table, seen) is None:
+            return False
+        n = len(seen.indices)
+        if n == 0:
+            return True
+        table.scalars[SKIPPED] += (~usable(seen.observed)).sum()
+        r, x = seen.weights.double(), seen.score.double()
+        m, _ = self._sizes(table)
+        smooth(table, of_two_stages(minibatch_moments(r, x, seen.mean_grad), n, m), n)
+        table.scalars[UPDATES] += 1
         return True
 
     def _smooth(self, table: Table, q: Tensor) -> None:

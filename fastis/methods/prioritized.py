@@ -59,7 +59,7 @@ class Prioritized(Weighted):
         n = table.constants.num_samples
         return {
             "known": torch.zeros(n, dtype=torch.bool, device=table.device),
-            "largest": torch.zeros((), device=table.device),
+            "largest": torch.zeros((), dtype=torch.float32, device=table.device),
         }
 
     def draw(self, table: Table, indices: Tensor, weights: Tensor) -> None:
@@ -70,7 +70,9 @@ class Prioritized(Weighted):
         weights.div_(weights.max())
 
     def observed(self, out: Scored) -> Tensor:
-        return (out.losses.abs() + _EPSILON) ** self.alpha
+        losses = out.losses
+        # 0 times the loss: what is not finite stays so, also for alpha = 0.
+        return (losses.abs() + _EPSILON) ** self.alpha + 0 * losses
 
     def update(self, table: Table, seen: Observation) -> bool:
         keep = usable_positions(table, seen)

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from fastis import check
 from fastis.methods.base import Observation
-from fastis.methods.weighted import Weighted, assign, usable_positions
+from fastis.methods.weighted import Weighted, assign, usable, usable_positions
 from fastis.table import LAST, UPDATES, Table
 
 _DECAYS = (0.0, 0.5, 0.9)  # of the averages h_1, h_2, h_3
 _FEATURES = len(_DECAYS) + 1
 _SQUARE, _COEFFICIENT = _FEATURES, _FEATURES + 1  # columns of the buffer, after the features
 _GAIN_SMOOTHING = 0.99
+LARGEST = 1e9  # of an option: finite, and no product of it overflows
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,8 @@ class RAIS(Weighted):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check.number("uncertainty", self.uncertainty, 0.0)
-        if check.number("refit_epochs", self.refit_epochs, 0.0) == 0:
+        check.number("uncertainty", self.uncertainty, 0.0, LARGEST)
+        if check.number("refit_epochs", self.refit_epochs, 0.0, LARGEST) == 0:
             raise ValueError(f"refit_epochs must be above 0, got {self.refit_epochs!r}")
         check.integer("buffer_size", self.buffer_size, 1)
 
@@ -81,9 +82,12 @@ class RAIS(Weighted):
             return torch.tensor(values, dtype=torch.float64, device=device)
 
         return {
-            "history": torch.zeros((n, len(_DECAYS)), device=device),  # h_1, h_2, h_3
+            # h_1, h_2, h_3
+            "history": torch.zeros((n, len(_DECAYS)), dtype=torch.float32, device=device),
             "first": double(0.0, 0.0),  # sum of h_1 over the seen samples, and how many those are
-            "buffer": torch.zeros((self.buffer_size, _FEATURES + 2), device=device),
+            "buffer": torch.zeros(
+                (self.buffer_size, _FEATURES + 2), dtype=torch.float32, device=device
+            ),
             "buffered": torch.zeros((), dtype=torch.int64, device=device),  # observations ever
             # Until the first fit the steadiest average is the prediction.
             "c": double(0.0, 0.0, 1.0, 0.0),
@@ -105,8 +109,9 @@ class RAIS(Weighted):
         fresh = table.column(LAST)[i] < 0
         self._remember(table, i, square, seen.weights[keep], fresh)
         self._observe(table, i, square, fresh)
-        # Not a number for observations that are not: the table counts and skips them.
-        new_weights = self.weights(table, self._features(table, seen.indices)) + 0 * seen.observed
+        # What is not usable stays so: the table counts and skips it.
+        new_weights = self.weights(table, self._features(table, seen.indices))
+        new_weights = torch.where(usable(seen.observed), new_weights, seen.observed)
         super().update(table, seen._replace(observed=new_weights))
         updates, constants = int(table.scalars[UPDATES]), table.constants
         if updates > constants.warmup_draws:
@@ -144,7 +149,7 @@ class RAIS(Weighted):
     def _observe(self, table: Table, i: Tensor, square: Tensor, fresh: Tensor) -> None:
         history, first = table.memory["history"], table.memory["first"]
         before = history[i]
-        decays = torch.tensor(_DECAYS, device=i.device)
+        decays = torch.tensor(_DECAYS, dtype=torch.float32, device=i.device)
         after = before + (1 - decays) * (square[:, None] - before)
         after = torch.where(fresh[:, None], square[:, None], after)
         history[i] = after

@@ -54,8 +54,9 @@ class SelfPaced(Method):
     def memory(self, table: Table) -> dict[str, Tensor]:
         n = table.constants.num_samples
         return {
-            "losses": torch.full((n,), torch.nan, device=table.device),  # NaN: not known yet
-            "threshold": torch.full((), torch.inf, device=table.device),
+            # NaN: not known yet
+            "losses": torch.full((n,), torch.nan, dtype=torch.float32, device=table.device),
+            "threshold": torch.full((), torch.inf, dtype=torch.float32, device=table.device),
         }
 
     def draw(self, table: Table, indices: Tensor, weights: Tensor) -> None:
@@ -85,7 +86,11 @@ class SelfPaced(Method):
             last = max(0, round(self.quantile * len(known)) - 1)
             quantile = known.sort().values[last]
             threshold.copy_(torch.nextafter(quantile, quantile.new_tensor(torch.inf)))
-        else:
-            threshold.mul_(self.growth)
+        elif bool(threshold < torch.inf):
+            # Where multiplying does not raise it (lambda about 0 or below), by one sample more.
+            above = known[known >= threshold].min()
+            just_above = torch.nextafter(above, above.new_tensor(torch.inf))
+            grown = threshold * self.growth
+            threshold.copy_(torch.where(grown > just_above, grown, just_above))
         if bool(threshold > known.max()):
             threshold.fill_(torch.inf)

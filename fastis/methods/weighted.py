@@ -53,27 +53,36 @@ class WithoutCoefficients(Weighted):
         weights.fill_(1.0)
 
 
+def usable(observed: Tensor) -> Tensor:
+    """bool [n]: which observations the table takes; it skips and counts the others."""
+    return observed.abs() < LARGEST_SCORE
+
+
 def usable_positions(table: Table, seen: Observation) -> Tensor | None:
     """First positions of the distinct indices with finite observations; None: one out of range."""
     indices, observed = seen.indices, seen.observed
     if bool(((indices < 0) | (indices >= table.constants.num_samples)).any()):
         return None
-    return first_positions(indices, observed.abs() < LARGEST_SCORE)
+    return first_positions(indices, usable(observed))
 
 
-def epoch_ended(table: Table) -> int:
-    """How many epochs of updates have just been completed; 0 inside of one."""
-    epoch, rest = divmod(int(table.scalars[UPDATES]), table.constants.batches_per_epoch)
+def epoch_ended(table: Table, updates: int = 0) -> int:
+    """How many epochs of updates have just been completed, or will be after so many more; 0 inside
+    of one."""
+    done = int(table.scalars[UPDATES]) + updates
+    epoch, rest = divmod(done, table.constants.batches_per_epoch)
     return epoch if rest == 0 else 0
 
 
 def assign(table: Table, weights: Tensor, which: Tensor | None = None) -> None:
     """Gives all samples (or those where ``which`` bool [N] is true) the ``weights`` float32 [N].
 
-    O(N). Weights of 0 become the least that the table can hold.
+    O(N). Weights of 0 become the least that the table can hold. Samples keep the iteration of their
+    last observation; those without one get the present, since without they would have no weight.
     """
     now = (table.scalars[UPDATES] - 1).clamp(0, 2**31 - 1).int()
-    for at, values in ((MEAN, weights), (VAR, torch.zeros_like(weights)), (LAST, now)):
+    last = torch.where(table.column(LAST) < 0, now, table.column(LAST))
+    for at, values in ((MEAN, weights), (VAR, torch.zeros_like(weights)), (LAST, last)):
         column = table.column(at)
         column[:] = values if which is None else torch.where(which, values, column)
     kernels_for("update", table.device.type).rescale(table)
