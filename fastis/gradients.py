@@ -41,7 +41,7 @@ def gradient_norms(
             norms[i] = torch.cat([g.flatten() for g in grads]).norm()
 
     Computed by ``torch.func``'s vmap of grad, in chunks; no more than a chunk's gradients exist
-    at a time.
+    at a time. Modules that vmap can't take (``nn.GRU``, ``nn.RNN``) fail with torch's own error.
 
     Parameters
     ----------

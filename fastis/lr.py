@@ -53,7 +53,8 @@ class EffectiveBatchLR:
     TypeError, ValueError
         for an optimizer whose rule is not known (name it), or a bad argument.
 
-    The factor is read on the host, or, where a parameter group's lr is a tensor (capturable
+    The factor is renewed at every :meth:`step`: once an epoch for a scheduler that steps once an
+    epoch. It is read on the host, or, where a parameter group's lr is a tensor (capturable
     optimizers), applied on the device without synchronisation.
 
     Equivalent to::

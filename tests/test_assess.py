@@ -214,6 +214,7 @@ def test_bad_arguments_are_named(tmp_path, capsys):
         (["--plot-only", "--out", str(tmp_path / "none.jsonl")], "--out must hold rows"),
         (["--data", str(tmp_path / "none.npz")], "--data must name an .npz file"),
         (["--method", "best"], "method must be one of"),
+        (["--method", "presampling"], "--method must have probabilities that are known"),
     ):
         with pytest.raises(SystemExit):
             assess.main(arguments)

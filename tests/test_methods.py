@@ -232,6 +232,18 @@ def test_effective_iterations_drive_the_schedule():
         ),
         (lambda: methods.Presampling(scores, tau_smoothing=1.0), ValueError, "tau_smoothing must"),
         (lambda: methods.EMAIS(refresh_every=3), ValueError, "must be given together"),
+        (
+            lambda: methods.EMAIS(refresh_every=3, score_fn=3),
+            TypeError,
+            "score_fn must be callable, got int 3",
+        ),
+        (
+            lambda: methods.OnlineBatch(score_fn="x"),
+            TypeError,
+            "score_fn must be callable, got str 'x'",
+        ),
+        (lambda: methods.RAIS(uncertainty=math.inf), ValueError, "uncertainty must be in"),
+        (lambda: methods.RAIS(refit_epochs=math.inf), ValueError, "refit_epochs must be in"),
         (lambda: methods.RAIS(uncertainty=-1.0), ValueError, "uncertainty must be in"),
         (lambda: methods.RAIS(refit_epochs=0.0), ValueError, "refit_epochs must be above 0"),
         (lambda: methods.RAIS(buffer_size=0), ValueError, "buffer_size must be at least 1"),

@@ -77,6 +77,18 @@ def test_auto_draws_uniformly_while_the_table_predicts_no_gain():
     assert not sampler.method.is_plain
 
 
+@pytest.mark.parametrize("duplicates", [0.6, 1, 2, 100])
+def test_auto_predicts_with_the_cap(duplicates):
+    sampler = fastis.Sampler(
+        200, 100, method=methods.Auto(warmup_epochs=0), max_duplicates=duplicates
+    )
+    skewed = torch.empty(200).log_normal_(0, 2, generator=torch.Generator().manual_seed(0))
+    sampler.update(batch_of(*range(200)), observe(skewed))
+    sampler.sample()
+    q = sampler.method._coefficients(sampler._table, torch.arange(200))
+    assert q.tolist() == pytest.approx((1 / (200 * sampler.probabilities())).tolist(), rel=1e-5)
+
+
 def test_confidence_by_hand():
     sampler = fastis.Sampler(4, 2, method=methods.Confidence(warmup_epochs=0))
     for p in (0.9, 0.7):  # of sample 0; sample 1 has 0.5 twice
@@ -121,6 +133,22 @@ def test_self_paced_by_the_last_known_loss():
         sampler.update(batch, observe(torch.tensor([1.0, 5.0, 2.0, 6.0])[batch.indices]))
     batch = sampler.sample()
     assert torch.equal(batch.weights > 0, (batch.indices == 0) | (batch.indices == 2))
+
+
+@pytest.mark.parametrize("least", [0.0, -2.0])
+def test_self_paced_thresholds_grow_from_zero_and_below(least):
+    sampler = fastis.Sampler(10, 5, method="self_paced", seed=1)
+    loss = torch.tensor([least] * 7 + [1.0, 2.0, 3.0])
+    selected = []
+    for _ in range(5):
+        counted = 0
+        for _ in range(2):
+            batch = sampler.sample()
+            counted += int((batch.weights > 0).sum())
+            sampler.update(batch, observe(loss[batch.indices]))
+        selected.append(counted)
+    # lambda: none, just above the least, just above 1, 1.3, 1.69.
+    assert selected == [10, 7, 8, 8, 8]
 
 
 def test_online_batch_by_hand():

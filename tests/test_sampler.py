@@ -267,9 +267,9 @@ def test_constructor_errors(arguments, error, message):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"tau": 0}, ValueError, "tau must be 'linear' or positive"),
+        ({"tau": 0}, ValueError, "tau must be 'linear' or a positive number"),
         ({"tau_scale": 0.0}, ValueError, "tau_scale must be positive and finite"),
-        ({"tau": "log"}, ValueError, "tau must be one of 'linear'"),
+        ({"tau": "log"}, ValueError, "tau must be 'linear' or a positive number"),
         ({"tau": None}, TypeError, "tau must be a number"),
         ({"importance": "max"}, ValueError, "importance must be one of 'rms', 'sum'"),
         ({"warmup_epochs": -1}, ValueError, "warmup_epochs must be at least 0"),

@@ -8,7 +8,7 @@ from conftest import observe, sweep
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, ReduceLROnPlateau, StepLR
 
 import fastis
-from fastis.methods import EMAIS
+from fastis.methods import EMAIS, Presampling
 
 
 class Problem:
@@ -56,6 +56,39 @@ def test_traces_against_exact_ones(estimator):
         assert relative["trace_is"] < -0.06  # the plug-in misses the factor B/(B-1) = 8/7
     ems = 8 * measured["trace_uniform"] / measured["trace_is"]
     assert float(sampler.variance.effective_batch_size) == pytest.approx(ems)
+
+
+@pytest.mark.parametrize("candidates", [8, 24, 200])
+def test_presamplings_traces_have_the_scatter_of_its_candidates(candidates):
+    """Against the covariance of its minibatches' mean gradients, and the exact traces."""
+    problem, steps, b = Problem(n=300), 4000, 8
+    method = Presampling(
+        lambda i: problem.score[i], presample=candidates, tau_threshold=0.0, smoothing=0.0
+    )
+    sampler = fastis.Sampler(300, b, method=method)
+    batch = sampler.sample()  # uniform: tau starts at 0
+    sampler.update(batch, problem.observe(batch))
+    means, traces = [], []
+    for _ in range(steps):
+        batch = sampler.sample()
+        sampler.update(batch, problem.observe(batch))
+        means.append((batch.weights[:, None] * problem.g[batch.indices]).double().mean(0))
+        v = sampler.variance
+        traces.append(torch.stack([v.trace_is, v.trace_uniform, v.trace_optimal]))
+    exact = problem.exact(torch.full((300,), 1 / 300, dtype=torch.float64))
+    deviation = torch.stack(means) - problem.g.double().mean(0)
+    scatter = b * deviation.square().sum(1)  # its mean is n times the variance of a minibatch
+    found, error = torch.stack(traces), 5 / steps**0.5
+    for values, true in (
+        (found[:, 1], exact["trace_uniform"]),
+        (found[:, 2], exact["trace_optimal"]),
+        (found[:, 0] - scatter, 0.0),
+    ):
+        assert abs(float(values.mean() - true)) < error * float(values.std())
+    # With the candidates' own draws alone it would be far off.
+    ideal, uniform = float(exact["trace_optimal"]), float(exact["trace_uniform"])
+    expected = ideal + b / candidates * uniform
+    assert float(found[:, 0].mean()) == pytest.approx(expected, rel=0.1)
 
 
 def test_optimal_probabilities_have_efficiency_zero_and_uniform_ones_one():

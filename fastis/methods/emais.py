@@ -67,9 +67,10 @@ class EMAIS(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         if isinstance(self.tau, str):
-            check.choice("tau", self.tau, ["linear"])
+            if self.tau != "linear":
+                raise ValueError(f"tau must be 'linear' or a positive number, got {self.tau!r}")
         elif check.number("tau", self.tau, 0.0) == 0:
-            raise ValueError(f"tau must be 'linear' or positive, got {self.tau!r}")
+            raise ValueError(f"tau must be 'linear' or a positive number, got {self.tau!r}")
         if check.number("tau_scale", self.tau_scale, 0.0) in (0.0, float("inf")):
             raise ValueError(f"tau_scale must be positive and finite, got {self.tau_scale!r}")
         check.choice("importance", self.importance, IMPORTANCE)

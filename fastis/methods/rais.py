@@ -40,7 +40,8 @@ class RAIS(Weighted):
         gain = E|G_u|^2 / E|G_p|^2,   E|G_u|^2 = E|G_p|^2 + (1/B) E[(r - r^2) |g|^2]
 
     with G_u, G_p the minibatch's mean gradient under uniform draws and under p; both expectations
-    are moving averages (0.99). Without ``mean_grad``, |G_p|^2 is taken as (1/B) E[r^2 |g|^2].
+    are moving averages (0.99). Without ``mean_grad``, |G_p|^2 is taken as (1/B) E[r^2 |g|^2]. Where
+    the estimate of E|G_u|^2 is not positive, the gain is 1 (ours).
 
     The authors' code and formulas were not found: the regression follows the paper's idea, its
     features, e (1 % of the mean x^2), the non-negative least squares (exact, by trying all subsets

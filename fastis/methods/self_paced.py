@@ -21,7 +21,8 @@ class SelfPaced(Method):
     ``loss = sum(v l) / max(1, sum v)`` with v = 1 where l < lambda, else 0, which ``batch.weights``
     = v B / max(1, sum v) make of the plain mean. Minibatches are drawn without replacement. The
     first epoch counts whole; lambda is then set to a quantile of its losses, and multiplied every
-    epoch until it exceeds the largest loss, from where on all samples count.
+    epoch until it exceeds the largest loss, from where on all samples count. Where that does not
+    raise lambda (it is about 0 or negative), the next larger loss comes to count (ours).
 
     Since the weights travel with the draw, v goes by each sample's last known loss (ours; the paper
     by the present one). lambda is a host decision at the end of an epoch: not for CUDA graphs.
@@ -87,10 +88,10 @@ class SelfPaced(Method):
             quantile = known.sort().values[last]
             threshold.copy_(torch.nextafter(quantile, quantile.new_tensor(torch.inf)))
         elif bool(threshold < torch.inf):
-            # Where multiplying does not raise it (lambda about 0 or below), by one sample more.
-            above = known[known >= threshold].min()
-            just_above = torch.nextafter(above, above.new_tensor(torch.inf))
             grown = threshold * self.growth
-            threshold.copy_(torch.where(grown > just_above, grown, just_above))
+            if not bool(grown > threshold):  # lambda of 0 or below: by one sample more
+                harder = known[known >= threshold].min()
+                grown = torch.nextafter(harder, harder.new_tensor(torch.inf))
+            threshold.copy_(grown)
         if bool(threshold > known.max()):
             threshold.fill_(torch.inf)

@@ -23,6 +23,8 @@ from fastis.table import LAST, MEAN, UPDATES, VAR, Table
 class Weighted(Method):
     """A method with weights of its own, after some epochs without replacement.
 
+    As in every table, no weight is below 0.001 of their mean (ours).
+
     Parameters
     ----------
     warmup_epochs : int
