@@ -7,14 +7,15 @@ scored loss after it. Between the two it knows neither the model nor the data.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastis import check
 from fastis.methods import Method, from_name
-from fastis.methods.base import Observation, Scored
+from fastis.methods.base import Scored
+from fastis.observation import observation
 from fastis.sampling import Batch, MinibatchSource
 from fastis.table import (
     FLATTEN,
@@ -32,8 +33,7 @@ from fastis.table import (
 from fastis.variance import Variance
 
 _STATE_VERSION = 1
-_empty_like, _int64, _float32 = torch.empty_like, torch.int64, torch.float32
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_empty_like = torch.empty_like
 
 
 class Sampler(MinibatchSource):
@@ -175,7 +175,7 @@ class Sampler(MinibatchSource):
         Non-finite scores leave their samples' states unchanged and are counted in ``.skipped``. A
         sample drawn twice is observed once: its first position wins.
         """
-        if not self._method.update(self._table, self._observation(batch, out)):
+        if not self._method.update(self._table, observation(self._table, self._method, batch, out)):
             raise self._out_of_range(batch.indices)
 
     def update_and_sample(self, batch: Batch, out: Scored | Sequence[Scored]) -> Batch:
@@ -195,31 +195,11 @@ class Sampler(MinibatchSource):
         TypeError, ValueError, IndexError
             as :meth:`update`, before anything has changed: nothing was drawn then.
         """
-        seen = self._observation(batch, out)
+        seen = observation(self._table, self._method, batch, out)
         following = Batch(_empty_like(self._like.indices), _empty_like(self._like.weights))
         if not self._method.update_and_draw(self._table, seen, following):
             raise self._out_of_range(batch.indices)
         return following
-
-    def _observation(self, batch: Batch, out: Scored | Sequence[Scored]) -> Observation:
-        """What the method is to learn from, checked."""
-        indices, weights = batch
-        try:
-            score, mean_grad = out.score, out.mean_grad  # type: ignore[union-attr]
-            observed = self._method.observed(cast(Scored, out))
-        except AttributeError:
-            observed, score, mean_grad = _join(self._method, out)
-        if score.dtype is not _float32:
-            for name, value in (("out.losses", observed), ("out.score", score)):
-                if not isinstance(value, Tensor):
-                    raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-            observed, score = observed.float(), score.float()
-        if score.requires_grad or observed.requires_grad:  # a memory must not hold graphs
-            observed, score = observed.detach(), score.detach()
-        if mean_grad is not None:
-            mean_grad = _check_mean_grad(self._table, mean_grad)
-        _check_update(self._table, indices, weights, observed, score)
-        return Observation(indices, weights, observed, score, mean_grad)
 
     def _out_of_range(self, indices: Tensor) -> IndexError:
         return IndexError(
@@ -407,66 +387,3 @@ def _duplicates(max_duplicates: float, num_samples: int, batch_size: int, used: 
             f"{batch_size / num_samples:.6g} (which is uniform), got {max_duplicates!r}"
         )
     return value
-
-
-def _join(method: Method, parts: Scored | Sequence[Scored]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Parts of one minibatch, in order: concatenated, mean gradients weighted by their sizes."""
-    if not isinstance(parts, Sequence) or not all(hasattr(part, "score") for part in parts):
-        raise TypeError(
-            "out must be a ScoredLoss (of fastis.cross_entropy and the like) or a sequence of "
-            f"them, got {type(parts).__name__}"
-        )
-    if not parts:
-        raise ValueError("out must have at least one part, got an empty sequence")
-    observed = torch.cat([method.observed(part) for part in parts])
-    score = torch.cat([part.score for part in parts])
-    shares = [
-        part.mean_grad * (part.score.numel() / score.numel())
-        for part in parts
-        if part.mean_grad is not None
-    ]
-    mean_grad = torch.stack(shares).sum(0) if len(shares) == len(parts) else None
-    return observed, score, mean_grad
-
-
-def _check_mean_grad(table: Table, mean_grad: Tensor) -> Tensor:
-    """float32 [C], contiguous, on the table's device."""
-    if (
-        isinstance(mean_grad, Tensor)
-        and mean_grad.dtype is _float32
-        and mean_grad.dim() == 1
-        and mean_grad.device == table.device
-        and mean_grad.is_contiguous()
-        and not mean_grad.requires_grad
-    ):
-        return mean_grad
-    return check.vector("out.mean_grad", mean_grad, None, _FLOATS, table.device).detach().float()
-
-
-def _check_update(
-    table: Table, indices: Tensor, weights: Tensor, observed: Tensor, score: Tensor
-) -> None:
-    """Shapes, dtypes, devices; the happy path is a handful of comparisons."""
-    shape = indices.shape
-    if (
-        len(shape) == 1
-        and shape == score.shape == weights.shape == observed.shape
-        and indices.dtype is _int64
-        and weights.dtype is score.dtype is observed.dtype is _float32
-        and indices.device == score.device == weights.device == observed.device == table.device
-        and indices.is_contiguous()
-        and weights.is_contiguous()
-        and score.is_contiguous()
-        and observed.is_contiguous()
-    ):
-        return
-    check.vector("batch.indices", indices, None, (_int64,), table.device)
-    for name, tensor, dtype in (
-        ("batch.indices", indices, _int64),
-        ("batch.weights", weights, _float32),
-        ("out.score", score, _float32),
-        ("out.losses", observed, _float32),
-    ):
-        check.vector(name, tensor, shape[0], (dtype,), table.device)
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
