@@ -9,22 +9,24 @@ namespace fastis {
 
 // One int64 each, on the sampler's device; fastis/table.py names the same positions.
 struct Scalars {
-  int64_t draws;      // minibatches issued: the clock of the randomness and of the warm-up
-  int64_t updates;    // minibatches observed: the clock of the moving averages
-  int64_t skipped;    // non-finite scores left out
-  int64_t exponent;   // e0 of weights.h; kNoExponent while nothing has been seen
-  int64_t total;      // sum of the integer weights of the seen samples
-  int64_t seen;       // how many those are
-  int64_t valid;      // does the sampling structure below match the codes?
-  int64_t light;      // sum of the structure: the total less the heavy items
-  int64_t num_heavy;  // items above theta, kept outside the structure
-  int64_t theta;      // the weight that heavy items are drawn with (2^62: no cap)
-  int64_t unseen;     // the weight that unseen items are drawn with
-  int64_t offset;     // added to every weight (flattening by "mix")
-  int64_t ceiling;    // no light item weighs more than this
-  int64_t reserved[3];
+  int64_t draws;         // minibatches issued: the clock of the randomness and of the warm-up
+  int64_t updates;       // minibatches observed: the clock of the moving averages
+  int64_t skipped;       // non-finite scores left out
+  int64_t exponent;      // e0 of weights.h; kNoExponent while nothing has been seen
+  int64_t total;         // sum of the integer weights of the seen samples
+  int64_t seen;          // how many those are
+  int64_t valid;         // does the sampling structure below match the codes?
+  int64_t light;         // sum of the structure: the total less the capped items
+  int64_t num_capped;    // items above theta, kept outside the structure
+  int64_t theta;         // the weight that capped items are drawn with (2^62: no cap)
+  int64_t unseen;        // the weight that unseen items are drawn with
+  int64_t offset;        // added to every weight (flattening by "mix")
+  int64_t ceiling;       // no light item weighs more than this
+  int64_t capped_floor;  // no capped item weighs less than this
+  int64_t near_size, near_low, near_high;  // see csrc/cpu/structure.h
+  int64_t reserved[7];
 };
-static_assert(sizeof(Scalars) == 16 * 8);
+static_assert(sizeof(Scalars) == 24 * 8);
 
 // Moving averages of the minibatch moments and what follows from them (math: variance traces).
 struct Variance {
@@ -33,7 +35,7 @@ struct Variance {
 };
 static_assert(sizeof(Variance) == 11 * 8);
 
-enum class Flatten : int { none = 0, cap = 1, mix = 2, power = 3 };  // power: not drawn here
+enum class Flatten : int { none = 0, cap = 1, mix = 2 };
 enum class Scheme : int { multinomial = 0, stratified = 1, systematic = 2 };
 
 constexpr int kLeaf = 4;    // records below a node of level 0: one cache line of them

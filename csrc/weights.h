@@ -9,7 +9,7 @@
 
 namespace fastis {
 
-constexpr uint32_t kHeavyFlag = 0x80000000u;
+constexpr uint32_t kCappedFlag = 0x80000000u;
 constexpr float kTiniest = 7.888609052210118e-31f;  // 2^-100: what a table of zero scores gets
 constexpr int kNoExponent = -1000;                  // e0 of a table that has seen nothing
 constexpr uint64_t kUniformWeight = 1u << 15;       // every item's weight in such a table

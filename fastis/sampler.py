@@ -52,9 +52,8 @@ class Sampler(MinibatchSource):
     max_duplicates : float
         D: at most so many expected copies of any sample in a minibatch, B max p <= D; at least B/N
         (which is uniform); B or more: no flattening.
-    flatten : "cap", "mix" or "power"
-        how: p = min(c w, D/B) (the least variance under the cap), p = (1 - a) p + a/N, or p ~ w^a
-        ("power" costs O(N) at every draw).
+    flatten : "cap" or "mix"
+        how: p = min(c w, D/B) (the least variance under the cap), or p = (1 - a) p + a/N.
     scheme : "multinomial", "stratified" or "systematic"
         independent draws; one draw per equal slice of the cumulative distribution; one uniform
         shifted to all slices. The same expectation, falling variance.
@@ -105,7 +104,7 @@ class Sampler(MinibatchSource):
             "batch_size": b,
             "method": self._method,
             "max_duplicates": _duplicates(max_duplicates, n, b, self._method.has_records),
-            "flatten": check.choice("flatten", flatten, ["cap", "mix", "power"]),
+            "flatten": check.choice("flatten", flatten, ["cap", "mix"]),
             "scheme": check.choice("scheme", scheme, SCHEMES),
             "seed": check.integer("seed", seed, 0, 2**64 - 1),
         }

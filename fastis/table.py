@@ -7,7 +7,7 @@ layout is that of csrc/table.h, position by position.
 ``records``    int32 [N, 4]    mean (float32 bits), variance (float32 bits), iteration of the last
                                observation (-1: unseen), code of the importance (see math in
                                csrc/weights.h). One record is 16 bytes: one cache line a sample.
-``scalars``    int64 [16]      clocks and totals, named below
+``scalars``    int64 [24]      clocks and totals, named below
 ``variance``   float64 [11]    minibatch moments, smoothed, and what follows from them
 ``memory``     dict            tensors that the method asked for, by name
 ``starts`` ...                 the sampling structure of the compiled backends; always rebuilt from
@@ -31,7 +31,7 @@ from fastis.memory import zeros
 
 # Positions in `scalars`.
 DRAWS, UPDATES, SKIPPED, EXPONENT, TOTAL, SEEN, VALID = range(7)
-NUM_SCALARS = 16
+NUM_SCALARS = 24
 DURABLE_SCALARS = VALID  # the rest describes the structure and is rebuilt
 # Positions in `variance`.
 (
@@ -55,7 +55,7 @@ NO_EXPONENT = -1000  # e0 of a table that has seen nothing
 UNIFORM_WEIGHT = 1 << 15  # every item's integer weight in such a table
 MANTISSA_BITS = 16
 SUM_BITS = 61  # of integer weights that are made from floats
-FLATTEN = {"none": 0, "cap": 1, "mix": 2, "power": 3}
+FLATTEN = {"none": 0, "cap": 1, "mix": 2}
 SCHEMES = {"multinomial": 0, "stratified": 1, "systematic": 2}
 IMPORTANCE = {"rms": 0, "sum": 1}
 

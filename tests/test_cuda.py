@@ -221,28 +221,6 @@ def test_flattening_and_heavy_tails(flatten):
     assert torch.equal(states[0]["scalars"], states[1]["scalars"].cpu())
 
 
-def test_power_draws_what_it_reports_and_can_be_captured():
-    arguments = {"method": EMAIS(warmup_epochs=1), "flatten": "power"}
-    sampler = fastis.Sampler(2000, 100, device="cuda", **arguments)
-    generator = torch.Generator(device="cuda").manual_seed(0)
-    score = torch.empty(100, device="cuda").log_normal_(0, 3, generator=generator)
-    for _ in range(25):
-        sampler.update(sampler.sample(), observe(score))
-    graph, kept = torch.cuda.CUDAGraph(), []
-    with torch.cuda.graph(graph):
-        kept.append(sampler.sample())
-    for _ in range(10):
-        p = sampler.probabilities()
-        graph.replay()
-        exact = 1 / (2000 * p[kept[0].indices])
-        torch.testing.assert_close(kept[0].weights.double(), exact, rtol=1e-7, atol=0)
-        assert float(100 * p.max()) <= 2
-        sampler.update(kept[0], observe(score))
-    host = fastis.Sampler(2000, 100, device="cpu", **arguments)
-    host.load_state_dict(sampler.state_dict())
-    torch.testing.assert_close(host.probabilities(), sampler.probabilities().cpu())
-
-
 @pytest.mark.parametrize("batch_size", [128, 4096])
 def test_large_tables(batch_size):
     n = 2**22 + 5

@@ -184,10 +184,10 @@ def test_draws_follow_the_probabilities(n, scheme, resumed):
     assert ((chi2 / f) ** (1 / 3) - (1 - 2 / (9 * f))) / sigma < 5
 
 
-@pytest.mark.parametrize("flatten", ["cap", "mix", "power"])
+@pytest.mark.parametrize("flatten", ["cap", "mix"])
 @pytest.mark.parametrize("scheme", ["multinomial", "stratified", "systematic"])
 def test_the_weighted_mean_is_unbiased_after_updates(flatten, scheme, resumed):
-    n, batch_size, draws = 400, 32, 500 if flatten == "power" else 4000
+    n, batch_size, draws = 400, 32, 4000
     sampler = fastis.Sampler(
         n, batch_size, method=EMAIS(warmup_epochs=0), flatten=flatten, scheme=scheme, seed=2
     )
@@ -208,7 +208,7 @@ def test_the_weighted_mean_is_unbiased_after_updates(flatten, scheme, resumed):
     assert abs(error) < 5 * float(estimates.std()) / draws**0.5 + 1e-7
 
 
-@pytest.mark.parametrize("flatten", ["cap", "mix", "power"])
+@pytest.mark.parametrize("flatten", ["cap", "mix"])
 @pytest.mark.parametrize("scheme", ["multinomial", "stratified", "systematic"])
 def test_backends_draw_the_same_indices(flatten, scheme, resumed):
     samplers = [

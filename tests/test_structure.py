@@ -11,9 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastis
-from fastis.kernels import reference_power
-from fastis.kernels.reference_power import quantised
-from fastis.kernels.reference_weights import distribution, integers, shift_of, water_level
+from fastis.kernels.reference_weights import distribution, water_level
 from fastis.methods import EMAIS
 from fastis.table import LAST, cap_ratio
 
@@ -93,7 +91,7 @@ def test_water_level_is_the_largest_that_meets_the_cap(values, batch_size, dupli
         assert meets(max(values))
 
 
-@pytest.mark.parametrize("flatten", ["cap", "mix", "power"])
+@pytest.mark.parametrize("flatten", ["cap", "mix"])
 @pytest.mark.parametrize("duplicates", [0.2, 1, 1.1, 2, 5])
 def test_cap_holds_exactly(flatten, duplicates):
     sampler = fastis.Sampler(
@@ -113,11 +111,11 @@ def test_cap_has_the_least_second_moment():
     generator = torch.Generator().manual_seed(3)
     score = torch.empty(2000).log_normal_(0, 3, generator=generator)
     second = {}
-    for flatten in ("cap", "mix", "power"):
+    for flatten in ("cap", "mix"):
         sampler = fastis.Sampler(2000, 128, method=EMAIS(warmup_epochs=0), flatten=flatten)
         sweep(sampler, score)
         second[flatten] = float((score.double() ** 2 / sampler.probabilities()).sum())
-    assert second["cap"] < second["power"] < second["mix"]
+    assert second["cap"] < second["mix"]
 
 
 def test_smallest_cap_is_uniform(any_backend):
@@ -146,35 +144,6 @@ def test_unseen_items_above_the_cap_share_it(any_backend):
         torch.testing.assert_close(
             batch.weights.double(), 1 / (100 * p[batch.indices]), rtol=1e-6, atol=0
         )
-
-
-def test_power_finds_gamma():
-    constants = fastis.Sampler(1000, 100, flatten="power")._table.constants
-    generator = torch.Generator().manual_seed(4)
-    w = (torch.empty(1000).log_normal_(0, 3, generator=generator) * 1e9).long().sort().values
-    powered = quantised(reference_power.powered(w, constants)).double()
-    gamma = (powered[-1] / powered[0]).log() / (w[-1] / w[0]).double().log()
-    assert 0 < gamma < 1
-    # 100 draws, two copies at most: the largest probability is 2/100.
-    assert float(100 * powered.max() / powered.sum()) == pytest.approx(2, rel=1e-6)
-    expected = w.double() ** gamma
-    torch.testing.assert_close(powered / powered.sum(), expected / expected.sum())
-
-
-@pytest.mark.parametrize(("n", "batch_size"), [(1, 1), (7, 7), (500, 100), (3000, 8)])
-@pytest.mark.parametrize("duplicates", [1, 2, 3.3])
-def test_tensors_cap_and_round_as_the_integers_do(n, batch_size, duplicates):
-    constants = fastis.Sampler(
-        n, batch_size, max_duplicates=duplicates, method=EMAIS(warmup_epochs=0)
-    )._table.constants
-    generator = torch.Generator().manual_seed(n)
-    for spread in (0.0, 0.5, 3.0):
-        logs = spread * torch.randn(n, dtype=torch.float64, generator=generator)
-        values = (logs - logs.max()).exp()
-        weights = quantised(values)
-        assert torch.equal(weights, integers(values, shift_of(values)))
-        theta = water_level(weights, batch_size, constants.cap_numerator, constants.cap_denominator)
-        assert int(reference_power.water_level(weights, constants)) == theta
 
 
 def test_backends_can_take_turns():

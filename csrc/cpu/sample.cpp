@@ -58,7 +58,7 @@ int64_t find_in_leaf(const Table& t, int64_t node, uint64_t x, uint64_t& weight)
     weights[j] = light_weight(records[j].code, e0);
     if (beside == Beside::nothing) continue;
     const uint64_t unseen = records[j].last < 0 ? t.scalars->unseen : 0;
-    weights[j] += records[j].code & kHeavyFlag ? 0 : unseen + t.scalars->offset;
+    weights[j] += records[j].code & kCappedFlag ? 0 : unseen + t.scalars->offset;
   }
   const uint64_t second = weights[0], third = second + weights[1], fourth = third + weights[2];
   const int at = (x >= second) + (x >= third) + (x >= fourth);
@@ -102,7 +102,7 @@ class Distribution {
               : s.seen < t_.num_samples ? Beside::unseen
                                         : Beside::nothing;
     theta_ = static_cast<uint64_t>(s.theta);
-    heavy_total_ = s.num_heavy > 0 ? s.num_heavy * theta_ : 0;
+    heavy_total_ = s.num_capped > 0 ? s.num_capped * theta_ : 0;
     total_ = heavy_total_ + static_cast<uint64_t>(s.light + (t_.num_samples - s.seen) * s.unseen +
                                                   t_.num_samples * s.offset);
   }

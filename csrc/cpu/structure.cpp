@@ -37,10 +37,10 @@ void visit_heavier(const Table& t, uint64_t threshold, const Visit& visit) {
 
 // The list of heavy items is kept in the order of their indices.
 void make_heavy(const Table& t, int64_t index, uint64_t weight) {
-  t.records[index].code |= kHeavyFlag;
+  t.records[index].code |= kCappedFlag;
   add_to_sums(t, index, ~weight + 1, t.levels.depth);
   t.scalars->light -= static_cast<int64_t>(weight);
-  int64_t at = t.scalars->num_heavy++;
+  int64_t at = t.scalars->num_capped++;
   for (; at > 0 && t.heavy[at - 1] > index; --at) {
     t.heavy[at] = t.heavy[at - 1];
     t.heavy_weights[at] = t.heavy_weights[at - 1];
@@ -53,12 +53,12 @@ void make_light(const Table& t, int64_t at) {
   Scalars& s = *t.scalars;
   const int64_t index = t.heavy[at];
   const uint64_t weight = t.heavy_weights[at];
-  const int64_t last = --s.num_heavy;
+  const int64_t last = --s.num_capped;
   for (; at < last; ++at) {
     t.heavy[at] = t.heavy[at + 1];
     t.heavy_weights[at] = t.heavy_weights[at + 1];
   }
-  t.records[index].code &= ~kHeavyFlag;
+  t.records[index].code &= ~kCappedFlag;
   add_to_sums(t, index, weight, t.levels.depth);
   s.light += static_cast<int64_t>(weight);
   s.ceiling = std::max(s.ceiling, static_cast<int64_t>(weight));
@@ -73,7 +73,7 @@ bool take_heavier(const Table& t, uint64_t theta) {
   const uint64_t watched = theta - theta / 8;
   uint64_t ceiling = watched;
   // Those found wait behind the end of the list. There is room: all of them will be at the cap.
-  const int64_t before = s.num_heavy;
+  const int64_t before = s.num_capped;
   int64_t found = 0;
   visit_heavier(t, watched, [&](int64_t index, uint64_t weight) {
     if (weight <= theta) {
@@ -99,7 +99,7 @@ void flatten_by_cap(const Table& t, uint64_t mean_weight) {
   const auto level = [&] {
     const uint64_t rest =
         static_cast<uint64_t>(s.light) + (unseen_heavy ? 0 : num_unseen * mean_weight);
-    const uint64_t capped = static_cast<uint64_t>(s.num_heavy) + (unseen_heavy ? num_unseen : 0);
+    const uint64_t capped = static_cast<uint64_t>(s.num_capped) + (unseen_heavy ? num_unseen : 0);
     if (capped * t.cap_numerator >= static_cast<uint64_t>(t.batch_size) * t.cap_denominator) {
       return uint64_t{0};  // too many to be right: take them for light and start again
     }
@@ -108,7 +108,7 @@ void flatten_by_cap(const Table& t, uint64_t mean_weight) {
   uint64_t theta = level();
   if (theta == 0) {
     unseen_heavy = false;
-    while (s.num_heavy > 0) make_light(t, s.num_heavy - 1);
+    while (s.num_capped > 0) make_light(t, s.num_capped - 1);
     theta = level();
   }
   for (bool dropped = true; dropped;) {
@@ -117,7 +117,7 @@ void flatten_by_cap(const Table& t, uint64_t mean_weight) {
       unseen_heavy = false;
       dropped = true;
     }
-    for (int64_t at = s.num_heavy - 1; at >= 0; --at) {
+    for (int64_t at = s.num_capped - 1; at >= 0; --at) {
       if (t.heavy_weights[at] > theta) continue;
       make_light(t, at);
       dropped = true;
@@ -192,7 +192,7 @@ void rebuild(const Table& t) {
   std::fill_n(t.unseen_starts, levels.total(), 0);
   for (int64_t i = 0; i < t.num_samples; ++i) {
     Record& record = t.records[i];
-    record.code &= ~kHeavyFlag;
+    record.code &= ~kCappedFlag;
     t.starts[i / kLeaf] += weight_of(record.code, e0(t));
     t.unseen_starts[i / kLeaf] += record.last < 0;
   }
@@ -216,7 +216,7 @@ void rebuild(const Table& t) {
     }
   }
   s.light = s.total;
-  s.num_heavy = 0;
+  s.num_capped = 0;
   s.theta = kNoCap;
   s.offset = 0;
   s.ceiling = kNoCap;
@@ -233,7 +233,6 @@ void settle(const Table& t) {
     case Flatten::mix:
       return flatten_by_mix(t, mean_weight);
     case Flatten::none:
-    case Flatten::power:  // not drawn here
       s.unseen = static_cast<int64_t>(mean_weight);
   }
 }

@@ -86,7 +86,7 @@ bool compute(Block& block, const Weighing& w) {
   }
   if (outside < 0) return false;
   for (int at = 0; at < block.size; ++at) {
-    const uint32_t old_code = block.old_code[at] & ~kHeavyFlag;
+    const uint32_t old_code = block.old_code[at] & ~kCappedFlag;
     block.delta[at] = weight_of(block.code[at], w.exponent) - light_weight(old_code, w.exponent);
   }
   return true;
@@ -97,7 +97,7 @@ void write_back(const Table& t, const Block& block) {
     Record& record = t.records[block.index[at]];
     record.mean = block.mean[at];
     record.var = block.var[at];
-    record.code = block.code[at] | (block.old_code[at] & kHeavyFlag);
+    record.code = block.code[at] | (block.old_code[at] & kCappedFlag);
   }
 }
 
@@ -111,8 +111,8 @@ void add_to_structure(const Table& t, const Block& block, int exponent, Spread& 
   for (int at = 0; at < block.size; ++at) {
     const int64_t index = block.index[at];
     if (at < ahead) prefetch_groups(t, next[at], end);
-    if (block.old_code[at] & kHeavyFlag) {
-      const int64_t* heavy = std::lower_bound(t.heavy, t.heavy + s.num_heavy, index);
+    if (block.old_code[at] & kCappedFlag) {
+      const int64_t* heavy = std::lower_bound(t.heavy, t.heavy + s.num_capped, index);
       t.heavy_weights[heavy - t.heavy] = weight_of(block.code[at], exponent);
       continue;
     }

@@ -14,7 +14,7 @@ class Distribution {
         unseen_(flattening.unseen),
         offset_(flattening.offset),
         theta_(flattening.theta),
-        heavy_total_(t.scalars->num_heavy > 0 ? t.scalars->num_heavy * flattening.theta : 0),
+        heavy_total_(t.scalars->num_capped > 0 ? t.scalars->num_capped * flattening.theta : 0),
         starts_(block.shared()) {
     const int top = t.levels.depth - 1;
     block.each(t.levels.size[top],
@@ -64,7 +64,7 @@ class Distribution {
   }
 
   FASTIS_HD uint64_t weight_of_record(const Record& record) const {
-    if (record.code & kHeavyFlag) return 0;
+    if (record.code & kCappedFlag) return 0;
     const uint64_t unseen = record.last < 0 ? unseen_ : 0;
     return light_weight(record.code, exponent_of_table(t_)) + unseen + offset_;
   }
@@ -116,7 +116,7 @@ FASTIS_HD void draw(Grid& grid, const DeviceTable& t, int64_t* indices, float* w
       indices[b] = static_cast<int64_t>(scale(random, t.num_samples));
       weights[b] = 1.0f;
     });
-  } else if (t.flatten != Flatten::power) {  // of which the draw has been made before the launch
+  } else {
     Flattening flattening = flattening_of(grid.block(), t);
     if (!flattening.settled) {
       const bool valid = s.valid != 0;

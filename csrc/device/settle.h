@@ -31,13 +31,13 @@ FASTIS_HD inline uint64_t level_of(const DeviceTable& t, bool unseen_heavy) {
   const uint64_t num_unseen = static_cast<uint64_t>(t.num_samples - s.seen);
   const uint64_t rest =
       static_cast<uint64_t>(s.light) + (unseen_heavy ? 0 : num_unseen * mean_weight_of(s));
-  const uint64_t capped = static_cast<uint64_t>(s.num_heavy) + (unseen_heavy ? num_unseen : 0);
+  const uint64_t capped = static_cast<uint64_t>(s.num_capped) + (unseen_heavy ? num_unseen : 0);
   if (capped * t.cap_numerator >= static_cast<uint64_t>(t.batch_size) * t.cap_denominator) return 0;
   return water_level(rest, capped, t.batch_size, t.cap_numerator, t.cap_denominator);
 }
 
 FASTIS_HD inline uint64_t heavy_weight(const DeviceTable& t, int64_t at) {
-  return weight_of(t.records[t.heavy[at]].code & ~kHeavyFlag, exponent_of_table(t));
+  return weight_of(t.records[t.heavy[at]].code & ~kCappedFlag, exponent_of_table(t));
 }
 
 // Collects the light items above `threshold`, with their weights, in lists.found and lists.weights;
@@ -97,7 +97,7 @@ template <class Block>
 FASTIS_HD bool drop_lighter(Block& block, const DeviceTable& t, const Lists& lists,
                             uint64_t theta) {
   Scalars& s = *t.scalars;
-  const int64_t before = s.num_heavy;
+  const int64_t before = s.num_capped;
   block.once([&] { s.reserved[kNext] = 0; });
   block.each(before, [&](int64_t i) {
     const uint64_t weight = heavy_weight(t, i);
@@ -106,14 +106,14 @@ FASTIS_HD bool drop_lighter(Block& block, const DeviceTable& t, const Lists& lis
       lists.kept[atomic_add(&s.reserved[kNext], int64_t{1})] = index;
       return;
     }
-    t.records[index].code &= ~kHeavyFlag;
+    t.records[index].code &= ~kCappedFlag;
     add_to_sums(t, index, weight);
     atomic_add(&s.light, static_cast<int64_t>(weight));
     atomic_max(&s.ceiling, static_cast<int64_t>(weight));
   });
   const int64_t kept = s.reserved[kNext];
   block.each(kept, [&](int64_t i) { t.heavy[i] = lists.kept[i]; });
-  block.once([&] { s.num_heavy = kept; });
+  block.once([&] { s.num_capped = kept; });
   return kept < before;
 }
 
@@ -126,23 +126,23 @@ FASTIS_HD bool take_heavier(Block& block, const DeviceTable& t, const Lists& lis
   block.wait();
   if (!search) return false;
   const int64_t found = find_heavier(block, t, lists, theta - theta / 8, theta);
-  const int64_t before = s.num_heavy;
+  const int64_t before = s.num_capped;
   block.wait();
   block.each(found, [&](int64_t i) {
     const int64_t index = lists.found[i];
-    t.records[index].code |= kHeavyFlag;
+    t.records[index].code |= kCappedFlag;
     t.heavy[before + i] = index;
     add_to_sums(t, index, ~lists.weights[i] + 1);
     atomic_add(&s.light, -static_cast<int64_t>(lists.weights[i]));
   });
-  block.once([&] { s.num_heavy = before + found; });
+  block.once([&] { s.num_capped = before + found; });
   return found > 0;
 }
 
 // The order of the points: ascending indices. By rank: no two are equal.
 template <class Block>
 FASTIS_HD void sort_heavy(Block& block, const DeviceTable& t, const Lists& lists) {
-  const int64_t count = t.scalars->num_heavy;
+  const int64_t count = t.scalars->num_capped;
   block.each(count, [&](int64_t i) {
     int64_t rank = 0;
     for (int64_t j = 0; j < count; ++j) rank += t.heavy[j] < t.heavy[i];
@@ -243,7 +243,7 @@ FASTIS_HD Flattening flattening_of(Block& block, const DeviceTable& t) {
       has_unseen && s.theta != kNoCap && mean_weight > static_cast<uint64_t>(s.theta);
   const uint64_t theta = level_of(t, unseen_heavy);
   const double lighter =
-      block.sum(s.num_heavy, [&](int64_t i) { return heavy_weight(t, i) <= theta ? 1.0 : 0.0; });
+      block.sum(s.num_capped, [&](int64_t i) { return heavy_weight(t, i) <= theta ? 1.0 : 0.0; });
   const bool same_side = !has_unseen || unseen_heavy == (mean_weight > theta);
   return {theta > 0 && ceiling <= theta && lighter == 0 && same_side, theta,
           theta < mean_weight ? theta : mean_weight, 0};

@@ -98,7 +98,7 @@ FASTIS_HD void rebuild(Grid& grid, const DeviceTable& t) {
     uint32_t unseen = 0;
     for (int64_t i = node * kLeaf; i < (node + 1) * kLeaf && i < t.num_samples; ++i) {
       Record& record = t.records[i];
-      record.code &= ~kHeavyFlag;
+      record.code &= ~kCappedFlag;
       weight += light_weight(record.code, e0);
       unseen += record.last < 0;
     }
@@ -122,7 +122,7 @@ FASTIS_HD void rebuild(Grid& grid, const DeviceTable& t) {
     block.once([&] {
       Scalars& s = *t.scalars;
       s.light = s.total;
-      s.num_heavy = 0;
+      s.num_capped = 0;
       s.theta = kNoCap;
       s.offset = 0;
       s.ceiling = kNoCap;

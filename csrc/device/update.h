@@ -72,7 +72,7 @@ FASTIS_HD inline Tally apply(const DeviceTable& t, const Minibatch& m, const Clo
   observe(record.mean, record.var, x, static_cast<float>(fresh ? 1 : clock.now - old.last),
           clock.tau);
   const uint32_t code = code_of(importance_of(record.mean, record.var, t.importance), clock.floor);
-  record.code = code | (old.code & kHeavyFlag);
+  record.code = code | (old.code & kCappedFlag);
   t.records[index] = record;
   const int shift = exponent_of(code) - clock.exponent;
   if (shift < 0 || shift > clock.max_shift) {
@@ -80,10 +80,10 @@ FASTIS_HD inline Tally apply(const DeviceTable& t, const Minibatch& m, const Clo
     return tally;
   }
   const uint64_t weight = weight_of(code, clock.exponent);
-  const uint64_t delta = weight - light_weight(old.code & ~kHeavyFlag, clock.exponent);
+  const uint64_t delta = weight - light_weight(old.code & ~kCappedFlag, clock.exponent);
   tally.total = delta;
   tally.seen = fresh;
-  if (!valid || (old.code & kHeavyFlag)) return tally;
+  if (!valid || (old.code & kCappedFlag)) return tally;
   tally.light = delta;
   tally.ceiling = static_cast<int64_t>(weight);
   add_to_sums(t, index, delta);

@@ -14,7 +14,7 @@ cuda                            cuda_update           cuda_sample
 ==========  ==================  ====================  ====================
 
 A column may be spread over further files: those of ``cuda_sample`` for given weights and alias
-tables are in ``cuda_weights``, those for flattening by power in ``cuda_power``.
+tables are in ``cuda_weights``.
 
 ``reference`` is plain PyTorch and runs on every device: the oracle of the tests and the fall-back
 where nothing faster was built. ``triton`` serves CUDA tensors, and CPU tensors only for tests: in

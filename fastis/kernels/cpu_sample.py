@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastis.kernels import _C, cpu_update, reference_sample
+from fastis.kernels import _C, cpu_update
 from fastis.kernels.reference_weights import Weights
 from fastis.memory import empty
-from fastis.table import FLATTEN, Table
+from fastis.table import Table
 
-_POWER = FLATTEN["power"]
 # Of given weights: code of the format.
 _FORMATS = {
     torch.float32: 0,
@@ -31,10 +30,7 @@ def _threads(n: int) -> int:
 
 def draw(table: Table, indices: Tensor, weights: Tensor) -> None:
     """See :func:`fastis.kernels.reference_sample.draw`."""
-    if table.constants.flatten == _POWER:  # it moves every weight at every step: O(N) anyway
-        reference_sample.draw(table, indices, weights)
-    else:
-        _C.draw(table.handle, indices.data_ptr(), weights.data_ptr())
+    _C.draw(table.handle, indices.data_ptr(), weights.data_ptr())
 
 
 def update_and_draw(
@@ -56,12 +52,9 @@ def update_and_draw(
 
 def locate(table: Table, points: Tensor, indices: Tensor, weights: Tensor) -> None:
     """See :func:`fastis.kernels.reference_sample.locate`."""
-    if table.constants.flatten == _POWER:
-        reference_sample.locate(table, points, indices, weights)
-    else:
-        count = points.numel()
-        addresses = points.data_ptr(), count, indices.data_ptr(), weights.data_ptr()
-        _C.locate(table.handle, *addresses)
+    count = points.numel()
+    addresses = points.data_ptr(), count, indices.data_ptr(), weights.data_ptr()
+    _C.locate(table.handle, *addresses)
 
 
 def weigh(values: Tensor) -> Weights | None:

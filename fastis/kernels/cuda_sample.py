@@ -1,8 +1,4 @@
-"""Draws on a GPU: csrc/cuda/sampler.cu, one launch, no host synchronisation.
-
-Flattening by power comes before it, in PyTorch operations: O(N), as it moves every weight at every
-step.
-"""
+"""Draws on a GPU: csrc/cuda/sampler.cu, one launch, no host synchronisation."""
 
 from __future__ import annotations
 
@@ -10,7 +6,6 @@ from torch import Tensor
 
 from fastis.kernels import _C, cuda_update
 from fastis.kernels.cuda_launch import launch, minibatch
-from fastis.kernels.cuda_power import draw_by_power, draws_by_power
 from fastis.kernels.cuda_weights import (
     alias_build,
     alias_draw,
@@ -39,9 +34,6 @@ __all__ = [
 
 def draw(table: Table, indices: Tensor, weights: Tensor) -> None:
     """See :func:`fastis.kernels.reference_sample.draw`."""
-    if draws_by_power(table):
-        # The launch then overwrites this in the warm-up, leaves it after that, and ticks.
-        draw_by_power(table, indices, weights)
     addresses = table.device_handle, indices.data_ptr(), weights.data_ptr()
     launch(_C.cuda_draw, table.device, *addresses)
 
@@ -60,7 +52,7 @@ def update_and_draw(
 
     Indices out of range are left out.
     """
-    if indices.numel() == 0 or draws_by_power(table):
+    if indices.numel() == 0:
         cuda_update.update(table, indices, observed, weights, score, mean_grad)
         draw(table, next_indices, next_weights)
         return True

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastis.kernels.reference_power import flatten_by_power
 from fastis.table import (
     EXPONENT,
     FLATTEN,
@@ -74,9 +73,6 @@ def distribution(table: Table) -> Distribution:
     codes = table.codes()
     weights = torch.where(is_seen, weight_of(codes, e0 if e0 != NO_EXPONENT else 0), mean_weight)
     heavy = torch.zeros(0, dtype=torch.int64, device=weights.device)
-    if constants.flatten == FLATTEN["power"]:
-        weights, at_cap = flatten_by_power(weights, constants)
-        heavy = torch.nonzero(is_seen & at_cap).flatten()
     if constants.flatten == FLATTEN["mix"]:
         weights = weights + mix_offset(weights, constants)
     if constants.flatten == FLATTEN["cap"]:

@@ -29,7 +29,7 @@ class Auto(EMAIS):
     Both are averaged over iterations; draws are uniform (with replacement, coefficients 1) while
     gain = uniform / table is below ``least_gain``. That keeps a base rate that is too high for
     EMAIS from diverging. q takes the cap of ``flatten="cap"`` into account, as the table's last
-    draw had it; for "mix" and "power" it is that of the plain weights. The choice is made on the
+    draw had it; for "mix" it is that of the plain weights. The choice is made on the
     host: not for CUDA graphs.
 
     Parameters
