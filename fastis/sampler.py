@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -374,62 +373,20 @@ class Sampler(MinibatchSource):
 
         Both say what was expected and what came; nothing has changed then.
         """
-        if not isinstance(state, Mapping):
-            raise TypeError(f"state_dict must be a dict, got {type(state).__name__}")
-        seed = self._check_settings(state)
+        seed = saved.checked_seed(state, _STATE_VERSION, self._settings())
         with torch.inference_mode(False):
             tensors = saved.checked(self._table, state, self._method.memory_ranges)
             with self._table.lock:
                 self._table.load(tensors, seed)
                 self._arguments["seed"] = seed
 
-    def _check_settings(self, state: Mapping[str, Any]) -> int:
-        """The seed, when all other settings of the state are this sampler's."""
-        version = state.get("version")
-        if type(version) is not int or version != _STATE_VERSION:
-            raise ValueError(f"state_dict must have version {_STATE_VERSION}, got {version!r}")
-        settings = state.get("settings")
-        if not isinstance(settings, Mapping):
-            raise ValueError(
-                f"state_dict must have a dict of settings, got {type(settings).__name__}"
-            )
-        for name, value in self._settings().items():
-            if name != "seed" and not _is_same(settings.get(name), value):
-                raise ValueError(
-                    f"state_dict must have {name}={value!r}, got {settings.get(name)!r}"
-                )
-        return check.integer("state_dict's seed", settings.get("seed"), 0, 2**64 - 1)
-
     def __getstate__(self) -> dict[str, Any]:
-        """Arrays, not tensors: torch would share these with a spawned process by file descriptors,
-        which close with the tensors, before the process has opened them."""
         arguments = {**self._arguments, "device": str(self.device)}
-        state = {
-            name: value.numpy(force=True) if isinstance(value, Tensor) else value
-            for name, value in self.state_dict().items()
-        }
-        return {"arguments": arguments, "state": state}
+        return {"arguments": arguments, "state": saved.as_arrays(self.state_dict())}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         self.__init__(**pickled["arguments"])  # type: ignore[misc]
-        self.load_state_dict(
-            {
-                name: torch.from_numpy(np.require(value, requirements="W"))
-                if isinstance(value, np.ndarray)
-                else value
-                for name, value in pickled["state"].items()
-            }
-        )
-
-
-def _is_same(theirs: Any, ours: Any) -> bool:
-    """Are two settings equal? Never by the ``==`` of a foreign type."""
-    if isinstance(ours, dict):
-        same_keys = isinstance(theirs, Mapping) and set(theirs) == set(ours)
-        return same_keys and all(_is_same(theirs[name], ours[name]) for name in ours)
-    if isinstance(ours, (int, float)) and not isinstance(ours, bool):
-        return type(theirs) in (int, float) and bool(theirs == ours)
-    return type(theirs) is type(ours) and bool(theirs == ours)
+        self.load_state_dict(saved.as_tensors(pickled["state"]))
 
 
 def _duplicates(max_duplicates: float, num_samples: int, batch_size: int, used: bool) -> float:

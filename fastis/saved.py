@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fastis import check
 from fastis.kernels import _C, reference_update
 from fastis.kernels.reference_update import LARGEST_SCORE, importance_of
 from fastis.kernels.reference_weights import code_of, exponent_of, weight_of
@@ -56,6 +58,31 @@ _LARGEST = torch.finfo(torch.float64).max
 FINITE = Range(-_LARGEST, _LARGEST)
 POSITIVE = Range(5e-324, _LARGEST)
 NOT_NEGATIVE = Range(0.0, _LARGEST)
+
+
+def checked_seed(state: Mapping[str, Any], version: int, settings: dict[str, Any]) -> int:
+    """The seed of a state of this version, when its other settings are the sampler's."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state_dict must be a dict, got {type(state).__name__}")
+    if not _is_same(state.get("version"), version):
+        raise ValueError(f"state_dict must have version {version}, got {state.get('version')!r}")
+    theirs = state.get("settings")
+    if not isinstance(theirs, Mapping):
+        raise ValueError(f"state_dict must have a dict of settings, got {type(theirs).__name__}")
+    for name, value in settings.items():
+        if name != "seed" and not _is_same(theirs.get(name), value):
+            raise ValueError(f"state_dict must have {name}={value!r}, got {theirs.get(name)!r}")
+    return check.integer("state_dict's seed", theirs.get("seed"), 0, 2**64 - 1)
+
+
+def _is_same(theirs: Any, ours: Any) -> bool:
+    """Are two settings equal? Never by the ``==`` of a foreign type."""
+    if isinstance(ours, dict):
+        same_keys = isinstance(theirs, Mapping) and set(theirs) == set(ours)
+        return same_keys and all(_is_same(theirs[name], ours[name]) for name in ours)
+    if isinstance(ours, (int, float)) and not isinstance(ours, bool):
+        return type(theirs) in (int, float) and bool(theirs == ours)
+    return type(theirs) is type(ours) and bool(theirs == ours)
 
 
 def checked(
@@ -172,6 +199,22 @@ def _check_range(name: str, values: Tensor, legal: Range, first: int = 0) -> Non
 def _chunks(values: Tensor) -> Iterator[tuple[int, Tensor]]:
     for start in range(0, len(values), _CHUNK):
         yield start, values[start : start + _CHUNK]
+
+
+# Pickles -----------------------------------------------------------------------------------------
+
+
+def as_arrays(state: dict[str, Any]) -> dict[str, Any]:
+    """A state for other processes: torch would share its tensors with a spawned one by file
+    descriptors, which close with the tensors, before the process has opened them."""
+    return {k: v.numpy(force=True) if isinstance(v, Tensor) else v for k, v in state.items()}
+
+
+def as_tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`as_arrays`."""
+    return {
+        k: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) else v for k, v in state.items()
+    }
 
 
 # Records -----------------------------------------------------------------------------------------

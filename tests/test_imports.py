@@ -28,7 +28,7 @@ ALLOWED = {
     "sampler": {
         *("check", "kernels", "methods", "observation", "sampling", "saved", "table", "variance")
     },
-    "saved": {"kernels", "table"},
+    "saved": {"check", "kernels", "table"},
     "loss": {"kernels", "loss_arguments", "scored"},
     "loss_arguments": {"kernels"},
     "scored": {"kernels", "loss_arguments", "operators"},

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Observation, drive, observe, scores, sweep
+from conftest import Observation, drive, observe, scores
 
 import fastis
 from fastis import methods
 from fastis.methods import EMAIS
-from fastis.saved import check_records
 from fastis.table import EXPONENT, SEEN, TOTAL, UPDATES
 
 WITH_WARMUP = {n for n, m in methods.BY_NAME.items() if "warmup_epochs" in m.__dataclass_fields__}
@@ -206,79 +200,6 @@ def test_a_total_without_room_for_the_unseen_is_rescaled(any_backend):
     )
 
 
-# Threads -----------------------------------------------------------------------------------------
-
-
-def snapshots(sampler, score, count):
-    """States of a sampler that another thread trains meanwhile."""
-    stop, errors = threading.Event(), []
-
-    def run():
-        try:
-            for step in range(10**9):
-                if stop.is_set():
-                    return
-                batch = sampler.sample()
-                values = score(batch.indices) * (1.0 if step % 2 else 0.01)
-                sampler.update(batch, observe(values))
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        for _ in range(count):
-            stop.wait(0.005)  # let it step
-            yield sampler.state_dict()
-    finally:
-        stop.set()
-        thread.join()
-    assert not errors
-
-
-@pytest.mark.parametrize(
-    ("name", "n", "batch_size", "backend", "count"),
-    [
-        ("emais", 1_000_000, 4096, None, 50),
-        ("rais", 2000, 32, None, 50),
-        ("emais", 2000, 64, "reference", 50),
-    ],
-)
-def test_a_state_saved_while_another_thread_trains_is_of_one_moment(
-    name, n, batch_size, backend, count
-):
-    options = {"warmup_epochs": 0} if name == "rais" else {"warmup_epochs": 0, "tau": 1.0}
-    method = methods.BY_NAME[name](**options)
-    sampler, other = (fastis.Sampler(n, batch_size, method=method, seed=s) for s in (1, 2))
-    score = scores(torch.arange(n))
-    sweep(sampler, score)
-    with fastis.backend(backend) if backend else contextlib.nullcontext():
-        for state in snapshots(sampler, lambda i: score[i], count):
-            _, updates, _, e0, total, seen = state["scalars"].tolist()
-            assert check_records(sampler._table, state["records"], updates, e0) == (seen, total)
-            if name == "rais":
-                known = state["records"][:, 2] >= 0
-                assert int(known.sum()) == int(state["memory.first"][1])
-            other.load_state_dict(state)
-        assert updates > 10
-
-
-def test_a_load_while_another_thread_trains():
-    n = 200_000
-    sampler = fastis.Sampler(n, 512, method=EMAIS(warmup_epochs=0, tau=1.0))
-    score = scores(torch.arange(n))
-    sweep(sampler, score)
-    early = sampler.state_dict()
-    late = None
-    for state in snapshots(sampler, lambda i: 1e4 * score[i], 20):
-        late = state
-        sampler.load_state_dict(early)
-    sampler.load_state_dict(late)
-    _, updates, _, e0, total, seen = sampler.state_dict()["scalars"].tolist()
-    records = sampler.state_dict()["records"]
-    assert check_records(sampler._table, records, updates, e0) == (seen, total)
-
-
 def test_an_interrupted_load_is_finished_first(monkeypatch):
     theirs, sampler = (fastis.Sampler(50, 5, method="rais", seed=s) for s in (1, 2))
     drive(theirs, 30)
@@ -295,72 +216,6 @@ def test_an_interrupted_load_is_finished_first(monkeypatch):
         sampler.load_state_dict(theirs.state_dict())
     loaded = sampler._table.state()
     assert all(torch.equal(loaded[k], v) for k, v in theirs._table.state().items())
-
-
-def test_the_sampling_structure_is_made_once():
-    """From Python 3.12 on a cached_property may be computed by two threads."""
-    table = fastis.Sampler(50, 5)._table
-    compute = type(table).handle.func
-    first, view = compute(table), table._view
-    assert compute(table) == first
-    assert table._view is view
-
-
-# Processes, modes --------------------------------------------------------------------------------
-
-SCRIPT = """
-import sys
-import torch
-import fastis
-
-def child(sampler, queue):
-    batch = sampler.sample()
-    queue.put((batch.indices.tolist(), batch.weights.tolist()))
-
-class Data(torch.utils.data.Dataset):
-    def __init__(self, sampler):
-        self.sampler = sampler
-    def __len__(self):
-        return 1
-    def __getitem__(self, index):
-        return self.sampler.sample().indices
-
-if __name__ == "__main__":
-    context = torch.multiprocessing.get_context(sys.argv[1])
-    sampler = fastis.Sampler(100, 10, method=sys.argv[2], seed=3)
-    for _ in range(25):
-        batch = sampler.sample()
-        losses = torch.rand(10)
-        sampler.update(batch, fastis.ScoredLoss(losses.mean(), losses, losses, None))
-    queue = context.Queue()
-    process = context.Process(target=child, args=(sampler, queue))
-    process.start()
-    indices, weights = queue.get(timeout=100)
-    process.join()
-    loader = torch.utils.data.DataLoader(
-        Data(sampler), num_workers=1, multiprocessing_context=sys.argv[1]
-    )
-    loaded = next(iter(loader))[0].tolist()
-    batch = sampler.sample()
-    assert indices == loaded == batch.indices.tolist()
-    assert weights == batch.weights.tolist()
-    print("equal")
-"""
-
-
-@pytest.mark.parametrize(("start", "method"), [("spawn", "emais"), ("forkserver", "rais")])
-def test_samplers_go_to_other_processes(tmp_path, start, method):
-    script = tmp_path / "processes.py"
-    script.write_text(SCRIPT)
-    root = str(Path(fastis.__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, str(script), start, method],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, "PYTHONPATH": root},
-    )
-    assert done.stdout.strip() == "equal", done.stderr
 
 
 @pytest.mark.parametrize("method", ["emais", "rais"])

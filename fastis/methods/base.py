@@ -67,7 +67,8 @@ class Method:
     name: ClassVar[str]
     # Does the table keep a state and a weight for every sample?
     has_records: ClassVar[bool] = False
-    # What can stand in the tensors of :meth:`memory`: a state with other values is not loaded.
+    # What the tensors of :meth:`memory` can hold: a state with other values is not loaded. A tensor
+    # that is not named here may hold anything.
     memory_ranges: ClassVar[Mapping[str, Range]] = {}
     # Does the learning rate follow N_ems (:meth:`lr_factor`)? If not, the factor is 1.
     adjusts_lr: ClassVar[bool] = False
