@@ -165,6 +165,7 @@ def test_no_state_of_a_run_is_refused(any_backend, name, warmup):
     for step in range(200):
         if step % 7 == 0:
             other.load_state_dict(sampler.state_dict())
+            assert equal_states(other.state_dict(), sampler.state_dict())
         batch = sampler.sample()
         score = torch.empty(batch_size).log_normal_(0, 2, generator=generator)
         picked = torch.randint(0, len(unusual), (batch_size,), generator=generator)
