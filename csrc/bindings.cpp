@@ -204,6 +204,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("emulate_share", &fastis::emulated::share);
   m.def("emulate_blocks_for", &fastis::emulated::blocks_for);
   m.def("rescale", FASTIS_CPU(rescale));
+  m.def("copy_state", FASTIS_CPU(copy_state));
+  m.def("check_records", FASTIS_CPU(check_records));
   m.def("locate", FASTIS_CPU(locate));
   m.def("integers", FASTIS_CPU(integers));
   m.def("alias_build", FASTIS_CPU(alias_build));
