@@ -6,6 +6,7 @@
 #endif
 
 #include <cstdlib>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -13,6 +14,8 @@
 #include "fastis.h"
 
 namespace py = pybind11;
+
+void fastis::out_of_memory() { throw std::bad_alloc(); }
 
 namespace pybind11::detail {
 
