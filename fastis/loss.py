@@ -32,7 +32,14 @@ from fastis.loss_arguments import (
     label_target,
     pos_weights,
 )
-from fastis.scored import ScoredLoss, by_operator, needs_operator, with_backward
+from fastis.scored import (
+    ScoredLoss,
+    by_operator,
+    functorch_active,
+    in_forward_mode,
+    needs_operator,
+    with_backward,
+)
 
 __all__ = [
     "ScoredLoss",
@@ -393,13 +400,8 @@ def _losses_and_gradient(
     loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``loss_fn``'s ``[B]`` losses, in the graph when one is being built, and g like the logits."""
-    building = logits.requires_grad and _is_grad_enabled()
-    with torch.inference_mode(False), torch.enable_grad():
-        if isinstance(target, Tensor) and target.is_inference():
-            target = target.clone()
-        seen = logits
-        if not building:
-            seen = (logits.clone() if logits.is_inference() else logits).detach().requires_grad_()
+
+    def sum_and_losses(seen: Tensor) -> tuple[Tensor, Tensor]:
         losses = loss_fn(seen, target)
         if not isinstance(losses, Tensor) or losses.shape != logits.shape[:1]:
             raise ValueError(
@@ -409,5 +411,18 @@ def _losses_and_gradient(
             )
         if not losses.requires_grad:
             raise ValueError("loss_fn must return losses that are differentiable in the logits")
-        (g,) = torch.autograd.grad(losses.sum(), seen, retain_graph=building)
+        return losses.sum(), losses
+
+    if functorch_active() or in_forward_mode():  # torch.func keeps tangents and outer transforms
+        g, losses = torch.func.grad(sum_and_losses, has_aux=True)(logits)
+        return losses, g
+    building = logits.requires_grad and _is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        if isinstance(target, Tensor) and target.is_inference():
+            target = target.clone()
+        seen = logits
+        if not building:
+            seen = (logits.clone() if logits.is_inference() else logits).detach().requires_grad_()
+        total, losses = sum_and_losses(seen)
+        (g,) = torch.autograd.grad(total, seen, retain_graph=building)
     return losses if building else losses.detach(), g

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastis.kernels import kernels_for
 from fastis.kernels.reference_loss import Scored, compute_dtype, grad_dtype, scale_grad
+from fastis.scored import refuse_derivative
 
 _TAIL = (
     "float? denominator, Tensor? denominator_tensor, bool reduce, bool with_grad, "
@@ -108,7 +109,8 @@ def _fake(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     with_grad = inputs[-2]
-    ctx.mark_non_differentiable(*output[1 if with_grad else 0 :])
+    # The saved gradient counts as differentiable, so that its derivative is asked for in _scale.
+    ctx.mark_non_differentiable(*output[1 if with_grad else 0 : -1])
     ctx.save_for_backward(output[-1])
     ctx.dtype = inputs[0].dtype
     ctx.num_inputs = len(inputs)
@@ -116,6 +118,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _scale(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grads[-1] is not None:
+        refuse_derivative()
     rest = (None,) * (ctx.num_inputs - 1)
     if grads[0] is None:
         return None, *rest
