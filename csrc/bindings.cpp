@@ -74,7 +74,8 @@ Isa chosen_isa() {
                            wanted);
 }
 
-bool is_one(fastis::Pointer<const float> x) { return *x == 1.0f; }
+// False for a tensor without memory.
+bool is_one(fastis::Pointer<const float> x) { return x != nullptr && *x == 1.0f; }
 
 std::string build_info() {
   std::string info = std::string("C++ by ") + __VERSION__;

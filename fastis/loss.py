@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastis.dense import check_dense
 from fastis.kernels import kernels_for
 from fastis.kernels.reference_loss import compute_dtype
 from fastis.loss_arguments import (
@@ -122,16 +123,15 @@ def cross_entropy(
     if (
         not isinstance(logits, Tensor)
         or logits.dtype not in DTYPES
-        or not 2 <= logits.dim() <= 3
-        or logits.shape[-1] == 0
+        or not 2 <= len(shape := logits.shape) <= 3
+        or shape[-1] == 0
     ):
         check_logits("logits", logits, "[B, C] or [B, T, C] with C >= 1", (2, 3))
-    shape = logits.shape
     on_cpu = logits.is_cpu
     if (
-        not isinstance(target, Tensor)
+        type(target) is not Tensor
         or target.dtype is not _int64
-        or target.shape != shape[:-1]
+        or target.shape != ((shape[0],) if len(shape) == 2 else (shape[0], shape[1]))
         or not (on_cpu and target.is_cpu)
     ):
         target = class_target(logits, target)
@@ -142,10 +142,10 @@ def cross_entropy(
         if not (  # a sampler's coefficients, the common case, need no conversion
             denominator is None
             and reduction == "mean"
-            and isinstance(weights, Tensor)
+            and type(weights) is Tensor
             and weights.dtype is _float32
             and logits.dtype is not _float64
-            and weights.shape == shape[:1]
+            and weights.shape == (shape[0],)
             and on_cpu
             and weights.is_cpu
             and weights.is_contiguous()
@@ -156,7 +156,7 @@ def cross_entropy(
             denominator = float(shape.numel() // shape[-1])
     with_mean_grad = len(shape) == 2 and shape[1] <= MAX_MEAN_GRAD
     reduce = reduction != "none"
-    if needs_operator(logits):
+    if needs_operator("cross_entropy", logits, target, weights, class_weights):
         options = (target, weights, class_weights, ignore_index, label_smoothing)
         return by_operator("cross_entropy", logits, options, denominator, reduce, with_mean_grad)
     kernels = kernels_for("loss", "cpu" if on_cpu else logits.device.type)
@@ -314,7 +314,7 @@ def _label_loss(
         denominator = float(batch)
     with_mean_grad = len(shape) <= 2 and labels <= MAX_MEAN_GRAD
     reduce = reduction != "none"
-    if needs_operator(logits):
+    if needs_operator(name, logits, target, weights, *options):
         flat = logits.reshape(batch, labels)
         arguments = (target.reshape(batch, labels), weights, *options, divisor)
         return by_operator(name, flat, arguments, denominator, reduce, with_mean_grad)
@@ -378,6 +378,7 @@ def scored_loss(
         depend on the logits. A scalar hides the per-sample losses: pass ``reduction="none"``.
     """
     check_logits("logits", logits, "[B, ...]", tuple(range(1, 9)))
+    check_dense("logits", logits)
     check_reduction("reduction", reduction)
     weights, denominator = _weighting(logits, weights, reduction, denominator)
     raw, g = _losses_and_gradient(loss_fn, logits, target)

@@ -15,14 +15,22 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.parameter import Parameter
 
+from fastis import dense
 from fastis.kernels import reference_loss
 from fastis.kernels.reference_loss import Scored
 from fastis.loss_arguments import Denominator
 
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_dynamo_compiling  # what else traces has a dispatch mode
 _is_grad_enabled = torch.is_grad_enabled
 functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+
+# The tensors that a loss takes, in the order of its kernels' arguments.
+_TENSORS = {
+    "cross_entropy": ("logits", "target", "weights", "class_weights"),
+    "binary_cross_entropy_with_logits": ("logits", "target", "weights", "pos_weight"),
+    "mse_loss": ("prediction", "target", "weights"),
+}
 
 
 class ScoredLoss(NamedTuple):
@@ -73,7 +81,7 @@ class _Saved(torch.autograd.Function):
         grad, loss = ctx.saved_tensors
         if _is_grad_enabled():  # create_graph
             grad = ctx.scale(grad, grad_output.detach())
-            return _FirstOrderOnly.apply(grad, grad_output, loss), None
+            return FirstOrderOnly.apply(grad, grad_output, loss), None
         return ctx.scale(grad, grad_output), None
 
     jvp = staticmethod(refuse_derivative)
@@ -84,7 +92,7 @@ _attach = super(torch.autograd.Function, _Saved).apply
 _new_tuple = tuple.__new__
 
 
-class _FirstOrderOnly(torch.autograd.Function):
+class FirstOrderOnly(torch.autograd.Function):
     """``grad``, whose derivative in what it was computed from is an error."""
 
     @staticmethod
@@ -123,15 +131,42 @@ class _Functional(torch.autograd.Function):
     jvp = staticmethod(refuse_derivative)
 
 
-def needs_operator(logits: Tensor) -> bool:
-    """Whether something watches the dispatcher and would miss a raw pointer being read."""
-    return (
+def needs_operator(
+    name: str, logits: Tensor, target: Tensor, weights: Tensor | None, options: Tensor | None = None
+) -> bool:
+    """Whether torch's dispatcher has to see the call.
+
+    Because something watches it and would miss a raw pointer being read, or because the values of
+    a tensor don't lie in its memory. What has no values either is refused.
+    """
+    if (
         _is_compiling()
         or (type(logits) is not Tensor and type(logits) is not Parameter)
+        or type(target) is not Tensor
+        or (weights is not None and type(weights) is not Tensor)
+        or (options is not None and type(options) is not Tensor)
         or functorch_active()
         or _dispatch_modes() != 0
-        or in_forward_mode()
-    )
+        or forward_ad._current_level >= 0
+    ):
+        return True
+    try:
+        if (
+            logits.data_ptr() != 0
+            and target.data_ptr() != 0
+            and (weights is None or weights.data_ptr() != 0)
+            and (options is None or options.data_ptr() != 0)
+        ):
+            return (
+                logits.is_neg()
+                or target.is_neg()
+                or (weights is not None and weights.is_neg())
+                or (options is not None and options.is_neg())
+            )
+    except RuntimeError:  # of a sparse tensor, say
+        pass
+    named = zip(_TENSORS[name], (logits, target, weights, options), strict=False)
+    return any(t is not None and dense.readable(argument, t) is not t for argument, t in named)
 
 
 def in_forward_mode() -> bool:
@@ -172,6 +207,10 @@ def by_operator(
     """The same by the operator ``name``: arguments up to the denominator, then the flags."""
     from fastis import operators
 
+    if not _is_compiling():
+        for argument, tensor in zip(_TENSORS[name], (logits, *arguments), strict=False):
+            if tensor is not None:
+                dense.check_dense(argument, tensor)
     if in_forward_mode():
         _refuse_tangents(logits, *arguments, denominator)
     number = None if isinstance(denominator, Tensor) else denominator
