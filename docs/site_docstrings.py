@@ -69,9 +69,8 @@ def with_prose_first(text: str) -> str:
             into = sections
             if line != "Examples":
                 sections.append("")
-        elif into is sections and line and not line[0].isspace() and not lines[at - 1]:
-            if not line.startswith(">>>"):
-                into = prose
+        elif into is sections and re.match(r"(?!>>>)\S", line) and not lines[at - 1]:
+            into = prose
         into.append(line)
     return "\n".join([*prose, *sections])
 

@@ -26,7 +26,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Turns links from repository paths to paths in the site."""
+    """Turns links from repository paths to paths in the site; keeps "0.148 ± 0.003" on one line."""
+    markdown = markdown.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
     uri = page.file.src_uri
     if (ROOT / uri).exists():  # from outside of docs/
         return re.sub(r"\]\(docs/", "](", markdown)
