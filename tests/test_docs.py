@@ -131,3 +131,13 @@ def test_readme_is_short_and_has_the_commands():
     assert all(table.count("\n") <= 2 + 5 for table in tables)
     (tests,) = (line for line in lines if re.match(r"python3 -m venv \.venv .*pytest$", line))
     assert tests.endswith("-e '.[test]' && .venv/bin/pytest")
+
+
+@pytest.mark.usefixtures("threads_and_data")
+def test_the_figure_of_the_readme_is_drawn_from_rows(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench import readme_figure
+
+    assert readme_figure.main(["--out", str(tmp_path / "readme.png")]) == 0
+    assert (tmp_path / "readme.png").stat().st_size > 10_000
+    assert "bench/results/readme.png" in README.read_text()
