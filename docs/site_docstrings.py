@@ -65,7 +65,7 @@ def with_prose_first(text: str) -> str:
     into = prose
     lines = re.sub(r"^Example\n-------$", "Examples\n--------", text, flags=re.M).split("\n")
     for at, line in enumerate(lines):
-        if line in SECTIONS and set(lines[at + 1]) == {"-"}:
+        if line in SECTIONS and set("".join(lines[at + 1 : at + 2])) == {"-"}:
             into = sections
             if line != "Examples":
                 sections.append("")
