@@ -160,6 +160,8 @@ class Table:
         self.variance[:TRACE_IS] = 0.0
         self.variance[FACTOR] = 1.0
         self.memory: dict[str, Tensor] = {}
+        # Clocks as methods follow them without waiting for the device (methods/weighted.py).
+        self.counts_on_host: dict[int, int] = {}
         self.records: Tensor | None = None
         if constants.has_records:
             padded = -(-constants.num_samples // LEAF) * LEAF  # whole leaves for the kernels
@@ -258,6 +260,7 @@ class Table:
         for name, tensor in self.durable().items():
             tensor.copy_(state[name])
         self.scalars[DURABLE_SCALARS:] = 0
+        self.counts_on_host.clear()
         self.constants = replace(self.constants, seed=seed)
         if self._view is not None:
             self._view.seed = seed

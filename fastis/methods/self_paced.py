@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastis import check
 from fastis.methods.base import FOREVER, Method, Observation, Scored
-from fastis.methods.weighted import epoch_ended, usable_positions
-from fastis.table import Table
+from fastis.methods.weighted import counted, epoch_ended, kept
+from fastis.table import UPDATES, Table
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,16 @@ class SelfPaced(Method):
         return out.losses
 
     def update(self, table: Table, seen: Observation) -> bool:
-        keep = usable_positions(table, seen)
+        keep = kept(table, seen)
         if keep is None:
             return False
-        table.memory["losses"][seen.indices[keep]] = seen.observed[keep]
+        if len(seen.indices) == 0:
+            return True
+        keep.write(table.memory["losses"], keep.observed)
+        epoch = epoch_ended(table, updates=1)
         super().update(table, seen)
-        if len(seen.indices) and (epoch := epoch_ended(table)):
+        counted(table, UPDATES)
+        if epoch:
             self._raise_threshold(table.memory["losses"], table.memory["threshold"], epoch)
         return True
 
