@@ -160,8 +160,9 @@ class Table:
         self.variance[:TRACE_IS] = 0.0
         self.variance[FACTOR] = 1.0
         self.memory: dict[str, Tensor] = {}
-        # Clocks as methods follow them without waiting for the device (methods/weighted.py).
-        self.counts_on_host: dict[int, int] = {}
+        # The clocks as methods follow them without waiting for the device (methods/weighted.py);
+        # none: not known.
+        self.counts_on_host = {DRAWS: 0, UPDATES: 0}
         self.records: Tensor | None = None
         if constants.has_records:
             padded = -(-constants.num_samples // LEAF) * LEAF  # whole leaves for the kernels

@@ -126,9 +126,9 @@ def is_first(indices: Tensor) -> Tensor:
 
 
 def count_on_host(table: Table, clock: int) -> int:
-    """``table.scalars[clock]``, DRAWS or UPDATES: on a device read once, then counted here.
+    """``table.scalars[clock]``, DRAWS or UPDATES: on a device read after a load, else counted here.
 
-    A method that asks tells every draw or update of its own by :func:`counted`.
+    A method that asks for a clock tells every tick of it, by :func:`counted`.
     """
     if may_read(table.device):
         return int(table.scalars[clock])
