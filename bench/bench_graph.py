@@ -30,6 +30,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
@@ -174,14 +175,14 @@ def hold(held: fastis.Batch, batch: fastis.Batch) -> fastis.Batch:
     return held
 
 
-def make_sampler(n: int, batch_size: int) -> fastis.Sampler:
-    """A sampler on the device that has seen every sample once."""
+def make_sampler(n: int, batch_size: int, sigma: float = 1.0, **options: Any) -> fastis.Sampler:
+    """A sampler on the device that has seen every sample once, with lognormal(sigma) scores."""
     method = fastis.methods.EMAIS(warmup_epochs=0)
-    sampler = fastis.Sampler(n, batch_size, method=method, device="cuda", seed=0)
+    sampler = fastis.Sampler(n, batch_size, method=method, device="cuda", seed=0, **options)
     generator = torch.Generator(device="cuda").manual_seed(0)
     for begin in range(0, n, 1 << 24):
         indices = torch.arange(begin, min(begin + (1 << 24), n), device="cuda")
-        score = torch.empty(len(indices), device="cuda").log_normal_(0, 1, generator=generator)
+        score = torch.empty(len(indices), device="cuda").log_normal_(0, sigma, generator=generator)
         sampler.update(fastis.Batch(indices, torch.ones_like(score)), scored(score))
     sampler.sample()
     return sampler

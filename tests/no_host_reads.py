@@ -77,6 +77,6 @@ def no_host_reads() -> Iterator[None]:
     def refuse(*_, **__):
         raise RuntimeError("numbers of the host's become a tensor on the device: that is a copy")
 
-    with NoCopies(), mock.patch.object(torch, "tensor", refuse):
-        with mock.patch.object(Tensor, "new_tensor", refuse):
-            yield
+    tensor = mock.patch.object(torch, "tensor", refuse)
+    with NoCopies(), tensor, mock.patch.object(Tensor, "new_tensor", refuse):
+        yield

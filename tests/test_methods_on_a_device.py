@@ -1,4 +1,4 @@
-"""What the methods do where the host may not look: the same as on the CPU, rows out of range left out.
+"""The methods where the host may not look: as on the CPU, but rows out of range are left out.
 
 Run here on the CPU with looking forbidden, and with the device's kernels for batches that the CPU's
 would refuse.
@@ -13,6 +13,7 @@ from test_device import FORWARDS, Emulator
 
 import fastis
 from fastis import kernels
+from fastis.kernels import cpu_sample
 from fastis.methods import BY_NAME, auto, prioritized, weighted
 from fastis.methods.weighted import is_first, kept
 from fastis.table import UPDATES
@@ -88,8 +89,12 @@ def test_the_same_draws_and_states(method, request):
         assert torch.equal(a.indices, b.indices)
         torch.testing.assert_close(a.weights, b.weights)
     if method == "auto":
-        uniform = [bool((batch.weights == 1).all()) for batch in drawn[2 * 3 :]]
-        assert 5 < sum(uniform) < len(uniform) - 5
+        warmup, b = 2 * (NUM_SAMPLES // BATCH_SIZE), BATCH_SIZE
+        uniform = [i for i in range(warmup, STEPS) if bool((drawn[i].weights == 1).all())]
+        assert 5 < len(uniform) < STEPS - warmup - 5
+        for i in uniform:
+            points = cpu_sample.draw_points(NUM_SAMPLES, 1, i * b, b, torch.device("cpu"))
+            assert torch.equal(drawn[i].indices, points)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -39,8 +39,9 @@ def steps(sampler: fastis.Sampler, count: int) -> None:
         batch = sampler.sample()
         sampler.update(batch, observed())
         sampler.update(sampler.update_and_sample(batch, observed()), observed())
-        sampler.lr_factor("sgd"), sampler.lr_factor("adam"), sampler.effective_iterations
-        sampler.variance.efficiency, sampler.variance.effective_batch_size
+        read = [sampler.lr_factor("sgd"), sampler.lr_factor("adam"), sampler.effective_iterations]
+        read += [sampler.variance.efficiency, sampler.variance.effective_batch_size]
+        assert all(tensor.device == META for tensor in read)
 
 
 @pytest.mark.parametrize("name", NEVER_WAIT)
@@ -91,6 +92,7 @@ def test_a_rate_that_is_a_tensor_is_scaled_unread(launched, optimizer, limits):
     scheduler = fastis.EffectiveBatchLR(schedule, sampler_on_meta("emais"), optimizer, **limits)
     with no_host_reads():
         for _ in range(3):
+            inner.step()
             scheduler.step()
     assert inner.param_groups[0]["lr"] is lr
 

@@ -16,10 +16,10 @@ namespace fastis::device {
 
 enum class Floating : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
-struct BFloat16Bits {
+struct BrainBits {
   uint16_t bits;
 };
-struct Float16Bits {
+struct HalfBits {
   uint16_t bits;
 };
 
@@ -38,21 +38,10 @@ FASTIS_HD inline float float_of(uint32_t bits) {
 // To and from the format in which the product is formed: float64 for float64, else float32.
 FASTIS_HD inline float widened(float x) { return x; }
 FASTIS_HD inline double widened(double x) { return x; }
-FASTIS_HD inline float widened(BFloat16Bits x) { return float_of(uint32_t{x.bits} << 16); }
-FASTIS_HD inline float widened(Float16Bits x) {
-#ifdef __CUDA_ARCH__
-  return __half2float(__ushort_as_half(x.bits));
-#else
-  const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
-  if (magnitude >= 0x7c00u) return float_of(sign | 0x7f800000u | (magnitude & 0x3ffu) << 13);
-  // 2^112 moves the exponent field's bias from 15 to 127, subnormal numbers included.
-  return float_of(sign | bits_of(float_of(magnitude << 13) * 0x1p112f));
-#endif
-}
-
+FASTIS_HD inline float widened(BrainBits x) { return float_of(uint32_t{x.bits} << 16); }
 FASTIS_HD inline void narrow(float x, float& out) { out = x; }
 FASTIS_HD inline void narrow(double x, double& out) { out = x; }
-FASTIS_HD inline void narrow(float x, BFloat16Bits& out) {
+FASTIS_HD inline void narrow(float x, BrainBits& out) {
 #ifdef __CUDA_ARCH__
   out.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
 #else
@@ -62,7 +51,7 @@ FASTIS_HD inline void narrow(float x, BFloat16Bits& out) {
   out.bits = static_cast<uint16_t>(nan ? 0x7fffu : rounded >> 16);
 #endif
 }
-FASTIS_HD inline void narrow(float x, Float16Bits& out) {
+FASTIS_HD inline void narrow(float x, HalfBits& out) {
 #ifdef __CUDA_ARCH__
   out.bits = __half_as_ushort(__float2half_rn(x));
 #else
@@ -143,17 +132,15 @@ struct GradScaling {
   template <class Run>
   int64_t with_formats(const Run& run) const {
     if (from == Floating::float32 && to == Floating::float16) {
-      return run(typed<float, Float16Bits>());
+      return run(typed<float, HalfBits>());
     }
     switch (from) {
       case Floating::float32:
         return run(typed<float, float>());
       case Floating::float64:
         return run(typed<double, double>());
-      case Floating::bfloat16:
-        return run(typed<BFloat16Bits, BFloat16Bits>());
       default:
-        return run(typed<Float16Bits, Float16Bits>());
+        return run(typed<BrainBits, BrainBits>());
     }
   }
 

@@ -20,7 +20,8 @@ _FORMATS = {
 def scale(grad: Tensor, grad_output: Tensor, out: Tensor) -> Tensor:
     """``out = grad * grad_output``; in place (``out is grad``) a 0-d 1 changes nothing.
 
-    ``grad`` and ``out`` are contiguous and not empty, of one dtype or of float32 and float16.
+    ``grad`` and ``out`` are contiguous and not empty: float32, float64 or bfloat16 and the same, or
+    float32 and float16, as gradients wait (:func:`fastis.kernels.reference_loss.grad_dtype`).
     ``grad_output`` is 0-d or ``[B]``, any strides.
     """
     dtype = grad.dtype
