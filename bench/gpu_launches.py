@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path += [str(ROOT), str(ROOT / "tests")]
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
@@ -72,6 +71,7 @@ def backward(grad: Tensor, grad_output: Tensor, dtype: torch.dtype) -> None:
 
 def of_tests() -> Iterator[Call]:
     """What tests/test_cuda_loss.py launches."""
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
     import test_cuda_loss as tests
 
     bf16, fp32 = torch.bfloat16, torch.float32
