@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -137,12 +138,22 @@ def script(call: Call, name: str, limit: float, *arguments: str, small: Iterable
 # What every call begins with ----------------------------------------------------------------------
 
 
+def digest() -> str:
+    """Of what the extension is built from."""
+    sources = [ROOT / "setup.py", *sorted((ROOT / "csrc").rglob("*.*"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+
+
 def unpack(call: Call) -> None:
     """The carried extension into the package, the carried kernels into a cache of their own."""
     if call.dry:
         return
     suffix = f"cpython-{sys.version_info[0]}{sys.version_info[1]}-*.so"
-    for path in (CARRY / "lib" / "fastis").glob(f"_C.{suffix}"):
+    made_of = CARRY / "sources"
+    fresh = made_of.exists() and made_of.read_text().strip() == digest()
+    if not fresh:
+        call.say(f"{CARRY.name}/ has no extension of these sources: it is built here")
+    for path in (CARRY / "lib" / "fastis").glob(f"_C.{suffix}") if fresh else ():
         shutil.copy2(path, ROOT / "fastis" / path.name)
         call.say(f"the extension of {CARRY.name}/ serves: {path.name}")
     if (CARRY / "triton").is_dir():

@@ -20,6 +20,7 @@ mkdir -p carry
 FASTIS_CUDA=1 FASTIS_CUDA_ARCHS=$sm "$python" setup.py -q build_ext \
   --build-lib carry/lib --build-temp "build/carry-$sm"
 cp carry/lib/fastis/_C*.so fastis/
+"$python" -c "from bench.gpu_check import digest; print(digest())" > carry/sources
 export TRITON_CACHE_DIR=$PWD/carry/triton
 rm -rf "$TRITON_CACHE_DIR"
 mkdir -p "$TRITON_CACHE_DIR"

@@ -62,7 +62,7 @@ def losses_on_meta(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     launched = on_meta(monkeypatch)
     monkeypatch.setitem(kernels._chosen, ("loss", "meta"), triton_loss)
-    monkeypatch.setattr(fastis.loss, "needs_operator", lambda _: False)
+    monkeypatch.setattr(fastis.loss, "needs_operator", lambda *_: False)
     monkeypatch.setattr(triton_loss, "_dispatch_modes", lambda: 0)
     monkeypatch.setattr(
         triton_loss, "_launch", lambda kernel, *_, **__: launched.append(kernel.__name__)

@@ -104,6 +104,19 @@ def test_errors_of_a_launch_are_raised(monkeypatch):
         cuda_weights._scratch("alias_build", 10, device)
 
 
+@pytest.mark.skipif(not hasattr(fastis._C, "cuda_update"), reason="built without CUDA")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a device")
+def test_without_a_device_entry_points_report_it():
+    from fastis import _C
+
+    assert "driver" in _C.cuda_missing(0)
+    assert _C.cuda_alias_build_bytes(1000, 0) < 0
+    assert _C.cuda_running_sums_bytes(1000, 0) < 0
+    error = _C.cuda_scale_grad(0, 0, 0, 0, 0, 1, 5, 0, 0, 0)
+    assert error > 0
+    assert _C.cuda_error_string(error)
+
+
 # The build ---------------------------------------------------------------------------------------
 
 
