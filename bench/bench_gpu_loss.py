@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -242,7 +243,11 @@ def winners(path: Path | None) -> Iterator[None]:
     """Launches by the fastest geometry that ``path`` has of a shape, where it has any."""
     from fastis.kernels import triton_geometry, triton_loss
 
-    rows = [r for r in (read_rows(path) if path else []) if r.get("benchmark") == "gpu loss tuned"]
+    rows: list[Row] = []
+    if path is not None:  # a call's record (bench/gpu_check.py), or rows alone
+        is_record = path.suffix == ".json"
+        rows = json.loads(path.read_text())["rows"] if is_record else read_rows(path)
+    rows = [row for row in rows if row.get("benchmark") == "gpu loss tuned"]
     best: dict[tuple[object, ...], Row] = {}
     for row in sorted(rows, key=lambda r: -r["us"]):
         rows_and_classes = tuple(row["shape"])

@@ -9,5 +9,6 @@
 #
 # Every step is a process with a time of its own; what it found goes into $OUT (or runs/gpu) as soon
 # as it ends. --dry-run goes through the same steps without a GPU. Run bench/gpu_prepare.sh first,
-# where there is time: what it makes in carry/ need not be built here.
+# where there is time: what it makes in carry/ need not be built here. "full" launches by the fastest
+# geometries of an earlier "bench" whose bench.json lies in carry/.
 cd "$(dirname "$0")/.." && exec "${PYTHON:-python3}" bench/gpu_check.py "$@"

@@ -88,6 +88,16 @@ def test_devices_with_code_are_served_by_it(device):
     assert "built without CUDA" in kernels.missing("cuda", "update", "cuda")
 
 
+def test_one_gpu_is_one_index():
+    from fastis.loss import _on_one_gpu
+
+    gpus = [SimpleNamespace(is_cuda=True, get_device=lambda i=i: i) for i in (0, 1)]
+    assert _on_one_gpu(gpus[0], gpus[0])
+    assert not _on_one_gpu(*gpus)
+    assert not _on_one_gpu(gpus[0], torch.zeros(1))
+    assert not _on_one_gpu(torch.zeros(1), gpus[0])
+
+
 def test_errors_of_a_launch_are_raised(monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda i: 7, raising=False)
     monkeypatch.setattr(

@@ -67,6 +67,7 @@ __all__ = [
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_compiling = torch.compiler.is_compiling
 _SCALE_BLOCK = 4096
 _SCALE_PROGRAMS = 1024
 
@@ -232,14 +233,14 @@ def scale_grad(grad: Tensor, grad_output: Tensor, dtype: torch.dtype | None = No
     """
     dtype = grad.dtype if dtype is None else dtype
     # Under vmap and in tracers a tensor has no memory that a kernel could read.
-    watched = _functorch_active() or _dispatch_modes() or torch.compiler.is_compiling()
+    watched = _functorch_active() or _dispatch_modes() or _is_compiling()
     if grad.dtype == torch.float64 or grad.numel() == 0 or watched:
         return reference_loss.scale_grad(grad, grad_output, dtype)
     in_place = dtype == grad.dtype and grad.is_contiguous() and not _keeps_graph()
     grad = grad.contiguous()
     out = grad if in_place else torch.empty_like(grad, dtype=dtype)
     if kernels._forced is None and _compiled_scales(grad.device.type):
-        return cuda_scale.scale(grad, grad_output.detach(), out)
+        return cuda_scale.scale(grad, grad_output, out)
     scale = grad_output.detach().to(torch.float32)
     if scale.dim() == 0:
         programs = min(cdiv(grad.numel(), _SCALE_BLOCK), _SCALE_PROGRAMS)
