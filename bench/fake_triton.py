@@ -8,6 +8,7 @@ nothing: good for filling a cache that a machine with a GPU reuses, and for timi
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 import sysconfig
 import tempfile
@@ -109,7 +110,8 @@ def pretend(architecture: int = 90) -> FakeDriver:
 def compile_launchers() -> int:
     """Compiles into Triton's cache what its launches need beside the kernels; how many.
 
-    They are linked against the name of the driver's library alone, which is not here.
+    They are linked against a library of the driver's name, which is not here: one that has the
+    functions that they call, since linkers leave out libraries of which nothing is needed.
     """
     from triton.backends.nvidia import driver as nvidia
     from triton.runtime import build
@@ -117,10 +119,11 @@ def compile_launchers() -> int:
     texts = dict.fromkeys(Launcher.sources, "__triton_launcher")
     texts[(Path(nvidia.dirname) / "driver.c").read_text()] = "cuda_utils"
     with tempfile.TemporaryDirectory() as folder:
-        empty = Path(folder) / "empty.c"
-        empty.write_text("")
+        called = sorted(set(re.findall(r"\bcu[A-Z]\w+(?=\()", "\n".join(texts))))
+        stubs = Path(folder) / "stubs.c"
+        stubs.write_text("\n".join(f"void {name}(void) {{}}" for name in called))
         library = str(Path(folder) / "libcuda.so.1")
-        command = ["gcc", "-shared", "-Wl,-soname,libcuda.so.1", "-o", library, str(empty)]
+        command = ["gcc", "-shared", "-Wl,-soname,libcuda.so.1", "-o", library, str(stubs)]
         subprocess.run(command, check=True)
         for text, name in texts.items():
             source = Path(folder) / f"{name}.c"
