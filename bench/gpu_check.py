@@ -51,7 +51,7 @@ class Call:
         self.name, self.out, self.dry = name, out, dry
         self.end = time.monotonic() + 60 * MINUTES[name]
         self.steps: list[dict[str, Any]] = []
-        self.compiled = 0  # kernels in the carried cache
+        self.compiled = 0  # kernels of Triton that are there when it begins
         self.rows = Path(os.environ.get("TMPDIR", "/tmp")) / f"fastis-{name}-{os.getpid()}.jsonl"
         self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive"}
         out.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,6 @@ def unpack(call: Call) -> None:
         cache = Path(os.environ.get("TMPDIR", "/tmp")) / "fastis-triton"
         relocate(CARRY / "triton", cache, (CARRY / "made_in").read_text().strip())
         call.environment["TRITON_CACHE_DIR"] = str(cache)
-        call.compiled = len(list(cache.rglob("*.cubin")))
 
 
 def relocate(carried: Path, cache: Path, made_in: str) -> None:
@@ -174,6 +173,7 @@ def relocate(carried: Path, cache: Path, made_in: str) -> None:
 def start(call: Call) -> bool:
     """A fastis that is built and sees the GPU."""
     unpack(call)
+    call.compiled = cached_kernels(call)
     show = "import fastis; fastis.show_config()"
     check = (
         f"import torch, fastis.kernels as k; {show}; assert torch.cuda.is_available(), 'no GPU'; "
@@ -201,10 +201,14 @@ def check(call: Call) -> None:
 
 
 def count_compilations(call: Call) -> None:
-    """Kernels that the carried cache had, and those that had to be compiled after all."""
+    """Kernels that the cache had, and those that had to be compiled after all."""
+    new = cached_kernels(call) - call.compiled
+    call.say(f"kernels of Triton: {call.compiled} found compiled, {new} compiled here")
+
+
+def cached_kernels(call: Call) -> int:
     cache = Path(call.environment.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
-    now = len(list(cache.rglob("*.cubin")))
-    call.say(f"kernels of Triton: {call.compiled} carried, {now - call.compiled} compiled here")
+    return len(list(cache.rglob("*.cubin")))
 
 
 def smoke(call: Call) -> None:

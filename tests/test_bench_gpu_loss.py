@@ -80,6 +80,7 @@ def test_alternatives_start_with_the_plan_and_keep_a_lane_a_thread():
 def test_the_fastest_geometry_is_taken(tmp_path, name):
     import json
 
+    pytest.importorskip("triton")
     from fastis.kernels import triton_geometry, triton_loss
 
     options = {"aligned": 8, "itemsize": 2, "with_mean_grad": False}
