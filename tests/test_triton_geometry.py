@@ -25,7 +25,7 @@ def launches():
             plan = geometry.row_launch(
                 rows,
                 columns,
-                aligned=aligned,
+                vector=aligned,
                 itemsize=itemsize,
                 with_grad=with_grad,
                 with_mean_grad=columns <= MAX_MEAN_GRAD,
@@ -52,7 +52,7 @@ def rows_taken(plan, rows):
 @given(rows=st.integers(1, 20_000), columns=SIZES, mean=st.booleans(), label=st.booleans())
 def test_every_row_is_taken_once(rows, columns, mean, label):
     plan = geometry.row_launch(
-        rows, columns, aligned=1, itemsize=4, with_grad=True,
+        rows, columns, vector=1, itemsize=4, with_grad=True,
         with_mean_grad=mean and columns <= MAX_MEAN_GRAD, by_label=label,
     )  # fmt: skip
     assert sorted(rows_taken(plan, rows)) == list(range(rows))
@@ -91,7 +91,7 @@ def test_whole_means_one_tile_of_one_program():
     for rows, columns in itertools.product(range(1, 140), (1, 3, 10, 64, 100, 4096, 4097)):
         if not geometry.is_whole(rows, columns):
             continue
-        options = {"aligned": 1, "itemsize": 4, "with_grad": True, "with_mean_grad": False}
+        options = {"vector": 1, "itemsize": 4, "with_grad": True, "with_mean_grad": False}
         for plan in (
             geometry.row_launch(rows, columns, **options),
             geometry.label_launch(rows, columns, True),

@@ -46,8 +46,8 @@ def walk(request, monkeypatch):
                             triton_geometry.Sums(1, 4, 1, -(-columns // 4)))  # fmt: skip
     if request.param == "sweeps":
 
-        def sweeps(rows, columns, *, aligned, with_grad, **_):
-            return Sweeps(2, 8 // aligned, aligned, 1 if with_grad else 3, 1, rows)  # blocks of 16
+        def sweeps(rows, columns, *, vector, with_grad, **_):
+            return Sweeps(2, 8 // vector, vector, 1 if with_grad else 3, 1, rows)  # blocks of 16
 
         monkeypatch.setattr(triton_loss, "row_launch", sweeps)
     return request.param

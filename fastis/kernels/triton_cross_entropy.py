@@ -14,7 +14,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastis.kernels.triton_math import exp_term, solve_label_row
+from fastis.kernels.triton_math import (
+    exp2_term,
+    exp_term,
+    from_power_of_2,
+    is_far,
+    solve_label_row,
+    times_log2_e,
+)
 from fastis.kernels.triton_reduce import inverse_of, over_denominator
 
 
@@ -123,96 +130,148 @@ def label_tiles_kernel(
 
 
 @triton.jit
-def lanes_of(CHUNKS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """Columns of a block as [CHUNKS, LANES, VECTOR]: one lane a thread, so that reductions over
-    chunks and vectors stay in it."""
-    chunk = tl.arange(0, CHUNKS)[:, None, None] * (LANES * VECTOR)
-    lane = tl.arange(0, LANES)[None, :, None] * VECTOR
-    return chunk + lane + tl.arange(0, VECTOR)[None, None, :]
+def columns_of(CHUNKS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Columns of a block as [CHUNKS, LANES * VECTOR]."""
+    return tl.arange(0, CHUNKS)[:, None] * (LANES * VECTOR) + tl.arange(0, LANES * VECTOR)[None, :]
 
 
 @triton.jit
-def _without_label(z, columns, label, BLOCK: tl.constexpr):
-    """The block with -inf at the label, given relative to the block; most blocks don't hold it."""
-    if (label >= 0) & (label < BLOCK):
-        z = tl.where(columns == label, float("-inf"), z)
-    return z
+def by_lane(x, LANES: tl.constexpr):
+    """A block as [CHUNKS, LANES, VECTOR]: one lane a thread, so that sums and maxima over chunks and
+    vectors stay in it.
+
+    A block that is loaded in three dimensions is spread otherwise by Triton 3.6, which then has to
+    shuffle. In two every release gives a thread VECTOR neighbours, and the new shape moves nothing.
+    """
+    return tl.reshape(x, [x.shape[0], LANES, x.shape[1] // LANES])
 
 
 @triton.jit
-def _add_block(z, m, s, q):
-    """Running maximum and sums [LANES] after one more block [CHUNKS, LANES, VECTOR]."""
+def edges_of(head, length, NUM_CLASSES: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """Columns before and behind the aligned body of a row, relative to it, and which there are."""
+    WIDTH: tl.constexpr = LANES if LANES > 2 * VECTOR else 2 * VECTOR
+    lane = tl.arange(0, WIDTH)[None, :]
+    before = lane < VECTOR
+    columns = tl.where(before, lane - head, length + lane - VECTOR)
+    return columns, tl.where(before, columns < 0, columns < NUM_CLASSES - head)
+
+
+@triton.jit
+def _add_block(z, m, top, s, q, LANES: tl.constexpr):
+    """m, top and the sums [LANES] of :func:`_sum_row` after one more block."""
+    z = by_lane(z, LANES)
     highest = tl.maximum(m, tl.max(tl.max(z, 2), 0))
+    new_top = times_log2_e(highest)
     # A lane that has seen nothing but -inf: -inf - -inf would be NaN.
-    base = tl.where(highest == float("-inf"), 0.0, highest)
-    e = exp_term(z - base[None, :, None])
-    k = exp_term(m - base)
+    base = tl.where(highest == float("-inf"), 0.0, new_top)
+    e = exp2_term(z, base[None, :, None])
+    k = tl.exp2(top - base)
     s = s * k + tl.sum(tl.sum(e, 2), 0)
     q = q * (k * k) + tl.sum(tl.sum(e * e, 2), 0)
-    return highest, s, q
+    return highest, new_top, s, q
 
 
 @triton.jit
 def _sum_row(
-    row_ptr, columns, label, z_y,
-    NUM_CLASSES: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    EVICT: tl.constexpr,
+    body_ptr, head, length, label, z_y,
+    NUM_CLASSES: tl.constexpr, EDGES: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr,
+    VECTOR: tl.constexpr, STAGES: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    """The first sweep: the largest logit m, s and q over ``j != label`` of one row."""
-    FULL: tl.constexpr = NUM_CLASSES // BLOCK * BLOCK
+    """The first sweep: the largest logit m over ``j != label``, its power of 2, and s and q.
+
+    The block with the label comes after the others, which are spared the comparison with it.
+    """
+    BLOCK: tl.constexpr = CHUNKS * LANES * VECTOR
+    columns = columns_of(CHUNKS, LANES, VECTOR)
+    full = length // BLOCK * BLOCK
+    own = tl.minimum(tl.maximum(label, 0) // BLOCK, tl.maximum(full // BLOCK - 1, 0)) * BLOCK
     m = tl.full([LANES], float("-inf"), tl.float32)
+    top = m
     s = tl.zeros([LANES], tl.float32)
-    q = tl.zeros([LANES], tl.float32)
-    for start in tl.range(0, FULL, BLOCK, num_stages=STAGES):
-        z = tl.load(row_ptr + start + columns, eviction_policy=EVICT).to(tl.float32)
-        m, s, q = _add_block(_without_label(z, columns, label - start, BLOCK), m, s, q)
-    if FULL < NUM_CLASSES:
+    q = s
+    for start in tl.range(0, full - BLOCK, BLOCK, num_stages=STAGES):
+        at = start + tl.where(start < own, 0, BLOCK) + columns
+        z = tl.load(body_ptr + at, eviction_policy=EVICT).to(tl.float32)
+        m, top, s, q = _add_block(z, m, top, s, q, LANES)
+    for last in tl.static_range(2):
+        start = own if last == 0 else full
+        inside = columns < (full if last == 0 else length) - start
         z = tl.load(
-            row_ptr + FULL + columns,
-            mask=columns < NUM_CLASSES - FULL,
-            other=float("-inf"),
-            eviction_policy=EVICT,
+            body_ptr + start + columns, mask=inside, other=float("-inf"), eviction_policy=EVICT
         ).to(tl.float32)
-        m, s, q = _add_block(_without_label(z, columns, label - FULL, BLOCK), m, s, q)
+        z = tl.where(columns == label - start, float("-inf"), z)
+        m, top, s, q = _add_block(z, m, top, s, q, LANES)
+    if EDGES:
+        at, inside = edges_of(head, length, NUM_CLASSES, LANES, VECTOR)
+        z = tl.load(body_ptr + at, mask=inside & (at != label), other=float("-inf"))
+        m, top, s, q = _add_block(z.to(tl.float32), m, top, s, q, LANES)
     highest = tl.max(m, 0)
     highest = tl.where(highest == float("-inf"), z_y, highest)
-    k = exp_term(tl.where(m == float("-inf"), m, m - highest))
-    return highest, tl.sum(s * k, 0), tl.sum(q * (k * k), 0)
+    row_top = times_log2_e(highest)
+    k = tl.exp2(tl.where(m == float("-inf"), m, top - row_top))
+    return highest, row_top, tl.sum(s * k, 0), tl.sum(q * (k * k), 0)
 
 
 @triton.jit
-def _grad_block(row_ptr, out_ptr, columns, inside, m, factor, label, at_label, BLOCK: tl.constexpr):
-    z = tl.load(row_ptr + columns, mask=inside, eviction_policy="evict_first").to(tl.float32)
-    g = exp_term(z - m) * factor
-    if (label >= 0) & (label < BLOCK):
-        g = tl.where(columns == label, at_label, g)
+def _sum_far_row(row_ptr, label, m, NUM_CLASSES: tl.constexpr, WIDTH: tl.constexpr):
+    """s and q relative to exp(m): of rows whose logits lie too far from 0 for the fused exponent."""
+    s = tl.zeros([WIDTH], tl.float32)
+    q = s
+    for start in range(0, NUM_CLASSES, WIDTH):
+        columns = start + tl.arange(0, WIDTH)
+        inside = (columns < NUM_CLASSES) & (columns != label)
+        z = tl.load(row_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
+        e = exp_term(z - m)
+        s += e
+        q += e * e
+    return tl.sum(s, 0), tl.sum(q, 0)
+
+
+@triton.jit
+def _grad_block(body_ptr, out_ptr, columns, inside, top, factor):
+    z = tl.load(body_ptr + columns, mask=inside, eviction_policy="evict_first").to(tl.float32)
+    g = exp2_term(z, top) * factor
     tl.store(out_ptr + columns, g.to(out_ptr.dtype.element_ty), mask=inside, cache_modifier=".cs")
 
 
 @triton.jit
 def _grad_row(
-    row_ptr, out_ptr, columns, label, m, s, factor,
-    NUM_CLASSES: tl.constexpr, BLOCK: tl.constexpr,
+    body_ptr, out_ptr, head, length, top, factor,
+    NUM_CLASSES: tl.constexpr, EDGES: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """The second sweep, from the end of the row, which was read last, to its beginning."""
-    FULL: tl.constexpr = NUM_CLASSES // BLOCK * BLOCK
-    at_label = -s * factor
-    if FULL < NUM_CLASSES:
-        _grad_block(
-            row_ptr + FULL, out_ptr + FULL, columns, columns < NUM_CLASSES - FULL, m, factor,
-            label - FULL, at_label, BLOCK,
-        )  # fmt: skip
-    for back in range(BLOCK, FULL + BLOCK, BLOCK):
-        start = FULL - back
-        _grad_block(
-            row_ptr + start, out_ptr + start, columns, None, m, factor, label - start, at_label,
-            BLOCK,
-        )  # fmt: skip
+    """The second sweep, from the end of the row, which was read last, to its beginning.
+
+    The label's element is written like the others, and then once more by the caller.
+    """
+    BLOCK: tl.constexpr = CHUNKS * LANES * VECTOR
+    # As wide as a store: nothing is added up here, and float16 logits have a wider gradient.
+    WIDTH: tl.constexpr = min(VECTOR, 128 // out_ptr.dtype.element_ty.primitive_bitwidth)
+    columns = columns_of(BLOCK // WIDTH, 1, WIDTH)
+    full = length // BLOCK * BLOCK
+    if EDGES:
+        at, inside = edges_of(head, length, NUM_CLASSES, LANES, VECTOR)
+        _grad_block(body_ptr, out_ptr, at, inside, top, factor)
+    _grad_block(
+        body_ptr + full, out_ptr + full, columns, columns < length - full, top, factor
+    )
+    for back in range(BLOCK, full + BLOCK, BLOCK):
+        _grad_block(body_ptr + (full - back), out_ptr + (full - back), columns, None, top, factor)
 
 
 @triton.jit
-def clear_row(out_ptr, columns, NUM_CLASSES: tl.constexpr, BLOCK: tl.constexpr):
-    zero = (columns * 0).to(out_ptr.dtype.element_ty)
+def _grad_far_row(row_ptr, out_ptr, m, factor, NUM_CLASSES: tl.constexpr, WIDTH: tl.constexpr):
+    for start in range(0, NUM_CLASSES, WIDTH):
+        columns = start + tl.arange(0, WIDTH)
+        z = tl.load(row_ptr + columns, mask=columns < NUM_CLASSES).to(tl.float32)
+        g = (exp_term(z - m) * factor).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + columns, g, mask=columns < NUM_CLASSES)
+
+
+@triton.jit
+def clear_row(out_ptr, NUM_CLASSES: tl.constexpr, BLOCK: tl.constexpr):
+    columns = tl.arange(0, BLOCK)
+    zero = tl.zeros([BLOCK], out_ptr.dtype.element_ty)
     for start in range(0, NUM_CLASSES, BLOCK):
         tl.store(out_ptr + start + columns, zero, mask=columns < NUM_CLASSES - start)
 
@@ -244,12 +303,13 @@ def label_sweeps_kernel(
     gradient the logits are read again, from the caches, and the gradient is written once. An
     ignored row is not read at all.
 
-    Every thread keeps a running maximum of its own, so the loop has no barrier and no shuffle.
+    Every thread keeps a running maximum of its own, so no loop has a shuffle. A row that does not
+    begin where VECTOR elements are read at once has a body that does, and edges of a few elements.
     """
     BLOCK: tl.constexpr = CHUNKS * LANES * VECTOR
+    EDGES: tl.constexpr = ALIGNED < VECTOR or NUM_CLASSES % VECTOR != 0
     # Read once, a row should leave the caches first; read twice, it should stay.
     EVICT: tl.constexpr = "evict_first" if grad_ptr is None else "evict_last"
-    columns = lanes_of(CHUNKS, LANES, VECTOR)
     inverse = inverse_of(denominator_ptr, inverse_denominator, DENOMINATOR_PARTS)
     row = tl.program_id(0).to(tl.int64)
     label, kept, outside = read_label(target_ptr, row, True, ignore_index, NUM_CLASSES)
@@ -259,9 +319,23 @@ def label_sweeps_kernel(
     if weights_ptr is not None:
         r = tl.load(weights_ptr + row // tokens)
     if kept:
-        row_ptr = logits_ptr + tl.multiple_of(row * stride, ALIGNED)
+        row_ptr = logits_ptr + row * stride
+        head = 0
+        if ALIGNED < VECTOR:
+            head = tl.minimum((-(row * stride) & (VECTOR - 1)).to(tl.int32), NUM_CLASSES)
+        length = (NUM_CLASSES - head) // VECTOR * VECTOR
+        body_ptr = logits_ptr + tl.multiple_of(row * stride + head, VECTOR)
         z_y = tl.load(row_ptr + label).to(tl.float32)
-        m, s, q = _sum_row(row_ptr, columns, label, z_y, NUM_CLASSES, LANES, BLOCK, STAGES, EVICT)
+        m, top, s, q = _sum_row(
+            body_ptr, head, length, label - head, z_y, NUM_CLASSES, EDGES, CHUNKS, LANES, VECTOR,
+            STAGES, EVICT,
+        )  # fmt: skip
+        back = from_power_of_2(m, top)
+        if is_far(m):
+            s, q = _sum_far_row(row_ptr, label, m, NUM_CLASSES, LANES)
+        else:
+            s *= back
+            q *= back * back
         loss, norm, factor = solve_label_row(z_y, m, s, q)
         if class_weights_ptr is not None:
             w *= tl.load(class_weights_ptr + label)
@@ -270,9 +344,18 @@ def label_sweeps_kernel(
         if grad_ptr is not None:
             factor = over_denominator(factor * w * r, inverse)
             out_ptr = grad_ptr + row * NUM_CLASSES
-            _grad_row(row_ptr, out_ptr, columns, label, m, s, factor, NUM_CLASSES, BLOCK)
+            if is_far(m):
+                _grad_far_row(row_ptr, out_ptr, m, factor, NUM_CLASSES, LANES)
+            else:
+                body_out_ptr = grad_ptr + tl.multiple_of(row * NUM_CLASSES + head, VECTOR)
+                _grad_row(
+                    body_ptr, body_out_ptr, head, length, top, factor * back, NUM_CLASSES, EDGES,
+                    CHUNKS, LANES, VECTOR,
+                )  # fmt: skip
+            tl.debug_barrier()  # The thread that wrote the label's element is any of the program's.
+            tl.store(out_ptr + label, (-s * factor).to(grad_ptr.dtype.element_ty))
     elif grad_ptr is not None:
-        clear_row(grad_ptr + row * NUM_CLASSES, columns, NUM_CLASSES, BLOCK)
+        clear_row(grad_ptr + row * NUM_CLASSES, NUM_CLASSES, BLOCK)
     tl.store(losses_ptr + row, loss)
     tl.store(score_ptr + row, norm)
     if loss_ptr is not None:

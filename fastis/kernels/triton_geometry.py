@@ -84,6 +84,20 @@ def alignment(address: int, row_stride: int, itemsize: int) -> int:
     return math.gcd(ACCESS_BYTES // itemsize, row_stride, address % ACCESS_BYTES // itemsize)
 
 
+def access_width(
+    address: int, row_stride: int, columns: int, itemsize: int, with_grad: bool
+) -> tuple[int, int]:
+    """Elements to which rows are aligned, and those that a sweep over them reads at once.
+
+    It reads as many as an access can hold, even where rows begin anywhere, as they do when their
+    length is odd: their aligned parts, and the few elements before and behind singly. Rows of the
+    gradient must then begin as far from an aligned place as those of the logits.
+    """
+    aligned, most = alignment(address, row_stride, itemsize), ACCESS_BYTES // itemsize
+    together = not with_grad or (row_stride - columns) % most == 0
+    return aligned, most if address % ACCESS_BYTES == 0 and together else aligned
+
+
 def is_whole(rows: int, columns: int) -> bool:
     """Whether one program takes the whole matrix, so that nothing is left to a second launch."""
     return (
@@ -95,7 +109,7 @@ def row_launch(
     rows: int,
     columns: int,
     *,
-    aligned: int,
+    vector: int,
     itemsize: int,
     with_grad: bool,
     with_mean_grad: bool,
@@ -103,14 +117,14 @@ def row_launch(
 ) -> Tiles | Sweeps:
     """The launch of cross-entropy over ``[rows, columns]``.
 
-    ``aligned`` is :func:`alignment` of the logits. ``by_label``: against class labels; with a
+    ``vector`` is :func:`access_width`. ``by_label``: against class labels; with a
     distribution more is kept for each element, so a thread gets fewer.
     """
     if columns <= MAX_TILE_COLUMNS:
         elements = ELEMENTS_PER_THREAD if by_label else ELEMENTS_PER_THREAD // 2
         return _tiles(rows, columns, with_mean_grad, elements)
     elements = ELEMENTS_PER_THREAD if by_label else ELEMENTS_PER_THREAD // 4
-    return _sweeps(rows, columns, aligned, itemsize, with_grad, elements)
+    return _sweeps(rows, columns, vector, itemsize, with_grad, elements)
 
 
 def _tiles(rows: int, columns: int, with_mean_grad: bool, elements: int) -> Tiles:
@@ -131,7 +145,7 @@ def _tiles(rows: int, columns: int, with_mean_grad: bool, elements: int) -> Tile
 
 
 def _sweeps(
-    rows: int, columns: int, aligned: int, itemsize: int, with_grad: bool, elements: int
+    rows: int, columns: int, vector: int, itemsize: int, with_grad: bool, elements: int
 ) -> Sweeps:
     """Two warps at least; eight from 16,384 columns; twice as many for the widest gradients."""
     num_warps = min(power_of_two(columns + 1) // 4096, 8)
@@ -140,8 +154,8 @@ def _sweeps(
     # The copies of a pipeline go past the first-level cache, where the second sweep wants the row.
     stages = 1 if with_grad else 3
     # Unaligned rows take an address an access: more than 16 of them would not fit in registers.
-    chunks = min(max(elements // aligned, 1), 16)
-    return Sweeps(chunks, 32 * num_warps, aligned, stages, num_warps, rows)
+    chunks = min(max(elements // vector, 1), 16)
+    return Sweeps(chunks, 32 * num_warps, vector, stages, num_warps, rows)
 
 
 def label_launch(rows: int, labels: int, with_mean_grad: bool) -> Tiles:

@@ -30,9 +30,9 @@ from fastis.kernels.triton_distribution import (
     distribution_tiles_kernel,
 )
 from fastis.kernels.triton_geometry import (
-    ACCESS_BYTES,
     SWEEP_REGISTERS,
     Tiles,
+    access_width,
     alignment,
     cdiv,
     column_sums,
@@ -121,11 +121,13 @@ def cross_entropy(
     labels = target.dtype == torch.int64
     by_label = labels and label_smoothing == 0
     rows, stride, itemsize = flat.shape[0], flat.stride(0), flat.element_size()
-    aligned = alignment(flat.data_ptr(), stride, itemsize)
-    if with_grad:  # float16 logits have a wider gradient, which is written as it is read
-        aligned = min(aligned, ACCESS_BYTES // grad_dtype(flat.dtype).itemsize)
+    address = flat.data_ptr()
+    if by_label:
+        aligned, vector = access_width(address, stride, num_classes, itemsize, with_grad)
+    else:
+        aligned = vector = alignment(address, stride, itemsize)
     plan = row_launch(
-        rows, num_classes, aligned=aligned, itemsize=itemsize, with_grad=with_grad,
+        rows, num_classes, vector=vector, itemsize=itemsize, with_grad=with_grad,
         with_mean_grad=with_mean_grad, by_label=by_label,
     )  # fmt: skip
     whole = is_whole(rows, num_classes)

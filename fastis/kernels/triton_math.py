@@ -28,10 +28,41 @@ def exp_term(x):
 
 
 @triton.jit
+def times_log2_e(x):
+    """x log2(e), rounded. A plain product may be contracted with a later addition into an fma that
+    does not round it, and a correction for the rounding would then add an error."""
+    return tl.fma(x, LOG2_E, 0.0)
+
+
+@triton.jit
+def exp2_term(z, top):
+    """2^(z log2(e) - top) in two instructions: exp(z - m) but for a factor common to all z.
+
+    The product is not rounded, so the argument is as good as that of :func:`exp_term` -- as long as
+    top itself is rounded by no more than a fraction of 1: not :func:`is_far`.
+    """
+    z, top = tl.broadcast(z, top)
+    return tl.exp2(tl.fma(z, LOG2_E, -top))
+
+
+@triton.jit
+def from_power_of_2(m, top):
+    """2^top / exp(m), once a row."""
+    return tl.exp2(tl.fma(m, -LOG2_E, top))
+
+
+@triton.jit
+def is_far(m):
+    """Whether top is rounded by more than 1/16, or infinite: logits of a million are no logits, but
+    masks like -1e9 in every class must not end in a wrong number."""
+    return tl.abs(m) > 1048576.0
+
+
+@triton.jit
 def exp_full(x):
     """exp(x), x <= 0 or NaN, within 3 ulp down to the smallest subnormal: exp(-88) is 6e-39."""
     x = tl.where(x < -105.0, -105.0, x)
-    n = x * LOG2_E
+    n = times_log2_e(x)
     lost = tl.fma(x, LOG2_E, -n) + x * LOG2_E_LOW  # what the product rounded away
     # exp2 makes a subnormal result 0: raised by 2^64 on the way, it is none.
     deep = n < -100.0
