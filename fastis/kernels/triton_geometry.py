@@ -34,6 +34,9 @@ WHOLE_ELEMENTS = 8192
 # Warps of a launch, 31 for each of an H200's 132 multiprocessors; from there on programs loop. Half
 # as many where each program leaves a row of partial column sums behind.
 RESIDENT_WARPS = 4096
+# All of them must be resident at once, or the rest run alone for as long again: a thread may have
+# its share of the registers of a multiprocessor with 32 warps, or 16, and no more.
+TILE_REGISTERS = 64
 # Bytes of a row above which only one program is to work on each multiprocessor.
 WIDE_ROW_BYTES = 288 * 1024
 ACCESS_BYTES = 16
@@ -48,6 +51,7 @@ class Tiles(NamedTuple):
     block_columns: int
     num_warps: int
     programs: int
+    max_registers: int | None = None  # of a thread
 
 
 class Sweeps(NamedTuple):
@@ -140,8 +144,9 @@ def _tiles(rows: int, columns: int, with_mean_grad: bool, elements: int) -> Tile
     warp_elements = 32 * elements
     block_rows = max(warp_elements // block_columns, 1)
     num_warps = max(block_columns // warp_elements, 1)
-    most = RESIDENT_WARPS // (2 if with_mean_grad else 1) // num_warps
-    return Tiles(block_rows, block_columns, num_warps, min(cdiv(rows, block_rows), most))
+    share = 2 if with_mean_grad else 1
+    programs = min(cdiv(rows, block_rows), RESIDENT_WARPS // share // num_warps)
+    return Tiles(block_rows, block_columns, num_warps, programs, TILE_REGISTERS * share)
 
 
 def _sweeps(
@@ -163,7 +168,7 @@ def label_launch(rows: int, labels: int, with_mean_grad: bool) -> Tiles:
     elements = ELEMENTS_PER_THREAD // 4  # logit, target, loss and gradient of each
     if labels <= MAX_TILE_COLUMNS:
         return _tiles(rows, labels, with_mean_grad, elements)
-    return Tiles(1, 16 * 32 * elements, 16, min(rows, RESIDENT_WARPS // 16))
+    return Tiles(1, 16 * 32 * elements, 16, min(rows, RESIDENT_WARPS // 16), TILE_REGISTERS)
 
 
 class Sums(NamedTuple):

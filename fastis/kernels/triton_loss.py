@@ -156,7 +156,7 @@ def cross_entropy(
             (plan.programs,), plan.num_warps,
             *arguments, out.row_mean_grad, below.inverse, rows, *scalars, **constants,
             LABEL_DENOMINATOR=label_denominator and whole, REDUCE=reduce, WHOLE=whole,
-            BLOCK_R=plan.block_rows, BLOCK_C=plan.block_columns,
+            BLOCK_R=plan.block_rows, BLOCK_C=plan.block_columns, maxnreg=plan.max_registers,
         )  # fmt: skip
     else:
         if by_label:
@@ -389,6 +389,7 @@ def _label_loss(
         out.row_loss, out.row_mean_grad, below.inverse, 1 / divisor, rows,
         NUM_LABELS=labels, BINARY=binary, DENOMINATOR_PARTS=below.num_parts, REDUCE=reduce,
         WHOLE=whole, BLOCK_R=plan.block_rows, BLOCK_C=plan.block_columns,
+        maxnreg=plan.max_registers,
     )  # fmt: skip
     if not whole:
         _finish_columns(out, below, plan.programs, rows, reduce)
