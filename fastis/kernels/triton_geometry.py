@@ -22,6 +22,7 @@ GPU has timed them yet.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -102,6 +103,7 @@ def access_width(
     return aligned, most if address % ACCESS_BYTES == 0 and together else aligned
 
 
+@functools.lru_cache(maxsize=1024)
 def is_whole(rows: int, columns: int) -> bool:
     """Whether one program takes the whole matrix, so that nothing is left to a second launch."""
     return (
@@ -109,6 +111,7 @@ def is_whole(rows: int, columns: int) -> bool:
     )
 
 
+@functools.lru_cache(maxsize=1024)  # as long as the rest of a small loss on the host
 def row_launch(
     rows: int,
     columns: int,

@@ -15,9 +15,8 @@ where there is no GPU.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +43,7 @@ from fastis.kernels.triton_geometry import (
     scaling,
 )
 from fastis.kernels.triton_label_loss import label_loss_kernel
+from fastis.kernels.triton_launch import launch as _launch
 from fastis.kernels.triton_reduce import (
     denominator_kernel,
     finish_columns_kernel,
@@ -114,7 +114,7 @@ def cross_entropy(
             reduce, with_grad, with_mean_grad,
         )  # fmt: skip
     num_classes = logits.shape[-1]
-    flat = logits.detach().reshape(-1, num_classes)
+    flat = logits if logits.dim() == 2 else logits.detach().reshape(-1, num_classes)
     if num_classes > 1 and flat.stride(1) != 1:
         flat = flat.contiguous()
     target = target.contiguous()
@@ -260,22 +260,6 @@ def _serves(logits: Tensor) -> bool:
     return full and logits.dtype != torch.float64
 
 
-def _launch(
-    kernel: Any, grid: tuple[int, ...], num_warps: int, *arguments: Any, **constants: Any
-) -> None:
-    """Launches on the device of the first tensor.
-
-    Contraction into fused multiply-adds is wanted (no result depends on it by more than rounding)
-    and asked for by name, because its default is not the same in all releases of Triton.
-    """
-    device = next(a.device for a in arguments if isinstance(a, Tensor))
-    guard: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        guard = torch.cuda.device(device)
-    with guard:
-        kernel[grid](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=True)
-
-
 def _outputs(
     logits: Tensor,
     rows: int,
@@ -286,18 +270,18 @@ def _outputs(
     with_mean_grad: bool,
 ) -> _Outputs:
     """All tensors of a call: one row per sample unless the logits are ``[B, T, C]``."""
-    batch, columns = logits.shape[0], logits.shape[-1]
+    batch, columns, device = logits.shape[0], logits.shape[-1], logits.device
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=logits.device)
+        return torch.empty(*shape, dtype=torch.float32, device=device)
 
     losses, score = empty(batch), empty(batch)
-    loss = empty() if reduce else empty(batch)
+    loss = torch.empty((), dtype=torch.float32, device=device) if reduce else empty(batch)
     mean_grad = empty(columns) if with_mean_grad else None
     grad = None
     if with_grad:
         kept = grad_dtype(logits.dtype)
-        grad = torch.empty(logits.shape, dtype=kept, device=logits.device)
+        grad = torch.empty(logits.shape, dtype=kept, device=device)
     row_losses, row_score = losses, score
     row_loss: Tensor | None = loss
     row_mean_grad = mean_grad
