@@ -13,7 +13,7 @@ skipped. The numbers are read from the cubins with the cuobjdump that Triton car
 
 ``--check`` fails on a kernel that does not compile, on one that is missing from the file, on
 registers that grew by more than ``SLACK`` since it was written (releases of the compiler differ by
-some, a changed kernel by more), and on machine code that breaks a rule of :func:`broken_rules`.
+some, a changed kernel by more), and on code that breaks a rule of :mod:`bench.kernel_rules`.
 """
 
 from __future__ import annotations
@@ -37,31 +37,13 @@ import torch
 from torch import Tensor
 
 from bench import sass
+from bench.kernel_rules import LOOPED, broken_rules
 from bench.report import aligned, append_row
 
 RESULTS = Path(__file__).parent / "results" / "kernel_resources.json"
 ROWS = RESULTS.with_suffix(".jsonl")
 ARCHITECTURES = (80, 90, 100, 120)
 SLACK = 32
-# Bytes of stack that are no spilling loop: the compiler keeps up to four numbers there at will.
-STACK = 16
-# Kernels whose programs loop over tiles: all of a launch must be resident at once.
-LOOPED = ("label_tiles_kernel", "distribution_tiles_kernel", "label_loss_kernel")
-MULTIPROCESSORS = 132  # of an H200
-# Nothing in these files may be read past the coherent caches: other blocks are writing.
-COHERENT = ("sampler.cu", "given_weights.cu")
-# Instructions of the hot loops on sm_90, about 3 % above what releases 3.6.0 to 3.9.0 make of them:
-# an element of a sweep without and with a store, and a row of a tile.
-PER_ELEMENT = {
-    "label_sweeps_kernel": (8.5, 6.0),
-    "distribution_sweeps_kernel": (35.0, 37.0),
-}
-PER_ROW = {
-    "cross_entropy 32768x1000 bf16": 440,
-    "cross_entropy 32768x1000 bf16 grad": 690,
-    "cross_entropy 32768x1000 bf16 grad mean_grad": 785,
-}
-
 _TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -368,40 +350,6 @@ def complaints(rows: list[dict[str, Any]], kept: list[dict[str, Any]]) -> list[s
         }
         found += [f"{'{} of {!r} for sm_{}'.format(*key)} is launched no more" for key in before]
     return found
-
-
-def broken_rules(row: dict[str, Any]) -> Iterator[str]:
-    """What a kernel's machine code does that it must not."""
-    if row["local"] > STACK:
-        yield f"spills: {row['local']} bytes of local memory a thread"
-    if row["call"] in COHERENT and row.get("constant_loads"):
-        yield f"has {row['constant_loads']} loads that pass by the coherent caches"
-    on_h200 = row["sm"] == 90
-    if on_h200 and row["kernel"] in LOOPED:
-        most = MULTIPROCESSORS * row["resident"]
-        if row["programs"] > most:
-            yield f"has {row['programs']} programs, of which {most} fit at once"
-        bound, fewest = PER_ROW.get(row["call"]), row["loops"][0]["instructions"]
-        if bound is not None and fewest > bound:
-            yield f"takes {fewest} instructions a row, above {bound}"
-    if row["kernel"].endswith("sweeps_kernel"):
-        for loop in row["loops"]:
-            yield from _broken_in_sweep(loop, PER_ELEMENT[row["kernel"]], on_h200)
-
-
-def _broken_in_sweep(
-    loop: dict[str, Any], bounds: tuple[float, float], on_h200: bool
-) -> Iterator[str]:
-    if loop["shuffles"]:
-        yield f"shuffles in a loop of a sweep ({loop['shuffles']} times)"
-    # (float16 logits are half as wide as their gradient.)
-    narrow = [w for w in loop["loads"] if int(w) < (8 if loop["stores"] else 16)]
-    narrow += [w for w in loop["stores"] if int(w) < 16]
-    if narrow:
-        yield f"accesses {narrow[0]} bytes at a time in a sweep"
-    each, bound = loop["instructions"] / loop["elements"], bounds[bool(loop["stores"])]
-    if on_h200 and each > bound:
-        yield f"takes {each:.1f} instructions an element in a sweep, above {bound}"
 
 
 def append(rows: list[dict[str, Any]], label: str) -> None:

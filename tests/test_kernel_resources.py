@@ -8,7 +8,8 @@ import pytest
 from conftest import INTERPRETED
 
 from bench import kernel_resources, sass
-from bench.kernel_resources import LOOPED, Usage, broken_rules, resident
+from bench.kernel_resources import Usage, resident
+from bench.kernel_rules import LOOPED, broken_rules
 
 # A loop of a sweep as cuobjdump lists it: two loads, what stands behind a branch, the way back.
 LISTING = """

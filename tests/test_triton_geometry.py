@@ -118,6 +118,30 @@ def test_alignment(address, stride, itemsize, expected):
         assert (address + row * stride * itemsize) % (expected * itemsize) == 0
 
 
+@pytest.mark.parametrize(
+    ("address", "stride", "columns", "itemsize", "grad", "expected"),
+    [(0, 50257, 50257, 2, True, (1, 8)),  # odd rows, which begin alike in logits and gradient
+     (0, 50257, 50257, 4, True, (1, 4)),
+     (0, 50304, 50257, 2, False, (8, 8)),
+     (0, 50304, 50257, 2, True, (8, 8)),
+     (0, 50300, 50257, 2, False, (4, 8)),
+     (0, 50300, 50257, 2, True, (4, 4)),  # they do not
+     (2, 50257, 50257, 2, False, (1, 1)),  # Triton knows nothing of the address
+     (8, 128256, 128256, 2, True, (4, 4)),
+     (0, 128256, 128256, 2, True, (8, 8))],
+)  # fmt: skip
+def test_width_of_accesses(address, stride, columns, itemsize, grad, expected):
+    assert geometry.access_width(address, stride, columns, itemsize, grad) == expected
+
+
+def test_all_programs_of_a_looping_launch_are_resident_at_once():
+    """As far as registers and warps decide, on the 132 multiprocessors of an H200."""
+    for plan, _, _, _ in launches():
+        if isinstance(plan, Tiles) and plan.programs > 1:
+            warps = 65536 // (32 * plan.max_registers)
+            assert plan.programs <= 132 * (warps // plan.num_warps)
+
+
 @given(parts=st.integers(1, 5000), columns=st.integers(0, 4096))
 def test_column_sums_cover_parts_and_columns(parts, columns):
     plan = geometry.column_sums(parts, columns)

@@ -156,8 +156,8 @@ def columns_of(CHUNKS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
 
 @triton.jit
 def by_lane(x, LANES: tl.constexpr):
-    """A block as [CHUNKS, LANES, VECTOR]: one lane a thread, so that sums and maxima over chunks and
-    vectors stay in it.
+    """A block as [CHUNKS, LANES, VECTOR]: one lane a thread, so that sums over chunks and vectors
+    stay in it.
 
     A block that is loaded in three dimensions is spread otherwise by Triton 3.6, which then has to
     shuffle. In two every release gives a thread VECTOR neighbours, and the new shape moves nothing.
