@@ -74,3 +74,9 @@ def test_alternatives_start_with_the_plan_and_keep_a_lane_a_thread():
         assert others[0] == plan
         assert len(set(others)) > 10
         assert all(o.lanes == 32 * o.num_warps for o in others if isinstance(o, Sweeps))
+
+
+def test_every_shape_has_a_plan():
+    for shape in bench.SHAPES:
+        for with_grad in (False, True):
+            assert bench.plan_of(shape, with_grad).programs > 0
