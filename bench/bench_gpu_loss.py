@@ -219,16 +219,12 @@ HEADER = ("shape", "what", "us", "eager", "ceiling", "/forward", "/step", "targe
 def tune(shape: Shape, repeats: int) -> Iterator[dict[str, object]]:
     """Times of ``score`` and ``grad`` under other launch geometries."""
     from bench.gpu_ceilings import microseconds
-    from fastis.kernels import triton_geometry, triton_loss
+    from fastis.kernels import triton_loss
 
-    rows, classes, dtype = shape
+    rows, classes, _ = shape
     sets = [data_of(shape) for _ in range(copies_of(shape))]
     for with_grad in (False, True):
-        plan = triton_geometry.row_launch(
-            rows, classes, aligned=16 // dtype.itemsize, itemsize=dtype.itemsize,
-            with_grad=with_grad, with_mean_grad=False,
-        )  # fmt: skip
-        for other in alternatives(plan):
+        for other in alternatives(plan_of(shape, with_grad)):
             with mock.patch.object(triton_loss, "row_launch", lambda *_, o=other, **__: o):
                 check(sets[0])
                 us = microseconds([lambda d=d, g=with_grad: raw(d, g) for d in sets], repeats)
@@ -271,6 +267,17 @@ def winners(path: Path | None) -> Iterator[None]:
 def shape_of(text: str) -> Shape:
     rows, classes, dtype = text.split("x")
     return int(rows), int(classes), getattr(torch, dtype)
+
+
+def plan_of(shape: Shape, with_grad: bool) -> tuple:
+    """The launch as it is planned."""
+    from fastis.kernels.triton_geometry import row_launch
+
+    rows, classes, dtype = shape
+    return row_launch(
+        rows, classes, vector=16 // dtype.itemsize, itemsize=dtype.itemsize, with_grad=with_grad,
+        with_mean_grad=False,
+    )  # fmt: skip
 
 
 def alternatives(plan: tuple) -> Iterator[tuple]:

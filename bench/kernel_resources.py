@@ -1,23 +1,25 @@
-"""Registers, shared memory and spills of the GPU kernels, compiled here without a GPU.
+"""Registers, spills, waves and instructions of the GPU kernels, compiled here without a GPU.
 
     python bench/kernel_resources.py            # compile all, write results/kernel_resources.json
     python bench/kernel_resources.py --check    # compile all and compare with that file
-    python bench/kernel_resources.py --sm 90    # one architecture; writes nothing
+    python bench/kernel_resources.py --sm 90    # some architectures; writes nothing
+    python bench/kernel_resources.py --sm 90 --append after   # rows to kernel_resources.jsonl
 
 Every launch that the losses make for the shapes below is recorded (on meta tensors: no data, no
 device) and its kernel compiled for every architecture with the constants and warps it would be
 launched with, as Triton would on the first call. The sources in csrc/cuda are compiled by nvcc,
-with the flags of setup.py, where there is one. The numbers are read from the cubins with the
-cuobjdump that Triton carries.
+with the flags of setup.py, where there is one; where there is none, a line says that they were
+skipped. The numbers are read from the cubins with the cuobjdump that Triton carries.
 
-``--check`` fails on a kernel that does not compile, on one that spills, on one that is missing from
-the file, and on registers that grew by more than ``SLACK`` since the file was written: releases of
-the compiler differ by some (triton 3.6.0 from 3.7.1 by 30 at most), a changed kernel by more.
+``--check`` fails on a kernel that does not compile, on one that is missing from the file, on
+registers that grew by more than ``SLACK`` since it was written (releases of the compiler differ by
+some, a changed kernel by more), and on code that breaks a rule of :mod:`bench.kernel_rules`.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import re
 import shutil
@@ -34,14 +36,14 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from bench.report import aligned
+from bench import sass
+from bench.kernel_rules import LOOPED, broken_rules
+from bench.report import aligned, append_row
 
 RESULTS = Path(__file__).parent / "results" / "kernel_resources.json"
+ROWS = RESULTS.with_suffix(".jsonl")
 ARCHITECTURES = (80, 90, 100, 120)
 SLACK = 32
-# Bytes of stack that are no spilling loop: the compiler keeps up to four numbers there at will.
-STACK = 16
-
 _TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -67,12 +69,13 @@ class Launch(NamedTuple):
     divisible: tuple[str, ...]
     num_warps: int
     max_registers: int | None
+    programs: int
 
     @property
     def key(self) -> str:
         """Two launches with one key are one compiled kernel."""
         name = self.kernel.__name__
-        return repr((name, *self[1:]))
+        return repr((name, *self[1:-1]))
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -159,7 +162,7 @@ def recorded() -> dict[str, list[Launch]]:
         found = launches[name] = []
 
         def record(kernel, grid, num_warps, *arguments, found=found, **constants):  # type: ignore
-            found.append(_as_launched(kernel, num_warps, arguments, constants))
+            found.append(_as_launched(kernel, grid[0], num_warps, arguments, constants))
 
         with mock.patch.object(triton_loss, "_launch", record):
             call()
@@ -167,7 +170,11 @@ def recorded() -> dict[str, list[Launch]]:
 
 
 def _as_launched(
-    kernel: Any, num_warps: int, arguments: tuple[Any, ...], constants: dict[str, Any]
+    kernel: Any,
+    programs: int,
+    num_warps: int,
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
 ) -> Launch:
     """Types and specialisations as Triton derives them from the arguments of a launch."""
     signature, fixed, divisible = {}, dict(constants), []
@@ -189,7 +196,7 @@ def _as_launched(
         if name in fixed:
             signature[name] = "constexpr"
     ordered = {name: signature[name] for name in kernel.arg_names}
-    return Launch(kernel, ordered, fixed, tuple(divisible), num_warps, max_registers)
+    return Launch(kernel, ordered, fixed, tuple(divisible), num_warps, max_registers, programs)
 
 
 def compiled(launch: Launch, architecture: int) -> Any:
@@ -213,42 +220,84 @@ def cuobjdump() -> str:
     return str(Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump")
 
 
-def resource_usage(cubin: bytes) -> dict[str, Usage]:
-    """Usage by kernel of a cubin, Triton's or nvcc's; of shared memory the static part."""
+def dumped(cubin: bytes, option: str) -> str:
+    """What cuobjdump says of a cubin."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [cuobjdump(), "--dump-resource-usage", file.name]
-        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [cuobjdump(), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def resource_usage(cubin: bytes) -> dict[str, Usage]:
+    """Usage by kernel of a cubin, Triton's or nvcc's; of shared memory the static part."""
     pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
     return {
         name: Usage(int(registers), int(shared), int(stack) + int(local))
-        for name, registers, stack, shared, local in re.findall(pattern, listing)
+        for name, registers, stack, shared, local in re.findall(
+            pattern, dumped(cubin, "--dump-resource-usage")
+        )
     }
 
 
+def resident(usage: Usage, num_warps: int) -> int:
+    """Programs that one multiprocessor of an H200 holds at a time."""
+    registers = -(-usage.registers // 8) * 8 * 32 * num_warps
+    shared = usage.shared + 1024  # which each of them costs
+    return min(65536 // registers, 233472 // shared, 64 // num_warps, 32)
+
+
+def loops_of(launch: Launch, listing: str) -> list[dict[str, Any]]:
+    """The loops over the logits: those of a sweep, and the one over the tiles."""
+    (code,) = sass.functions(listing).values()
+    kernel, itemsize = launch.kernel.__name__, {"*fp32": 4}.get(launch.signature["logits_ptr"], 2)
+    if kernel.endswith("sweeps_kernel"):
+        loops = [loop for loop in sass.innermost_loops(code) if max(loop.loads, default=0) >= 4]
+    else:
+        loops = [loop for loop in sass.outermost_loops(code) if loop.loads]
+    return [
+        {
+            "instructions": len(loop.path),
+            "shuffles": loop.count("SHFL"),
+            "elements": sum(n * width for width, n in loop.loads.items() if width >= 8) // itemsize,
+            "loads": {str(width): n for width, n in sorted(loop.loads.items())},
+            "stores": {str(width): n for width, n in sorted(loop.stores.items())},
+        }
+        for loop in loops
+    ]
+
+
 def measure(architectures: Iterable[int]) -> Iterator[dict[str, Any]]:
-    """A row per distinct kernel and architecture."""
-    seen: dict[str, str] = {}
+    """A row per distinct kernel and architecture, of the widest of its launches."""
+    widest: dict[str, tuple[str, Launch]] = {}
     for call, launches in recorded().items():
         for launch in launches:
-            if launch.key in seen:
-                continue
-            seen[launch.key] = call
-            name = launch.kernel.__name__
-            for architecture in architectures:
-                kernel = compiled(launch, architecture)
-                (usage,) = resource_usage(kernel.asm["cubin"]).values()
-                # What Triton lays out in shared memory is asked for at launch.
-                usage = usage._replace(shared=kernel.metadata.shared)
-                row = {"kernel": name, "call": call, "sm": architecture}
-                yield {**row, "num_warps": launch.num_warps, **usage._asdict()}
+            first, before = widest.get(launch.key, (call, launch))
+            widest[launch.key] = first, max(before, launch, key=lambda one: one.programs)
+    for call, launch in widest.values():
+        for architecture in architectures:
+            row = {"kernel": launch.kernel.__name__, "call": call, "sm": architecture}
+            yield row | about(launch, architecture)
+
+
+def about(launch: Launch, architecture: int) -> dict[str, Any]:
+    """What is to be known of a compiled kernel."""
+    name, kernel = launch.kernel.__name__, compiled(launch, architecture)
+    (usage,) = resource_usage(kernel.asm["cubin"]).values()
+    # What Triton lays out in shared memory is asked for at launch.
+    usage = usage._replace(shared=kernel.metadata.shared)
+    row: dict[str, Any] = {"num_warps": launch.num_warps, **usage._asdict()}
+    row |= {"programs": launch.programs, "resident": resident(usage, launch.num_warps)}
+    if name in LOOPED or name.endswith("sweeps_kernel"):
+        row["loops"] = loops_of(launch, dumped(kernel.asm["cubin"], "-sass"))
+    return row
 
 
 def measure_cuda(architectures: Iterable[int]) -> Iterator[dict[str, Any]]:
     """A row per kernel of csrc/cuda and architecture; none without nvcc."""
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None:
+        print("skipped: csrc/cuda, for want of nvcc")
         return
     top = Path(__file__).resolve().parents[1]
     for source in sorted((top / "csrc" / "cuda").glob("*.cu")):
@@ -259,12 +308,14 @@ def measure_cuda(architectures: Iterable[int]) -> Iterator[dict[str, Any]]:
                 command += ["-std=c++17", "-O3", "--fmad=false", "-DFASTIS_CUDA=1"]
                 subprocess.run([*command, f"-arch=sm_{architecture}"], check=True)
                 found = resource_usage(cubin.read_bytes())
+                codes = sass.functions(dumped(cubin.read_bytes(), "-sass"))
             for mangled, usage in sorted(found.items()):
                 name = cuda_name(mangled)
                 if name is None:
                     continue
                 row = {"kernel": name, "call": source.name, "sm": architecture}
-                yield {**row, "num_warps": 8, **usage._asdict()}
+                constant = sum("CONSTANT" in i.opcode for i in codes[mangled] if i.base == "LDG")
+                yield {**row, "num_warps": 8, **usage._asdict(), "constant_loads": constant}
 
 
 def cuda_name(mangled: str) -> str | None:
@@ -285,8 +336,7 @@ def complaints(rows: list[dict[str, Any]], kept: list[dict[str, Any]]) -> list[s
     before = {identity(row): row for row in kept}
     for row in rows:
         name = "{} of {!r} for sm_{}".format(*identity(row))
-        if row["local"] > STACK:
-            found.append(f"{name} spills: {row['local']} bytes of local memory a thread")
+        found += [f"{name} {rule}" for rule in broken_rules(row)]
         old = before.pop(identity(row), None)
         if old is None:
             found.append(f"{name} is not in {RESULTS.name}: run bench/kernel_resources.py")
@@ -302,13 +352,23 @@ def complaints(rows: list[dict[str, Any]], kept: list[dict[str, Any]]) -> list[s
     return found
 
 
+def append(rows: list[dict[str, Any]], label: str) -> None:
+    """The rows with date and compiler behind the others, for the record."""
+    import triton
+
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    stamp = {"date": now, "label": label, "triton": triton.__version__, "torch": torch.__version__}
+    for row in rows:
+        append_row(ROWS, {**stamp, **row})
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = [("kernel", "call", "warps", "sm", "registers", "shared", "local")]
-    lines += [
-        (row["kernel"], row["call"],
-         *(str(row[k]) for k in ("num_warps", "sm", "registers", "shared", "local")))
-        for row in rows
-    ]  # fmt: skip
+    columns = ("num_warps", "sm", "registers", "shared", "local", "programs", "resident")
+    lines = [("kernel", "call", *columns, "instructions")]
+    for row in rows:
+        steps = [f"{x['instructions']}/{x['elements']}" for x in row.get("loops", ())]
+        cells = (str(row.get(column, "")) for column in columns)
+        lines.append((row["kernel"], row["call"], *cells, " ".join(steps)))
     return aligned(lines)
 
 
@@ -318,13 +378,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="compare with the file, write nothing")
     parser.add_argument("--sm", type=int, nargs="+", default=ARCHITECTURES, help="architectures")
+    parser.add_argument("--append", metavar="LABEL", help=f"Triton's rows to results/{ROWS.name}")
     args = parser.parse_args(argv)
     import triton
 
-    rows = [*measure(args.sm), *measure_cuda(args.sm)]
+    rows = [*measure(args.sm), *(() if args.append else measure_cuda(args.sm))]
     print(f"triton {triton.__version__}")
     print(table(rows))
-    if set(args.sm) != set(ARCHITECTURES) and not args.check:
+    if args.append:
+        append(rows, args.append)
+    if (set(args.sm) != set(ARCHITECTURES) or args.append) and not args.check:
         return 0
     if args.check:
         found = complaints(rows, json.loads(RESULTS.read_text())["kernels"])

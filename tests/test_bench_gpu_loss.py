@@ -83,7 +83,7 @@ def test_the_fastest_geometry_is_taken(tmp_path, name):
     pytest.importorskip("triton")
     from fastis.kernels import triton_geometry, triton_loss
 
-    options = {"aligned": 8, "itemsize": 2, "with_mean_grad": False}
+    options = {"vector": 8, "itemsize": 2, "with_mean_grad": False}
     plan = triton_geometry.row_launch(*MIDDLE[:2], with_grad=True, **options)
     slow, fast = list(bench.alternatives(plan))[:2]
     rows = [
@@ -100,3 +100,9 @@ def test_the_fastest_geometry_is_taken(tmp_path, name):
         assert triton_loss.row_launch(*MIDDLE[:2], with_grad=False, **options) == other
     with bench.winners(None):
         assert triton_loss.row_launch(*MIDDLE[:2], with_grad=True, **options) == plan
+
+
+def test_every_shape_has_a_plan():
+    for shape in bench.SHAPES:
+        for with_grad in (False, True):
+            assert bench.plan_of(shape, with_grad).programs > 0

@@ -25,7 +25,7 @@ def launches():
             plan = geometry.row_launch(
                 rows,
                 columns,
-                aligned=aligned,
+                vector=aligned,
                 itemsize=itemsize,
                 with_grad=with_grad,
                 with_mean_grad=columns <= MAX_MEAN_GRAD,
@@ -52,7 +52,7 @@ def rows_taken(plan, rows):
 @given(rows=st.integers(1, 20_000), columns=SIZES, mean=st.booleans(), label=st.booleans())
 def test_every_row_is_taken_once(rows, columns, mean, label):
     plan = geometry.row_launch(
-        rows, columns, aligned=1, itemsize=4, with_grad=True,
+        rows, columns, vector=1, itemsize=4, with_grad=True,
         with_mean_grad=mean and columns <= MAX_MEAN_GRAD, by_label=label,
     )  # fmt: skip
     assert sorted(rows_taken(plan, rows)) == list(range(rows))
@@ -91,7 +91,7 @@ def test_whole_means_one_tile_of_one_program():
     for rows, columns in itertools.product(range(1, 140), (1, 3, 10, 64, 100, 4096, 4097)):
         if not geometry.is_whole(rows, columns):
             continue
-        options = {"aligned": 1, "itemsize": 4, "with_grad": True, "with_mean_grad": False}
+        options = {"vector": 1, "itemsize": 4, "with_grad": True, "with_mean_grad": False}
         for plan in (
             geometry.row_launch(rows, columns, **options),
             geometry.label_launch(rows, columns, True),
@@ -116,6 +116,30 @@ def test_alignment(address, stride, itemsize, expected):
     assert geometry.alignment(address, stride, itemsize) == expected
     for row in range(5):
         assert (address + row * stride * itemsize) % (expected * itemsize) == 0
+
+
+@pytest.mark.parametrize(
+    ("address", "stride", "columns", "itemsize", "grad", "expected"),
+    [(0, 50257, 50257, 2, True, (1, 8)),  # odd rows, which begin alike in logits and gradient
+     (0, 50257, 50257, 4, True, (1, 4)),
+     (0, 50304, 50257, 2, False, (8, 8)),
+     (0, 50304, 50257, 2, True, (8, 8)),
+     (0, 50300, 50257, 2, False, (4, 8)),
+     (0, 50300, 50257, 2, True, (4, 4)),  # they do not
+     (2, 50257, 50257, 2, False, (1, 1)),  # Triton knows nothing of the address
+     (8, 128256, 128256, 2, True, (4, 4)),
+     (0, 128256, 128256, 2, True, (8, 8))],
+)  # fmt: skip
+def test_width_of_accesses(address, stride, columns, itemsize, grad, expected):
+    assert geometry.access_width(address, stride, columns, itemsize, grad) == expected
+
+
+def test_all_programs_of_a_looping_launch_are_resident_at_once():
+    """As far as registers and warps decide, on the 132 multiprocessors of an H200."""
+    for plan, _, _, _ in launches():
+        if isinstance(plan, Tiles) and plan.programs > 1:
+            warps = 65536 // (32 * plan.max_registers)
+            assert plan.programs <= 132 * (warps // plan.num_warps)
 
 
 @given(parts=st.integers(1, 5000), columns=st.integers(0, 4096))

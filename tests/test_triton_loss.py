@@ -46,8 +46,8 @@ def walk(request, monkeypatch):
                             triton_geometry.Sums(1, 4, 1, -(-columns // 4)))  # fmt: skip
     if request.param == "sweeps":
 
-        def sweeps(rows, columns, *, aligned, with_grad, **_):
-            return Sweeps(2, 8 // aligned, aligned, 1 if with_grad else 3, 1, rows)  # blocks of 16
+        def sweeps(rows, columns, *, vector, with_grad, **_):
+            return Sweeps(2, 8 // vector, vector, 1 if with_grad else 3, 1, rows)  # blocks of 16
 
         monkeypatch.setattr(triton_loss, "row_launch", sweeps)
     return request.param
@@ -214,6 +214,49 @@ def test_confident_rows_keep_their_score(walk, gap, dtype):
     # Beyond 87 the result is subnormal, with steps of 1.4e-45.
     for a, b in zip(ours[1:3], theirs[1:3], strict=True):
         torch.testing.assert_close(a.double(), b, rtol=6e-6, atol=2e-44)
+
+
+@interpreted
+@pytest.mark.parametrize("shift", [20.0, -20.0, 1000.0, 3e5, -1e8, 6e8, -1e9, 1e30, -3.4e38])
+def test_rows_far_from_zero(walk, shift):
+    """The product with log2(e) in the exponent is rounded at 2^-24 of the shift: that is put right
+    once a row. Beyond 2^29 the product is not taken, and up to the largest number it must not
+    overflow: rows masked by -1e9 or by the smallest number in every class have a softmax too."""
+    logits, target, r, _ = batch_of((6, 37))
+    logits += torch.tensor(shift)
+    logits[4:] = shift
+    options = (3, 0.0, 4.0, True, True, walk != "sweeps")
+    ours = triton_loss.cross_entropy(logits, target, r, None, *options)
+    agree(ours, truth(logits, target, r, None, *options))
+
+
+@interpreted
+@pytest.mark.parametrize("mask", [-1e9, -1e10, -1e30, -3.4e38, -math.inf])
+def test_masked_classes_count_for_nothing(walk, mask):
+    """Whole lanes and blocks of a sweep see nothing but the mask."""
+    logits, target, r, _ = batch_of((6, 70))
+    target[:] = 69
+    logits[1:, :40] = mask
+    logits[2:4, 40:69] = mask  # the label alone is left
+    logits[5, 69] = mask  # the label itself is masked
+    target[0] = 3
+    options = (-100, 0.0, 4.0, True, True, walk != "sweeps")
+    rows = slice(0, 5) if mask < -1e30 else slice(None)  # (beyond, a loss of 1e38 overflows)
+    ours = triton_loss.cross_entropy(logits[rows], target[rows], r[rows], None, *options)
+    agree(ours, truth(logits[rows], target[rows], r[rows], None, *options))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("columns", "stride"), [(37, 37), (40, 43), (37, 40), (33, 41)])
+def test_rows_that_begin_anywhere(walk, dtype, columns, stride):
+    """Heads and tails of rows around their aligned bodies, the label in each of them."""
+    base, target, r, _ = batch_of((12, stride), dtype)
+    logits = base[:, :columns]
+    target[:] = torch.tensor([0, 1, 2, 6, 7, 8, 15, 16, 31, 32, columns - 2, columns - 1])
+    options = (-100, 0.0, 4.0, True, True, walk != "sweeps")
+    ours = triton_loss.cross_entropy(logits, target, r, None, *options)
+    agree(ours, truth(logits, target, r, None, *options), dtype)
 
 
 @interpreted

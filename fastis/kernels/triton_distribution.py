@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastis.kernels.triton_cross_entropy import clear_row, lanes_of, read_label
+from fastis.kernels.triton_cross_entropy import by_lane, clear_row, columns_of, read_label
 from fastis.kernels.triton_math import RAISE, exp_full, log1p, root_of_squares
 from fastis.kernels.triton_reduce import inverse_of, over_denominator
 
@@ -138,8 +138,8 @@ def distribution_tiles_kernel(
 
 
 @triton.jit
-def _sum2(x):
-    return tl.sum(tl.sum(x, 2), 0)
+def _lane_sums(x, LANES: tl.constexpr):
+    return tl.sum(tl.sum(by_lane(x, LANES), 2), 0)
 
 
 @triton.jit
@@ -164,14 +164,14 @@ def _find_largest(
     for start in range(0, NUM_CLASSES, BLOCK):
         inside = lanes < NUM_CLASSES - start
         z = tl.load(row_ptr + start + lanes, mask=inside, other=float("-inf")).to(tl.float32)
-        here = tl.max(tl.max(z, 2), 0)
+        here = tl.max(tl.max(by_lane(z, LANES), 2), 0)
         block = tl.where(here > highest, start, block)
         highest = tl.maximum(highest, here)
     largest = tl.max(highest, 0)
     start = tl.min(tl.where(highest == largest, block, NUM_CLASSES), 0)
     z = tl.load(row_ptr + start + lanes, mask=lanes < NUM_CLASSES - start).to(tl.float32)
     at = tl.where((z == largest) & (lanes < NUM_CLASSES - start), start + lanes, NUM_CLASSES)
-    return largest, tl.min(tl.min(tl.min(at, 2), 1), 0)
+    return largest, tl.min(tl.min(at, 1), 0)
 
 
 @triton.jit
@@ -180,6 +180,8 @@ def _sum_row(
     SOFT: tl.constexpr, NUM_CLASSES: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """s and sum t without the largest, and sum t_j (z_top - z_j)."""
+    # A label, smoothed, without weights: all classes but two have the same t.
+    UNIFORM: tl.constexpr = not SOFT and class_weights_ptr is None
     s = tl.zeros([LANES], tl.float32)
     t_rest = tl.zeros([LANES], tl.float32)
     cross = tl.zeros([LANES], tl.float32)
@@ -189,12 +191,16 @@ def _sum_row(
         x = tl.load(row_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32) - largest
         t = _target_block(target_ptr, class_weights_ptr, columns, inside, label, keep, spread, SOFT)
         is_top = columns == top
-        s += _sum2(tl.where(is_top, 0.0, exp_full(x)))
-        t_rest += _sum2(tl.where(is_top, 0.0, t))
-        cross += _sum2(tl.where(inside, t * -x, 0.0))
+        s += _lane_sums(tl.where(is_top, 0.0, exp_full(x)), LANES)
+        if not UNIFORM:
+            t_rest += _lane_sums(tl.where(is_top, 0.0, t), LANES)
+        cross += _lane_sums(tl.where(inside, t * -x, 0.0), LANES)
     # NaN where the largest is not finite, as in torch.
     s = tl.sum(s, 0) + (largest - largest)
-    return s, tl.sum(t_rest, 0), tl.sum(cross, 0)
+    rest = tl.sum(t_rest, 0)
+    if UNIFORM:
+        rest = spread * (NUM_CLASSES - 1) + tl.where(label == top, 0.0, keep)
+    return s, rest, tl.sum(cross, 0)
 
 
 @triton.jit
@@ -215,8 +221,8 @@ def _grad_row(
         g = exp_full(z - largest) * p_scale - t
         g = tl.where(columns == top, at_top, g)
         g = tl.where(inside, g, 0.0)
-        large += _sum2(g * g)
-        raised += _sum2((g * RAISE) * (g * RAISE))
+        large += _lane_sums(g * g, LANES)
+        raised += _lane_sums((g * RAISE) * (g * RAISE), LANES)
         if grad_ptr is not None:
             out = (g * factor).to(grad_ptr.dtype.element_ty)
             tl.store(grad_ptr + columns, out, mask=inside, cache_modifier=".cs")
@@ -255,7 +261,7 @@ def distribution_sweeps_kernel(
     """
     SOFT: tl.constexpr = target_ptr.dtype.element_ty != tl.int64
     BLOCK: tl.constexpr = CHUNKS * LANES * VECTOR
-    lanes = lanes_of(CHUNKS, LANES, VECTOR)
+    lanes = columns_of(CHUNKS, LANES, VECTOR)
     inverse = inverse_of(denominator_ptr, inverse_denominator, DENOMINATOR_PARTS)
     row = tl.program_id(0).to(tl.int64)
     bad = 1.0
@@ -293,7 +299,7 @@ def distribution_sweeps_kernel(
             over_denominator(r * bad, inverse), SOFT, NUM_CLASSES, LANES, BLOCK,
         )  # fmt: skip
     elif grad_ptr is not None:
-        clear_row(out_ptr, lanes, NUM_CLASSES, BLOCK)
+        clear_row(out_ptr, NUM_CLASSES, BLOCK)
     tl.store(losses_ptr + row, loss)
     tl.store(score_ptr + row, norm)
     if loss_ptr is not None:

@@ -22,6 +22,7 @@ GPU has timed them yet.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -34,6 +35,9 @@ WHOLE_ELEMENTS = 8192
 # Warps of a launch, 31 for each of an H200's 132 multiprocessors; from there on programs loop. Half
 # as many where each program leaves a row of partial column sums behind.
 RESIDENT_WARPS = 4096
+# All of them must be resident at once, or the rest run alone for as long again: a thread may have
+# its share of the registers of a multiprocessor with 32 warps, or 16, and no more.
+TILE_REGISTERS = 64
 # Bytes of a row above which only one program is to work on each multiprocessor.
 WIDE_ROW_BYTES = 288 * 1024
 ACCESS_BYTES = 16
@@ -48,6 +52,7 @@ class Tiles(NamedTuple):
     block_columns: int
     num_warps: int
     programs: int
+    max_registers: int | None = None  # of a thread
 
 
 class Sweeps(NamedTuple):
@@ -84,6 +89,21 @@ def alignment(address: int, row_stride: int, itemsize: int) -> int:
     return math.gcd(ACCESS_BYTES // itemsize, row_stride, address % ACCESS_BYTES // itemsize)
 
 
+def access_width(
+    address: int, row_stride: int, columns: int, itemsize: int, with_grad: bool
+) -> tuple[int, int]:
+    """Elements to which rows are aligned, and those that a sweep over them reads at once.
+
+    It reads as many as an access can hold, even where rows begin anywhere, as they do when their
+    length is odd: their aligned parts, and the few elements before and behind singly. Rows of the
+    gradient must then begin as far from an aligned place as those of the logits.
+    """
+    aligned, most = alignment(address, row_stride, itemsize), ACCESS_BYTES // itemsize
+    together = not with_grad or (row_stride - columns) % most == 0
+    return aligned, most if address % ACCESS_BYTES == 0 and together else aligned
+
+
+@functools.lru_cache(maxsize=1024)
 def is_whole(rows: int, columns: int) -> bool:
     """Whether one program takes the whole matrix, so that nothing is left to a second launch."""
     return (
@@ -91,11 +111,12 @@ def is_whole(rows: int, columns: int) -> bool:
     )
 
 
+@functools.lru_cache(maxsize=1024)  # as long as the rest of a small loss on the host
 def row_launch(
     rows: int,
     columns: int,
     *,
-    aligned: int,
+    vector: int,
     itemsize: int,
     with_grad: bool,
     with_mean_grad: bool,
@@ -103,14 +124,14 @@ def row_launch(
 ) -> Tiles | Sweeps:
     """The launch of cross-entropy over ``[rows, columns]``.
 
-    ``aligned`` is :func:`alignment` of the logits. ``by_label``: against class labels; with a
+    ``vector`` is :func:`access_width`. ``by_label``: against class labels; with a
     distribution more is kept for each element, so a thread gets fewer.
     """
     if columns <= MAX_TILE_COLUMNS:
         elements = ELEMENTS_PER_THREAD if by_label else ELEMENTS_PER_THREAD // 2
         return _tiles(rows, columns, with_mean_grad, elements)
     elements = ELEMENTS_PER_THREAD if by_label else ELEMENTS_PER_THREAD // 4
-    return _sweeps(rows, columns, aligned, itemsize, with_grad, elements)
+    return _sweeps(rows, columns, vector, itemsize, with_grad, elements)
 
 
 def _tiles(rows: int, columns: int, with_mean_grad: bool, elements: int) -> Tiles:
@@ -126,12 +147,13 @@ def _tiles(rows: int, columns: int, with_mean_grad: bool, elements: int) -> Tile
     warp_elements = 32 * elements
     block_rows = max(warp_elements // block_columns, 1)
     num_warps = max(block_columns // warp_elements, 1)
-    most = RESIDENT_WARPS // (2 if with_mean_grad else 1) // num_warps
-    return Tiles(block_rows, block_columns, num_warps, min(cdiv(rows, block_rows), most))
+    share = 2 if with_mean_grad else 1
+    programs = min(cdiv(rows, block_rows), RESIDENT_WARPS // share // num_warps)
+    return Tiles(block_rows, block_columns, num_warps, programs, TILE_REGISTERS * share)
 
 
 def _sweeps(
-    rows: int, columns: int, aligned: int, itemsize: int, with_grad: bool, elements: int
+    rows: int, columns: int, vector: int, itemsize: int, with_grad: bool, elements: int
 ) -> Sweeps:
     """Two warps at least; eight from 16,384 columns; twice as many for the widest gradients."""
     num_warps = min(power_of_two(columns + 1) // 4096, 8)
@@ -140,8 +162,8 @@ def _sweeps(
     # The copies of a pipeline go past the first-level cache, where the second sweep wants the row.
     stages = 1 if with_grad else 3
     # Unaligned rows take an address an access: more than 16 of them would not fit in registers.
-    chunks = min(max(elements // aligned, 1), 16)
-    return Sweeps(chunks, 32 * num_warps, aligned, stages, num_warps, rows)
+    chunks = min(max(elements // vector, 1), 16)
+    return Sweeps(chunks, 32 * num_warps, vector, stages, num_warps, rows)
 
 
 def label_launch(rows: int, labels: int, with_mean_grad: bool) -> Tiles:
@@ -149,7 +171,7 @@ def label_launch(rows: int, labels: int, with_mean_grad: bool) -> Tiles:
     elements = ELEMENTS_PER_THREAD // 4  # logit, target, loss and gradient of each
     if labels <= MAX_TILE_COLUMNS:
         return _tiles(rows, labels, with_mean_grad, elements)
-    return Tiles(1, 16 * 32 * elements, 16, min(rows, RESIDENT_WARPS // 16))
+    return Tiles(1, 16 * 32 * elements, 16, min(rows, RESIDENT_WARPS // 16), TILE_REGISTERS)
 
 
 class Sums(NamedTuple):

@@ -15,10 +15,9 @@ where there is no GPU.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,9 +31,9 @@ from fastis.kernels.triton_distribution import (
     distribution_tiles_kernel,
 )
 from fastis.kernels.triton_geometry import (
-    ACCESS_BYTES,
     SWEEP_REGISTERS,
     Tiles,
+    access_width,
     alignment,
     cdiv,
     column_sums,
@@ -46,6 +45,7 @@ from fastis.kernels.triton_geometry import (
     scaling,
 )
 from fastis.kernels.triton_label_loss import label_loss_kernel
+from fastis.kernels.triton_launch import launch as _launch
 from fastis.kernels.triton_reduce import (
     denominator_kernel,
     finish_columns_kernel,
@@ -117,18 +117,20 @@ def cross_entropy(
             reduce, with_grad, with_mean_grad,
         )  # fmt: skip
     num_classes = logits.shape[-1]
-    flat = logits.detach().reshape(-1, num_classes)
+    flat = logits if logits.dim() == 2 else logits.detach().reshape(-1, num_classes)
     if num_classes > 1 and flat.stride(1) != 1:
         flat = flat.contiguous()
     target = target.contiguous()
     labels = target.dtype == torch.int64
     by_label = labels and label_smoothing == 0
     rows, stride, itemsize = flat.shape[0], flat.stride(0), flat.element_size()
-    aligned = alignment(flat.data_ptr(), stride, itemsize)
-    if with_grad:  # float16 logits have a wider gradient, which is written as it is read
-        aligned = min(aligned, ACCESS_BYTES // grad_dtype(flat.dtype).itemsize)
+    address = flat.data_ptr()
+    if by_label:
+        aligned, vector = access_width(address, stride, num_classes, itemsize, with_grad)
+    else:
+        aligned = vector = alignment(address, stride, itemsize)
     plan = row_launch(
-        rows, num_classes, aligned=aligned, itemsize=itemsize, with_grad=with_grad,
+        rows, num_classes, vector=vector, itemsize=itemsize, with_grad=with_grad,
         with_mean_grad=with_mean_grad, by_label=by_label,
     )  # fmt: skip
     whole = is_whole(rows, num_classes)
@@ -157,7 +159,7 @@ def cross_entropy(
             (plan.programs,), plan.num_warps,
             *arguments, out.row_mean_grad, below.inverse, rows, *scalars, **constants,
             LABEL_DENOMINATOR=label_denominator and whole, REDUCE=reduce, WHOLE=whole,
-            BLOCK_R=plan.block_rows, BLOCK_C=plan.block_columns,
+            BLOCK_R=plan.block_rows, BLOCK_C=plan.block_columns, maxnreg=plan.max_registers,
         )  # fmt: skip
     else:
         if by_label:
@@ -271,22 +273,6 @@ def _serves(logits: Tensor) -> bool:
     return full and logits.dtype != torch.float64
 
 
-def _launch(
-    kernel: Any, grid: tuple[int, ...], num_warps: int, *arguments: Any, **constants: Any
-) -> None:
-    """Launches on the device of the first tensor.
-
-    Contraction into fused multiply-adds is wanted (no result depends on it by more than rounding)
-    and asked for by name, because its default is not the same in all releases of Triton.
-    """
-    device = next(a.device for a in arguments if isinstance(a, Tensor))
-    guard: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        guard = torch.cuda.device(device)
-    with guard:
-        kernel[grid](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=True)
-
-
 def _outputs(
     logits: Tensor,
     rows: int,
@@ -297,18 +283,18 @@ def _outputs(
     with_mean_grad: bool,
 ) -> _Outputs:
     """All tensors of a call: one row per sample unless the logits are ``[B, T, C]``."""
-    batch, columns = logits.shape[0], logits.shape[-1]
+    batch, columns, device = logits.shape[0], logits.shape[-1], logits.device
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=logits.device)
+        return torch.empty(*shape, dtype=torch.float32, device=device)
 
     losses, score = empty(batch), empty(batch)
-    loss = empty() if reduce else empty(batch)
+    loss = torch.empty((), dtype=torch.float32, device=device) if reduce else empty(batch)
     mean_grad = empty(columns) if with_mean_grad else None
     grad = None
     if with_grad:
         kept = grad_dtype(logits.dtype)
-        grad = torch.empty(logits.shape, dtype=kept, device=logits.device)
+        grad = torch.empty(logits.shape, dtype=kept, device=device)
     row_losses, row_score = losses, score
     row_loss: Tensor | None = loss
     row_mean_grad = mean_grad
@@ -400,6 +386,7 @@ def _label_loss(
         out.row_loss, out.row_mean_grad, below.inverse, 1 / divisor, rows,
         NUM_LABELS=labels, BINARY=binary, DENOMINATOR_PARTS=below.num_parts, REDUCE=reduce,
         WHOLE=whole, BLOCK_R=plan.block_rows, BLOCK_C=plan.block_columns,
+        maxnreg=plan.max_registers,
     )  # fmt: skip
     if not whole:
         _finish_columns(out, below, plan.programs, rows, reduce)

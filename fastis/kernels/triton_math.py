@@ -10,12 +10,25 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LOG2_E_LOW = tl.constexpr(1.9259629911e-8)  # what float32 leaves of it
 LN_2 = tl.constexpr(0.6931471805599453)
 LOWER_64 = tl.constexpr(2.0**-64)
 RAISE = tl.constexpr(2.0**80)
 LOWER = tl.constexpr(2.0**-80)
+
+
+@triton.jit
+def to_float32(z):
+    """Logits as float32. A bfloat16 is the upper half of a float32: two of them are widened by two
+    instructions, where the compiler takes three. (The interpreter knows no assembly.)"""
+    if z.dtype == tl.bfloat16 and not INTERPRETED:
+        z = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [z],
+            dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    return z.to(tl.float32)
 
 
 @triton.jit
@@ -28,10 +41,39 @@ def exp_term(x):
 
 
 @triton.jit
+def rounded_product(x, y):
+    """x y. A plain product may be contracted with a later addition into an fma that does not round
+    it, and a correction for the rounding would then add an error."""
+    return tl.fma(x, y, 0.0)
+
+
+@triton.jit
+def unit_of(m):
+    """log2(e), the factor from logits to powers of 2; 1 where m is so far from 0 that logits that
+    differ at all differ by 64, and the one e^-64 of the other: masks like -1e9 are."""
+    return tl.where(tl.abs(m) > 536870912.0, 1.0, LOG2_E)
+
+
+@triton.jit
+def exp2_term(z, unit, top):
+    """2^(unit z - top), in two instructions: with top = unit m rounded it is exp(z - m) but for a
+    factor that all z share, :func:`correction`. The product itself is not rounded."""
+    z, unit = tl.broadcast(z, unit)
+    z, top = tl.broadcast(z, top)
+    return tl.exp2(tl.fma(z, unit, -top))
+
+
+@triton.jit
+def correction(m, unit, top):
+    """exp(z - m) / exp2_term(z, unit, top), at most 2^32 either way; once a row."""
+    return tl.exp2(tl.fma(-m, unit, top))
+
+
+@triton.jit
 def exp_full(x):
     """exp(x), x <= 0 or NaN, within 3 ulp down to the smallest subnormal: exp(-88) is 6e-39."""
     x = tl.where(x < -105.0, -105.0, x)
-    n = x * LOG2_E
+    n = rounded_product(x, LOG2_E)
     lost = tl.fma(x, LOG2_E, -n) + x * LOG2_E_LOW  # what the product rounded away
     # exp2 makes a subnormal result 0: raised by 2^64 on the way, it is none.
     deep = n < -100.0
