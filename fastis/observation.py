@@ -134,7 +134,7 @@ def _is_vector(device: torch.device, tensor: Tensor, shape: torch.Size | None = 
 
 def _made_ready(device: torch.device, seen: Observation) -> Observation:
     """Converts what is legal and explains what is not."""
-    ready: dict[str, Tensor | None] = {}
+    ready: dict[str, Tensor] = {}
     length: int | None = None
     for field, name, dtype in (
         ("indices", "batch.indices", _int64),

@@ -8,7 +8,7 @@ kernels run as operators of :mod:`fastis.operators`.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ class ScoredLoss(NamedTuple):
     mean_grad: Tensor | None
 
 
-def refuse_derivative(*_: Any) -> NoReturn:
+def refuse_derivative(ctx: Any = None, *_: Any) -> Any:
     """The end of every path on which a derivative would otherwise be silently 0."""
     raise RuntimeError(
         "fastis losses have a first derivative only, by the backward pass: their gradient was "
@@ -208,9 +208,11 @@ def by_operator(
     from fastis import operators
 
     if not _is_compiling():
-        for argument, tensor in zip(_TENSORS[name], (logits, *arguments), strict=False):
-            if tensor is not None:
-                dense.check_dense(argument, tensor)
+        names = _TENSORS[name]
+        logits = dense.written(names[0], logits)
+        tensors = zip(names[1:], arguments, strict=False)
+        written = [t if t is None else dense.written(n, t) for n, t in tensors]
+        arguments = (*written, *arguments[len(written) :])
     if in_forward_mode():
         _refuse_tangents(logits, *arguments, denominator)
     number = None if isinstance(denominator, Tensor) else denominator
