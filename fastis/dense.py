@@ -49,6 +49,12 @@ def check_dense(name: str, value: object) -> Tensor:
     return value
 
 
+def written(name: str, value: object) -> Tensor:
+    """:func:`check_dense`, with memory for zeros that have none: no operator sees these."""
+    tensor = check_dense(name, value)
+    return tensor.clone() if tensor._is_zerotensor() else tensor
+
+
 def readable(name: str, value: object) -> Tensor:
     """``value`` as a tensor whose memory holds its values.
 
@@ -73,6 +79,8 @@ def readable(name: str, value: object) -> Tensor:
         ) from None
     if address == 0 and tensor.numel() > 0:
         if not tensor._is_zerotensor():
-            raise ValueError(f"{name} must have memory, got a tensor without (its storage is empty)")
+            raise ValueError(
+                f"{name} must have memory, got a tensor without (its storage is empty)"
+            )
         return tensor.clone()
     return tensor.resolve_neg()

@@ -19,7 +19,7 @@ from fastis.methods.base import Observation, Scored
 from fastis.sampling import Batch
 from fastis.table import Table
 
-_int64, _float32 = torch.int64, torch.float32
+_int64, _float32, _cpu = torch.int64, torch.float32, torch.device("cpu")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _observe_score = Method.observed
 _new_tuple = tuple.__new__  # half the time of a named tuple's own
@@ -92,17 +92,23 @@ def _vector(name: str, value: object) -> Tensor:
 
 
 def _is_ready(device: torch.device, seen: Observation) -> bool:
-    """Whether the kernels can take it as it is; what fails here may still be legal."""
+    """Whether the kernels can take it as it is; what fails here may still be legal.
+
+    Wrappers of other tensors have no address.
+    """
     indices, weights, observed, score, mean_grad = seen
     try:
         shape = score.shape
         return (
-            type(indices) is type(weights) is type(score) is Tensor
-            and len(shape) == 1
+            len(shape) == 1
             and shape == indices.shape == weights.shape
             and indices.dtype is _int64
             and weights.dtype is score.dtype is _float32
-            and indices.device == weights.device == score.device == device
+            and (
+                indices.is_cpu and weights.is_cpu and score.is_cpu
+                if device == _cpu
+                else indices.device == weights.device == score.device == device
+            )
             and indices.is_contiguous()
             and weights.is_contiguous()
             and score.is_contiguous()
@@ -110,7 +116,7 @@ def _is_ready(device: torch.device, seen: Observation) -> bool:
             and indices.data_ptr() != 0
             and weights.data_ptr() != 0
             and score.data_ptr() != 0
-            and not (indices.is_neg() or weights.is_neg() or score.is_neg())
+            and not (weights.is_neg() or score.is_neg())  # only floats are negated lazily
             and (observed is score or _is_vector(device, observed, shape))
             and (mean_grad is None or _is_vector(device, mean_grad))
         )
@@ -121,8 +127,7 @@ def _is_ready(device: torch.device, seen: Observation) -> bool:
 def _is_vector(device: torch.device, tensor: Tensor, shape: torch.Size | None = None) -> bool:
     """float32, as the kernels read it."""
     return (
-        type(tensor) is Tensor
-        and (tensor.dim() == 1 if shape is None else tensor.shape == shape)
+        (tensor.dim() == 1 if shape is None else tensor.shape == shape)
         and tensor.dtype is _float32
         and tensor.device == device
         and tensor.is_contiguous()
@@ -134,7 +139,7 @@ def _is_vector(device: torch.device, tensor: Tensor, shape: torch.Size | None = 
 
 def _made_ready(device: torch.device, seen: Observation) -> Observation:
     """Converts what is legal and explains what is not."""
-    ready: dict[str, Tensor | None] = {}
+    ready: dict[str, Tensor] = {}
     length: int | None = None
     for field, name, dtype in (
         ("indices", "batch.indices", _int64),

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastis.first_order import FirstOrderOnly
 from fastis.kernels import kernels_for
 from fastis.kernels.reference_loss import Scored, compute_dtype, grad_dtype, scale_grad
-from fastis.scored import FirstOrderOnly
 
 _TAIL = (
     "float? denominator, Tensor? denominator_tensor, bool reduce, bool with_grad, "
@@ -121,10 +121,10 @@ def _scale(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if grads[0] is None:
         return None, *rest
     grad, loss = ctx.saved_tensors
-    scaled = scale_grad(grad, grads[0].detach(), ctx.dtype)
-    if torch.is_grad_enabled():  # create_graph
-        scaled = FirstOrderOnly.apply(scaled, grads[0], loss)
-    return scaled, *rest
+    if not torch.is_grad_enabled():
+        return scale_grad(grad, grads[0], ctx.dtype), *rest
+    scaled = scale_grad(grad, grads[0].detach(), ctx.dtype)  # create_graph
+    return FirstOrderOnly.apply(scaled, grads[0], loss), *rest
 
 
 def _by_slices(operator: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ kernels run as operators of :mod:`fastis.operators`.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +16,14 @@ from torch.autograd import forward_ad
 from torch.nn.parameter import Parameter
 
 from fastis import dense
+from fastis.first_order import FirstOrderOnly, refuse_derivative
 from fastis.kernels import reference_loss
 from fastis.kernels.reference_loss import Scored
 from fastis.loss_arguments import Denominator
 
 _is_compiling = torch.compiler.is_dynamo_compiling  # what else traces has a dispatch mode
 _is_grad_enabled = torch.is_grad_enabled
+_int64 = torch.int64
 functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
@@ -57,14 +59,6 @@ class ScoredLoss(NamedTuple):
     mean_grad: Tensor | None
 
 
-def refuse_derivative(*_: Any) -> NoReturn:
-    """The end of every path on which a derivative would otherwise be silently 0."""
-    raise RuntimeError(
-        "fastis losses have a first derivative only, by the backward pass: their gradient was "
-        "computed in the forward pass; for second derivatives and forward mode use scored_loss"
-    )
-
-
 class _Saved(torch.autograd.Function):
     """Hands on a loss whose gradient is already there."""
 
@@ -90,17 +84,6 @@ class _Saved(torch.autograd.Function):
 # Function.apply minus its search for functorch wrappers, which needs_operator has excluded.
 _attach = super(torch.autograd.Function, _Saved).apply
 _new_tuple = tuple.__new__
-
-
-class FirstOrderOnly(torch.autograd.Function):
-    """``grad``, whose derivative in what it was computed from is an error."""
-
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, *depends_on: Tensor) -> Tensor:
-        return grad.view_as(grad)
-
-    backward = staticmethod(refuse_derivative)
-    jvp = staticmethod(refuse_derivative)
 
 
 class _Functional(torch.autograd.Function):
@@ -159,7 +142,7 @@ def needs_operator(
         ):
             return (
                 logits.is_neg()
-                or target.is_neg()
+                or (target.dtype is not _int64 and target.is_neg())  # only floats are, lazily
                 or (weights is not None and weights.is_neg())
                 or (options is not None and options.is_neg())
             )
@@ -208,9 +191,11 @@ def by_operator(
     from fastis import operators
 
     if not _is_compiling():
-        for argument, tensor in zip(_TENSORS[name], (logits, *arguments), strict=False):
-            if tensor is not None:
-                dense.check_dense(argument, tensor)
+        names = _TENSORS[name]
+        logits = dense.written(names[0], logits)
+        tensors = zip(names[1:], arguments, strict=False)
+        written = [t if t is None else dense.written(n, t) for n, t in tensors]
+        arguments = (*written, *arguments[len(written) :])
     if in_forward_mode():
         _refuse_tangents(logits, *arguments, denominator)
     number = None if isinstance(denominator, Tensor) else denominator

@@ -16,6 +16,8 @@ PACKAGE = Path(fastis.__file__).parent
 # Who may import whom, inside the package: everything not named here is forbidden.
 ALLOWED = {
     "check": set(),
+    "dense": set(),
+    "first_order": set(),
     "table": {"kernels", "memory"},
     "memory": {"kernels"},
     "sampling": {"check", "kernels"},
@@ -24,15 +26,15 @@ ALLOWED = {
     "gradients": {"check", "kernels", "scored"},
     "lr": set(),
     "methods": {"check", "kernels", "methods", "saved", "table"},
-    "observation": {"check", "methods", "sampling", "table"},
+    "observation": {"check", "dense", "methods", "sampling", "table"},
     "sampler": {
         *("check", "kernels", "methods", "observation", "sampling", "saved", "table", "variance")
     },
     "saved": {"check", "kernels", "table"},
-    "loss": {"kernels", "loss_arguments", "scored"},
-    "loss_arguments": {"kernels"},
-    "scored": {"kernels", "loss_arguments", "operators"},
-    "operators": {"kernels", "loss_arguments"},
+    "loss": {"dense", "kernels", "loss_arguments", "scored"},
+    "loss_arguments": {"dense", "kernels"},
+    "scored": {"dense", "first_order", "kernels", "loss_arguments", "operators"},
+    "operators": {"first_order", "kernels", "loss_arguments"},
     "kernels": {"_C", "__version__", "kernels", "memory", "table"},
 }
 
