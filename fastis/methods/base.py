@@ -8,6 +8,7 @@ with the tree over them, variance averages, and the tensors that the method asks
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -73,6 +74,11 @@ class Method:
     smoothing: float = 0.99
 
     def __post_init__(self) -> None:
+        for option in fields(self):  # numbers of numpy would not survive weights_only=True
+            value = getattr(self, option.name)
+            if isinstance(value, numbers.Real) and type(value) not in (bool, int, float):
+                plain = int(value) if isinstance(value, numbers.Integral) else float(value)
+                object.__setattr__(self, option.name, plain)
         check.choice("estimator", self.estimator, ESTIMATORS)
         if check.number("smoothing", self.smoothing, 0.0) >= 1:
             raise ValueError(f"smoothing must be in [0, 1), got {self.smoothing!r}")
