@@ -21,6 +21,7 @@ from fastis.kernels import kernels_for
 from fastis.kernels.reference_weights import distribution
 from fastis.table import DRAWS, FACTOR, UPDATES, Table
 
+_PLAIN: tuple[type, ...] = (bool, int, float)
 ESTIMATORS = ("unbiased", "plugin")
 FOREVER = 2**62
 
@@ -75,8 +76,8 @@ class Method:
 
     def __post_init__(self) -> None:
         for option in fields(self):  # numbers of numpy would not survive weights_only=True
-            value = getattr(self, option.name)
-            if isinstance(value, numbers.Real) and type(value) not in (bool, int, float):
+            value: Any = getattr(self, option.name)
+            if isinstance(value, numbers.Real) and type(value) not in _PLAIN:
                 plain = int(value) if isinstance(value, numbers.Integral) else float(value)
                 object.__setattr__(self, option.name, plain)
         check.choice("estimator", self.estimator, ESTIMATORS)
