@@ -94,7 +94,6 @@ void fill_table(fastis::Table& t, const py::dict& tensors, const py::dict& const
   t.records = address<fastis::Record>(tensors, "records");
   t.scalars = address<fastis::Scalars>(tensors, "scalars");
   t.variance = address<fastis::Variance>(tensors, "variance");
-  t.heavy = address<int64_t>(tensors, "heavy");
   t.num_samples = integer("num_samples");
   t.batch_size = integer("batch_size");
   t.warmup_draws = integer("warmup_draws");
@@ -119,7 +118,9 @@ fastis::Table make_table(const py::dict& tensors, const py::dict& constants) {
   fill_table(t, tensors, constants);
   t.starts = address<uint64_t>(tensors, "starts");
   t.unseen_starts = address<uint32_t>(tensors, "unseen_starts");
-  t.heavy_weights = address<uint64_t>(tensors, "heavy_weights");
+  t.capped_starts = address<uint32_t>(tensors, "capped_starts");
+  t.near = address<int64_t>(tensors, "near");
+  t.near_capacity = constants["near_capacity"].cast<int64_t>();
   t.levels = fastis::Levels(t.num_samples);
   return t;
 }
@@ -128,6 +129,7 @@ fastis::DeviceTable make_device_table(const py::dict& tensors, const py::dict& c
   fastis::DeviceTable t;
   fill_table(t, tensors, constants);
   t.sums = address<uint64_t>(tensors, "sums");
+  t.heavy = address<int64_t>(tensors, "heavy");
   t.unseen = address<uint32_t>(tensors, "unseen");
   t.claims = address<uint32_t>(tensors, "claims");
   t.work = address<int64_t>(tensors, "work");

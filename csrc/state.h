@@ -14,10 +14,10 @@
 namespace fastis {
 
 // 16 bytes, so that a touched sample is one cache line. `code` belongs to weights.h; its top bit
-// marks a heavy item (kept outside the sampling structure).
+// marks a capped item.
 struct alignas(16) Record {
   float mean, var;
-  int32_t last;  // iteration of the last observation, -1: unseen
+  int32_t last;  // iteration of the last observation, modulo 2^31; -1: unseen
   uint32_t code;
 };
 static_assert(sizeof(Record) == 16);

@@ -184,7 +184,7 @@ def test_many_levels_and_many_heavy_items(emulated):
     structure, scalars = samplers[1]._table._structure, samplers[1]._table.scalars
     drawn = distribution(samplers[1]._table)
     samplers[1].sample()
-    assert torch.equal(structure["heavy"][: int(scalars[8])], drawn.heavy)
+    assert torch.equal(structure["heavy"][: int(scalars[8])], drawn.capped)
 
 
 def test_sums_hold_every_integer(emulated):
@@ -201,7 +201,7 @@ def test_sums_hold_every_integer(emulated):
     drawn = distribution(table)
     seen = table.column(LAST) >= 0
     light = torch.where(seen, drawn.weights, 0)
-    light[drawn.heavy] = 0
+    light[drawn.capped] = 0
     sums = torch.nn.functional.pad(light, (0, -n % 4)).view(-1, 4).sum(1)
     assert torch.equal(table._structure["sums"][: len(sums)], sums)
     unseen = torch.nn.functional.pad((~seen).int(), (0, -n % 4)).view(-1, 4).sum(1)

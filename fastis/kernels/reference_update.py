@@ -24,6 +24,8 @@ from fastis.table import (
     EXPONENT,
     FACTOR,
     LAST,
+    LATE,
+    LATEST,
     MEAN,
     SECOND,
     SEEN,
@@ -108,22 +110,22 @@ def first_positions(indices: Tensor, usable: Tensor) -> Tensor:
 def update_state(table: Table, indices: Tensor, observed: Tensor) -> None:
     """Kutsuna 2025, Algorithm 1, with weights as integers (math: state table, exactness)."""
     constants, scalars = table.constants, table.scalars
-    now = min(int(scalars[UPDATES]), 2**31 - 1)
+    updates = int(scalars[UPDATES])
     total, seen, e0 = (int(scalars[at]) for at in (TOTAL, SEEN, EXPONENT))
     usable = observed.abs() < LARGEST_SCORE
     scalars[SKIPPED] += (~usable).sum()
     keep = first_positions(indices, usable)
-    keep = keep[table.column(LAST)[indices[keep]] < now]  # an iteration observes a sample once
+    keep = keep[interval(table.column(LAST)[indices[keep]], updates) > 0]
     i, x = indices[keep], observed[keep]
 
     fresh = table.column(LAST)[i] < 0
-    new_mean, new_var = smoothed(table, i, x, now)
+    new_mean, new_var = smoothed(table, i, x, updates)
     importance = importance_of(new_mean, new_var, constants.importance)
     codes = code_of(importance, floor_of(total, seen, e0, constants.floor))
 
     old_codes = table.codes()[i]
     table.column(MEAN)[i], table.column(VAR)[i] = new_mean, new_var
-    table.column(LAST)[i] = now
+    table.column(LAST)[i] = clock_of(updates)
     table.column(CODE)[i] = codes
     scalars[VALID] = 0
     shift = exponent_of(codes) - e0
@@ -133,19 +135,41 @@ def update_state(table: Table, indices: Tensor, observed: Tensor) -> None:
     total -= int(weight_of(old_codes, e0).sum()) if seen else 0
     scalars[TOTAL] = total
     scalars[SEEN] += fresh.sum()
-    if total > constants.total_limit:
+    if exceeds_limit(table):
         rescale(table)
 
 
-def smoothed(table: Table, i: Tensor | slice, x: Tensor, now: int) -> tuple[Tensor, Tensor]:
-    """New mean and variance of samples ``i`` after observing ``x`` in iteration ``now``."""
+def clock_of(updates: int) -> int:
+    """The iteration ``updates`` as records hold it: modulo 2^31, so that no run is too long."""
+    return updates & LATEST
+
+
+def interval(last: Tensor, updates: int) -> Tensor:
+    """Iterations since samples were last observed, modulo 2^31, 1 for unseen ones.
+
+    0 where iteration ``updates`` has nothing to add: where the sample was observed in it, or in a
+    later one (by up to ``LATE``).
+    """
+    passed = (clock_of(updates) - last) & LATEST
+    return torch.where(last < 0, 1, torch.where(passed > LATEST - LATE, 0, passed))
+
+
+def exceeds_limit(table: Table) -> bool:
+    """Is the sum of all weights, those of the unseen included, more than the draw has room for?"""
+    total, seen = int(table.scalars[TOTAL]), int(table.scalars[SEEN])
+    of_unseen = (table.constants.num_samples - seen) * (total // seen) if seen else 0
+    return total + of_unseen > table.constants.total_limit
+
+
+def smoothed(table: Table, i: Tensor | slice, x: Tensor, updates: int) -> tuple[Tensor, Tensor]:
+    """New mean and variance of samples ``i`` after observing ``x`` in iteration ``updates``."""
     tau = table.constants.tau
     mean, var, last = (table.column(at)[i] for at in (MEAN, VAR, LAST))
     if tau < 0:
         return x, torch.zeros_like(x)
-    dt = torch.where(last < 0, 1, now - last).float()
+    dt = interval(last, updates).float()
     # On x's device: CUDA divides by a host's number by multiplying with its inverse.
-    linear = x.new_tensor(table.constants.tau_scale) * float(now)
+    linear = x.new_tensor(table.constants.tau_scale) * float(updates)
     tau_now = x.new_tensor(tau) if tau > 0 else linear.clamp(min=1)
     alpha, one_minus_alpha = decay(dt / tau_now)
     d = x - mean
@@ -158,13 +182,13 @@ def observe_all(table: Table, observed: Tensor, iteration: int) -> None:
 
     Of the states alone: :func:`rescale` of the backend in use has to follow.
     """
-    now = min(iteration, 2**31 - 1)
     usable = observed.abs() < LARGEST_SCORE
     table.scalars[SKIPPED] += (~usable).sum()
-    usable &= table.column(LAST) < now
-    for at, values in zip((MEAN, VAR), smoothed(table, slice(None), observed, now), strict=True):
+    usable &= interval(table.column(LAST), iteration) > 0
+    new = smoothed(table, slice(None), observed, iteration)
+    for at, values in zip((MEAN, VAR), new, strict=True):
         table.column(at)[:] = torch.where(usable, values, table.column(at))
-    table.column(LAST)[:] = torch.where(usable, now, table.column(LAST))
+    table.column(LAST)[:] = torch.where(usable, clock_of(iteration), table.column(LAST))
 
 
 def max_shift(n: int) -> int:
