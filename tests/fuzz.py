@@ -35,7 +35,7 @@ KINDS = (
     "init", "draw", "update", "update_and_sample", "save", "copy", "wrong", "read", "sweep",
     "weights", "alias", "race", "cross_entropy", "soft_targets", "bce", "mse", "tampered",
 )  # fmt: skip
-CASE, CALLS, EXPECTED, FIRST_KIND = range(4)
+CASE, CALLS, EXPECTED, FAILURES, FIRST_KIND = range(5)
 ERRORS = (ValueError, TypeError, IndexError)
 
 
@@ -52,6 +52,9 @@ class Case:
         self._counts[CALLS] += 1
         self._counts[FIRST_KIND + KINDS.index(kind)] += 1
 
+    def count_error(self) -> None:
+        self._counts[EXPECTED] += 1
+
     def chance(self, probability: float) -> bool:
         return self.random.random() < probability
 
@@ -67,7 +70,7 @@ class Case:
         try:
             call()
         except ERRORS:
-            self._counts[EXPECTED] += 1
+            self.count_error()
         else:
             raise AssertionError("no error was raised")
 
@@ -77,7 +80,7 @@ class Case:
         try:
             yield
         except ERRORS:
-            self._counts[EXPECTED] += 1
+            self.count_error()
 
 
 def run_cases(what: str, seed: int, first: int, counts: memoryview, out: int, limits: Any) -> None:
@@ -93,7 +96,7 @@ def run_cases(what: str, seed: int, first: int, counts: memoryview, out: int, li
             run(Case(what, seed, number, counts))
         except Exception as error:
             frames = traceback.extract_tb(error.__traceback__)
-            where = [f for f in frames if Path(f.filename).name.startswith("fuzz_")][-1]
+            where = [f for f in frames if Path(f.filename).parent == Path(__file__).parent][-1]
             failure = {
                 "what": what,
                 "seed": seed,
@@ -103,6 +106,7 @@ def run_cases(what: str, seed: int, first: int, counts: memoryview, out: int, li
                 "where": f"{Path(where.filename).name}:{where.lineno} {where.line}",
             }
             os.write(out, (json.dumps(failure) + "\n").encode())
+            counts[FAILURES] += 1
         if counts[CALLS] == before:
             counts[CALLS] += 1  # so that cases without a call come to an end
         number += 1
@@ -129,13 +133,17 @@ def fuzz(what: str, arguments: argparse.Namespace, limits: Any) -> dict[str, Any
     counts = memoryview(shared).cast("q")
     failures: list[dict[str, Any]] = []
     first = arguments.only if arguments.only is not None else 0
-    while not limits(counts) and len(failures) < arguments.failures:
+    while not limits(counts):
         reading, writing = os.pipe()
         before = counts[CALLS]
         pid = os.fork()
         if pid == 0:
             os.close(reading)
-            run_cases(what, arguments.seed, first, counts, writing, limits)
+            try:
+                run_cases(what, arguments.seed, first, counts, writing, limits)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
             os._exit(0)
         os.close(writing)
         status = watch(pid, counts, arguments.patience)
@@ -145,6 +153,7 @@ def fuzz(what: str, arguments: argparse.Namespace, limits: Any) -> dict[str, Any
             break
         code = os.waitstatus_to_exitcode(status)
         error = f"exit status {code}" if code > 0 else signal.Signals(-code).name
+        counts[FAILURES] += 1
         failures.append(
             {"what": what, "seed": arguments.seed, "case": counts[CASE], "error": error}
         )
@@ -183,6 +192,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         def limits(counts: memoryview, begin: float = begin) -> bool:
             if arguments.only is not None:
                 return counts[CALLS] > 0
+            if counts[FAILURES] >= arguments.failures:
+                return True
             late = time.monotonic() - begin > arguments.seconds / len(whats)
             return late or counts[CALLS] >= arguments.calls / len(whats)
 

@@ -1,4 +1,4 @@
-"""Cases of ``fastis.sample`` and ``AliasTable``, against integers and rational numbers of Python."""
+"""Cases of ``fastis.sample`` and ``AliasTable``, against Python's integers and fractions."""
 
 from __future__ import annotations
 

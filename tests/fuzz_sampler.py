@@ -19,7 +19,7 @@ from torch import Tensor
 import fastis
 from fastis import methods
 from fastis.kernels.reference_weights import exponent_of, mantissa_of
-from fastis.table import DRAWS, EXPONENT, LAST, SEEN, TOTAL, UNIFORM_WEIGHT
+from fastis.table import DRAWS, EXPONENT, LAST, SEEN, TOTAL
 
 # Whose coefficients are 1 / (N p) of Sampler.probabilities().
 EXACT = ("emais", "loss", "scan", "uniform", "rais")
