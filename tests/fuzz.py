@@ -36,6 +36,7 @@ KINDS = (
     "weights", "alias", "race", "cross_entropy", "soft_targets", "bce", "mse", "tampered",
 )  # fmt: skip
 CASE, CALLS, EXPECTED, FAILURES, FIRST_KIND = range(5)
+HERE = Path(__file__).resolve().parent
 ERRORS = (ValueError, TypeError, IndexError)
 
 
@@ -96,7 +97,7 @@ def run_cases(what: str, seed: int, first: int, counts: memoryview, out: int, li
             run(Case(what, seed, number, counts))
         except Exception as error:
             frames = traceback.extract_tb(error.__traceback__)
-            where = [f for f in frames if Path(f.filename).parent == Path(__file__).parent][-1]
+            where = [f for f in frames if Path(f.filename).resolve().parent == HERE][-1]
             failure = {
                 "what": what,
                 "seed": seed,
