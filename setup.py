@@ -40,6 +40,11 @@ CXX_FLAGS = [
     "-Wextra",
     "-Wno-psabi",
 ]
+# FASTIS_SANITIZE=address,undefined, say: for .ci/sanitize, into a folder of its own, no wheel.
+SANITIZE = os.environ.get("FASTIS_SANITIZE", "")
+SANITIZE_FLAGS = [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"] if SANITIZE else []
+if SANITIZE:
+    CXX_FLAGS += [*SANITIZE_FLAGS, "-O1", "-g1", "-fno-omit-frame-pointer", "-D_GLIBCXX_ASSERTIONS"]
 
 
 def relative(pattern: str) -> list[str]:
@@ -137,11 +142,12 @@ class BuildExtension(build_ext):
             extra_postargs=CXX_FLAGS,
             depends=ext.depends,
         )
+        strip = ["-Wl,-s"] if platform.system() == "Linux" and not SANITIZE else []
         # torch carries libgomp.so.1 too and is imported first, so both share one thread pool.
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
-            extra_postargs=[*openmp, *(["-Wl,-s"] if platform.system() == "Linux" else [])],
+            extra_postargs=[*openmp, *SANITIZE_FLAGS, *strip],
             library_dirs=[find_cudart(nvcc)] if nvcc else [],
             libraries=["cudart_static", "rt", "dl", "pthread"] if nvcc else [],
             build_temp=self.build_temp,

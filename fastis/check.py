@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,22 +13,36 @@ from torch import Tensor
 
 def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
     """``value`` as an int in [least, most]; bool and float are refused."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
-    number = int(value.__index__())
     if number < least or (most is not None and number > most):
         span = f"at least {least}" if most is None else f"in [{least}, {most}]"
-        raise ValueError(f"{name} must be {span}, got {number}")
+        raise ValueError(f"{name} must be {span}, got {_short(number)}")
     return number
 
 
 def number(name: str, value: Any, least: float, most: float = float("inf")) -> float:
-    """``value`` as a float in [least, most]; NaN is refused."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """``value`` as a float in [least, most]; NaN is refused, numbers of numpy are not."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__} {value!r}")
-    if not least <= value <= most:
-        raise ValueError(f"{name} must be in [{least:g}, {most:g}], got {value!r}")
-    return float(value)
+    try:
+        found = float(value)
+    except OverflowError:  # an int that no float holds
+        found = float("nan")
+    if not least <= found <= most:
+        raise ValueError(f"{name} must be in [{least:g}, {most:g}], got {_short(value)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    """Its repr, unless it has more digits than anyone would read (or Python would print)."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an int of {value.bit_length()} bits"
+    return repr(value)
 
 
 def choice(name: str, value: Any, choices: Iterable[str]) -> str:
@@ -46,7 +62,7 @@ def function(name: str, value: Any, *, optional: bool = False) -> None:
 def vector(
     name: str, value: Any, length: int | None, dtypes: tuple[torch.dtype, ...], device: torch.device
 ) -> Tensor:
-    """``value`` as a contiguous 1-D tensor of one of ``dtypes`` on ``device``."""
+    """``value`` as a :func:`dense` 1-D tensor of one of ``dtypes`` on ``device``."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.dim() != 1 or (length is not None and value.shape[0] != length):
@@ -57,4 +73,36 @@ def vector(
         raise TypeError(f"{name} must have dtype {wanted}, got {value.dtype}")
     if value.device != device:
         raise ValueError(f"{name} must be on {device}, got {value.device}")
-    return value.contiguous()
+    return dense(name, value)
+
+
+def dense(name: str, tensor: Tensor) -> Tensor:
+    """``tensor`` as one that a kernel may read by its address: detached, contiguous, in memory.
+
+    A pending negation is carried out. Refused is what has no memory of its own: sparse layouts,
+    wrappers, fake tensors, meta tensors, storages that were resized below their tensors.
+    """
+    found = tensor
+    if in_memory(tensor):
+        found = tensor.detach().resolve_neg().contiguous()  # fake where a mode makes fake tensors
+    elif tensor._is_zerotensor():
+        found = tensor.clone()
+    if not in_memory(found):
+        raise TypeError(
+            f"{name} must be a dense tensor with memory of its own, got {type(found).__name__} "
+            f"of layout {found.layout} on {found.device}"
+        )
+    return found if type(found) is Tensor else found.as_subclass(Tensor)
+
+
+def in_memory(tensor: Tensor) -> bool:
+    """Whether all elements lie in memory, from ``data_ptr()`` on by the strides."""
+    try:
+        if tensor.data_ptr() == 0:
+            return tensor.numel() == 0
+        storage = tensor.untyped_storage().nbytes()
+    except RuntimeError:  # no storage at all: sparse, mkldnn, what torch.func wraps
+        return False
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps)
+    return tensor.numel() == 0 or (last + 1) * tensor.itemsize <= storage

@@ -7,6 +7,7 @@ never drawn, and the probability reported is the one drawn.
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ from fastis.kernels.reference_weights import Weights, water_level
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # In a race: of the largest rate; smaller positive weights count as that.
 _LEAST_RATE = 2.0**-1000
+_MOST_DRAWS = 1 << 60
+_ROUNDING = Fraction(1, 10**12)  # what a least cap may have lost: 1/3 is a little below a third
 _RACE_CHUNK = (1 << 18, 1 << 26)  # items at once: what stays in a CPU's cache; on other devices
 
 
@@ -49,7 +52,8 @@ class AliasTable:
     weights : float tensor [N]
         finite and non-negative, at least one positive; need not sum to 1. CPU or CUDA.
     max_prob : float, optional
-        no probability exceeds it: p = min(c w, max_prob) (water filling). At least 1/N.
+        no probability exceeds it: p = min(c w, max_prob) (water filling). At least 1/K, K the
+        number of positive weights: with that these are equal.
 
     Raises
     ------
@@ -65,7 +69,7 @@ class AliasTable:
     def __init__(self, weights: Tensor, *, max_prob: float | None = None) -> None:
         weighed = _weigh(weights, "weights")
         if max_prob is not None:
-            weighed = _capped(weighed, max_prob, "max_prob")
+            weighed = _capped(weighed, check.number("max_prob", max_prob, 0.0), "max_prob", 1)
         self._total = weighed.total
         self._table = kernels_for("sample", weighed.values.device.type).alias_build(weighed)
 
@@ -82,7 +86,7 @@ class AliasTable:
 
     def sample(self, num_samples: int, generator: torch.Generator | None = None) -> Batch:
         """``num_samples`` independent draws; ``generator`` as in torch (None: the global one)."""
-        count = check.integer("num_samples", num_samples, 0)
+        count = check.integer("num_samples", num_samples, 0, _MOST_DRAWS)
         device = self._table.device
         seed = _seed_from(generator, device)
         kernels = kernels_for("sample", device.type)
@@ -113,8 +117,8 @@ def sample(
         without replacement the indices are distinct, in the order of successive draws (exponential
         races, Efraimidis & Spirakis 2006).
     max_duplicates : float, optional
-        at most so many expected copies of any index among ``num_samples`` (water filling); None: no
-        flattening. Only with replacement.
+        at most so many expected copies of any index among ``num_samples`` (water filling), at least
+        num_samples / K with K positive weights; None: no flattening. Only with replacement.
     generator : torch.Generator, optional
         as in torch; None: the global one.
 
@@ -140,7 +144,7 @@ def sample(
         return _sample_from_sampler(source, num_samples, replacement, max_duplicates, generator)
     if num_samples is None:
         raise TypeError("num_samples must be an int unless source is a Sampler, got None")
-    count = check.integer("num_samples", num_samples, 0)
+    count = check.integer("num_samples", num_samples, 0, _MOST_DRAWS)
     if isinstance(source, AliasTable):
         if not replacement:
             raise ValueError("replacement must be True for an AliasTable, got False")
@@ -158,10 +162,8 @@ def sample(
         return _race(source, count, generator)
     weighed = _weigh(source, "source")
     if max_duplicates is not None:
-        n = weighed.values.numel()
-        most = check.number("max_duplicates", max_duplicates, count / n)
-        if most < count:
-            weighed = _capped(weighed, most / count, "max_duplicates / num_samples")
+        most = check.number("max_duplicates", max_duplicates, 0.0)
+        weighed = _capped(weighed, most, "max_duplicates", count)
     seed = _seed_from(generator, source.device)
     return Batch(*kernels_for("sample", source.device.type).search(weighed, seed, 0, count))
 
@@ -239,7 +241,7 @@ def _heat(
 
 def _vector(weights: Tensor, name: str) -> Tensor:
     device = weights.device if isinstance(weights, Tensor) else torch.device("cpu")
-    weights = check.vector(name, weights, None, _FLOATS, device).detach()
+    weights = check.vector(name, weights, None, _FLOATS, device)
     if weights.numel() == 0:
         raise ValueError(f"{name} must have at least one weight, got shape [0]")
     return weights
@@ -262,19 +264,46 @@ def _unusable(weights: Tensor, name: str) -> ValueError:
     )
 
 
-def _capped(weights: Weights, max_prob: float, name: str) -> Weights:
-    n = weights.values.numel()
-    most = check.number(name, max_prob, 0.0)
-    ratio = Fraction(most).limit_denominator(1 << 40)
-    if ratio * n < 1:
-        raise ValueError(f"{name} must be at least 1/N = {1 / n:.6g}, got {most!r}")
-    if ratio >= 1:
+def _capped(weights: Weights, most: float, name: str, draws: int) -> Weights:
+    """The weights as integers of which none is drawn more than ``most`` times in ``draws``."""
+    if most >= draws:
         return weights
     kernels = kernels_for("sample", weights.values.device.type)
-    integers = kernels.integers(weights)
+    positive = int(torch.count_nonzero(weights.values))
+    ratio, least = Fraction(most) / draws, Fraction(1, positive)
+    if ratio < least * (1 - _ROUNDING):
+        raise ValueError(
+            f"{name} must be at least {draws} / {positive} = {draws / positive:.6g} (the number of "
+            f"positive weights is {positive}), got {most!r}"
+        )
+    ratio = max(ratio, least)
+    found = kernels.weigh(_without_peaks(weights.values, ratio))
+    integers = kernels.integers(found)
     theta = water_level(integers, 1, ratio.numerator, ratio.denominator)
     capped: Weights = kernels.weigh(integers.clamp(max=theta))
     return capped
+
+
+def _without_peaks(values: Tensor, ratio: Fraction) -> Tensor:
+    """The weights, cut to a power of two that is not below the water level.
+
+    The level stays where it is; but integers of the same sum then resolve what is below it, of
+    which beside one weight of 1e30 nothing would be left.
+    """
+    capped = (
+        math.ceil(1 / ratio) - 1
+    )  # at most so many, and theta = ratio rest / (1 - capped ratio)
+    largest = torch.topk(values, capped)
+    rest = values.double().index_fill(0, largest.indices, 0.0).sum()
+    # From the smallest on, so that nothing cancels: rest and divisor with capped, capped - 1, ...
+    peaks = largest.values.double().flip(0)
+    rests = rest + torch.cat([peaks.new_zeros(1), peaks.cumsum(0)])
+    fewer = torch.arange(capped + 1, dtype=rests.dtype, device=rests.device)
+    divisors = float(1 - capped * ratio) + float(ratio) * fewer
+    level = float((rests / divisors).min()) * float(ratio) * (1 + float(_ROUNDING))
+    if level == math.inf or math.frexp(level)[1] >= math.frexp(float(peaks[-1]))[1]:
+        return values
+    return values.clamp(max=math.ldexp(1.0, math.frexp(level)[1]))
 
 
 def _seed_from(generator: torch.Generator | None, device: torch.device) -> int:

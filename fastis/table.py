@@ -125,8 +125,12 @@ def _bits(n: int) -> int:
 
 
 def is_uniform(max_duplicates: float, batch_size: int, num_samples: int) -> bool:
-    """Whether the cap leaves no other probabilities than 1/N (or others within 1e-6 of it)."""
-    return max_duplicates * num_samples <= batch_size * (1 + 1e-6)
+    """Whether the cap leaves no other probabilities than 1/N (or others within 2e-6 of it).
+
+    A cap above that stays above B/N when :func:`cap_ratio` takes up to 1e-6 of it away: "mix" needs
+    that difference.
+    """
+    return max_duplicates * num_samples <= batch_size * (1 + 2e-6)
 
 
 def cap_ratio(max_duplicates: float, batch_size: int, num_samples: int) -> Fraction:

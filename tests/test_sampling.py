@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,6 +54,129 @@ def test_max_prob_caps():
     assert (p == p[0]).all()
     uncapped = fastis.AliasTable(weights, max_prob=1.0).probabilities
     torch.testing.assert_close(uncapped, weights.double() / 114)
+
+
+CAPPED = {
+    "none": ([3.0, 1.0, 2.0], 0.6),
+    "one": ([30.0, 1.0, 2.0], 0.5),
+    "the least cap": ([0.0, 1e30, 1.0, 2.0, 0.0], 1 / 3),
+    "just above the least cap": ([5.0, 1e30, 1.0, 2.0], 0.25 * (1 + 1e-9)),
+    "all but one": ([1e-300, 1e300, 3e300], 0.4),
+    "beside a giant": ([1e30, 1.0, 2.0, 3.0], 0.5),
+    "beside two, of which one is not capped": ([1e38, 1e30, 1.0, 2.0, 3.0], 0.5),
+    "subnormal": ([1e-320, 5e-324, 1e300], 0.4),
+    "sums that overflow": ([1e308, 1e308, 1e308, 1e308, 1e300], 0.22),
+    "one possible": ([0.0, 7.0], 1.0),
+}
+
+
+def flattened(weights, cap):
+    """p = min(c w, cap) in rational numbers: so many are capped that the next need not be."""
+    weights = [Fraction(w) for w in weights]
+    heaviest = sorted(weights, reverse=True)
+    cap = max(Fraction(cap), Fraction(1, sum(w > 0 for w in weights)))
+    rest = sum(weights)
+    for capped, largest in enumerate(heaviest):
+        scale = (1 - capped * cap) / rest
+        if largest * scale <= cap:
+            return [float(min(w * scale, cap)) for w in weights]
+        rest -= largest
+    raise AssertionError("the cap can't be met")
+
+
+@pytest.mark.parametrize("name", CAPPED)
+def test_caps_are_met_and_nothing_else_changes(any_backend, name):
+    weights, cap = CAPPED[name]
+    values = torch.tensor(weights, dtype=torch.float64)
+    before = values.clone()
+    table = fastis.AliasTable(values, max_prob=cap)
+    exact = torch.tensor(flattened(weights, cap), dtype=torch.float64)
+    torch.testing.assert_close(table.probabilities, exact, rtol=1e-14, atol=2**-57)
+    assert table.probabilities.max() <= max(cap, 1 / int((values > 0).sum()))
+    batch = fastis.sample(values, 20, max_duplicates=20 * cap)
+    expected = 1 / (len(weights) * exact[batch.indices])
+    torch.testing.assert_close(batch.weights.double(), expected, rtol=1e-6, atol=0)
+    assert torch.equal(values, before)
+
+
+def test_caps_of_many_weights_near_the_least_one(any_backend):
+    n = 2000
+    weights = torch.empty(n).log_normal_(0, 2, generator=torch.Generator().manual_seed(0))
+    p = fastis.AliasTable(weights, max_prob=1.01 / n).probabilities
+    assert p.max() <= 1.01 / n
+    exact = torch.tensor(flattened(weights.tolist(), 1.01 / n), dtype=torch.float64)
+    torch.testing.assert_close(p, exact, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), Fraction(1, 2)])
+def test_any_real_number_will_do(number):
+    weights = torch.tensor([100.0, 1, 1, 1])
+    assert fastis.AliasTable(weights, max_prob=number).probabilities.max() == 0.5
+    assert fastis.sample(weights, np.int64(4), max_duplicates=number * 8).indices.shape == (4,)
+    sampler = fastis.Sampler(9, 2, method=fastis.methods.EMAIS(tau=number), max_duplicates=number)
+    assert type(sampler.state_dict()["settings"]["options"]["tau"]) is float
+
+
+NOT_IN_MEMORY = """
+import sys, warnings
+import torch, fastis
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
+warnings.simplefilter("ignore")
+real = torch.rand(100)
+sources = {
+    "wrapper": TwoTensor(real, real.clone()),
+    "fake": FakeTensorMode().from_tensor(real),
+    "meta": real.to("meta"),
+    "sparse": real.to_sparse(),
+    "mkldnn": real.to_mkldnn(),
+}
+for name, size in (("resized to 0", 0), ("resized below its tensor", 40)):
+    sources[name] = real.clone()
+    sources[name].untyped_storage().resize_(size)
+calls = [
+    lambda weights: fastis.AliasTable(weights),
+    lambda weights: fastis.sample(weights, 10),
+    lambda weights: fastis.sample(weights, 10, replacement=False),
+]
+for name, source in sources.items():
+    for call in calls:
+        try:
+            call(source)
+        except TypeError as error:
+            assert "must be a dense tensor with memory of its own, got" in str(error), error
+        else:
+            raise AssertionError(name)
+for source in (real.as_subclass(type("Own", (torch.Tensor,), {})), torch.nn.Parameter(real)):
+    assert type(fastis.sample(source, 10).indices) is torch.Tensor
+with FakeTensorMode(allow_non_fake_inputs=True):
+    for call in calls:
+        try:
+            call(real)
+        except TypeError as error:
+            assert "got FakeTensor" in str(error)
+        else:
+            raise AssertionError("under a mode")
+print("all refused")
+"""
+
+
+def test_tensors_without_memory_are_refused_by_name():
+    done = subprocess.run([sys.executable, "-c", NOT_IN_MEMORY], capture_output=True, text=True)
+    assert done.stdout == "all refused\n", (done.returncode, done.stderr)
+
+
+def test_tensors_that_do_not_lie_in_memory_as_they_read(any_backend):
+    weights = torch.rand(100)
+    negated = torch._neg_view(-weights)
+    assert negated.is_neg()
+    for source in (negated, torch.stack([weights, -weights], 1)[:, 0], weights.flip(0).flip(0)):
+        table, expected = fastis.AliasTable(source), fastis.AliasTable(weights)
+        assert torch.equal(table.probabilities, expected.probabilities)
+    with pytest.raises(ValueError, match="finite and non-negative"):
+        fastis.AliasTable(torch._neg_view(weights))
+    with pytest.raises(ValueError, match="positive weight among them"):
+        fastis.AliasTable(torch._efficientzerotensor(100))
 
 
 def chi2(counts, p):
@@ -187,7 +314,7 @@ def test_no_draws_is_fine():
     ("call", "error", "message"),
     [
         (lambda: fastis.sample(torch.ones(3)), TypeError, "num_samples must be an int"),
-        (lambda: fastis.sample(torch.ones(3), -1), ValueError, "num_samples must be at least 0"),
+        (lambda: fastis.sample(torch.ones(3), -1), ValueError, r"num_samples must be in \[0, "),
         (lambda: fastis.sample([1.0], 1), TypeError, "source must be a tensor, got list"),
         (lambda: fastis.sample(torch.ones(2, 2), 1), ValueError, r"source must have shape \[n\]"),
         (lambda: fastis.sample(torch.ones(2).long(), 1), TypeError, "source must have dtype"),
@@ -204,7 +331,7 @@ def test_no_draws_is_fine():
         (
             lambda: fastis.sample(torch.ones(4), 2, max_duplicates=0.4),
             ValueError,
-            "max_duplicates must be in",
+            r"max_duplicates must be at least 2 / 4 = 0.5 \(.*positive weights is 4\), got 0.4",
         ),
         (
             lambda: fastis.sample(torch.ones(4), 2, replacement=False, max_duplicates=1.0),
@@ -212,7 +339,42 @@ def test_no_draws_is_fine():
             "max_duplicates must be None without replacement",
         ),
         (lambda: fastis.sample(torch.ones(4), 2, generator=3), TypeError, "generator must be"),
-        (lambda: fastis.AliasTable(torch.ones(4), max_prob=0.2), ValueError, "at least 1/N"),
+        (
+            lambda: fastis.sample(torch.tensor([0.0, 0, 1, 0]), 4, max_duplicates=1.0),
+            ValueError,
+            r"max_duplicates must be at least 4 / 1 = 4 \(.*positive weights is 1\), got 1.0",
+        ),
+        (
+            lambda: fastis.AliasTable(torch.tensor([0.0, 0, 1, 0]), max_prob=0.25),
+            ValueError,
+            r"max_prob must be at least 1 / 1 = 1 \(.*positive weights is 1\), got 0.25",
+        ),
+        (
+            lambda: fastis.sample(torch.ones(4), 2, max_duplicates=10**400),
+            ValueError,
+            "max_duplicates must be in .*, got an int of 1329 bits",
+        ),
+        (
+            lambda: fastis.sample(torch.ones(4), 10**5000),
+            ValueError,
+            "num_samples must be in .*, got an int of",
+        ),
+        (
+            lambda: fastis.sample(torch.ones(4), torch.tensor([1, 2])),
+            TypeError,
+            "num_samples must be an int, got Tensor",
+        ),
+        (
+            lambda: fastis.sample(torch.ones(4), 2, max_duplicates=torch.nan),
+            ValueError,
+            "max_duplicates must be in .*, got nan",
+        ),
+        (lambda: fastis.AliasTable(torch.ones(4), max_prob=True), TypeError, "must be a number"),
+        (
+            lambda: fastis.AliasTable(torch.ones(4), max_prob=0.2),
+            ValueError,
+            "at least 1 / 4 = 0.25",
+        ),
         (
             lambda: fastis.sample(fastis.AliasTable(torch.ones(4)), 2, replacement=False),
             ValueError,

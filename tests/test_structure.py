@@ -192,6 +192,7 @@ def test_deep_trees_draw_what_the_cumulative_sum_draws(n):
         ("cap", 1.5),
         ("mix", 1.0),
         ("mix", 1 + 1e-9),
+        ("mix", (1 + 1e-6) * (1 + 1e-13)),
     ],
 )
 @pytest.mark.parametrize(("n", "b"), [(6000, 10), (60_000, 64), (50_000, 256), (10_007, 7)])

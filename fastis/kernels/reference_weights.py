@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from typing import NamedTuple
 
 import torch
@@ -91,14 +92,16 @@ def water_level(weights: Tensor, batch_size: int, numerator: int, denominator: i
     (math: flattening). Python's integers: exact.
     """
     most = max(0, -(-batch_size * denominator // numerator) - 1)
-    largest = torch.topk(weights, min(most + 1, weights.numel())).values.tolist()
-    rest = int(weights.sum())
-    for capped, largest_uncapped in enumerate(largest):
-        theta = numerator * rest // (batch_size * denominator - capped * numerator)
-        if largest_uncapped <= theta:
-            break
-        rest -= largest_uncapped
-    return min(theta, 1 << 62)
+    largest = torch.topk(weights, min(most + 1, weights.numel())).values
+    ends, total = torch.cumsum(largest, 0), int(weights.sum())
+
+    def level(capped: int) -> int:
+        rest = total - int(ends[capped - 1]) if capped > 0 else total
+        return numerator * rest // (batch_size * denominator - capped * numerator)
+
+    # Once an uncapped weight is not above its level, no smaller one is: so a bisection.
+    met = bisect_left(range(len(largest)), True, key=lambda k: int(largest[k]) <= level(k))
+    return min(level(min(met, len(largest) - 1)), 1 << 62)
 
 
 def mix_offset(weights: Tensor, constants: Constants) -> int:

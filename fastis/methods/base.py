@@ -8,6 +8,7 @@ with the tree over them, variance averages, and the tensors that the method asks
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -21,6 +22,7 @@ from fastis.kernels.reference_weights import distribution
 from fastis.saved import Range
 from fastis.table import DRAWS, FACTOR, UPDATES, Table
 
+_PLAIN: tuple[type, ...] = (bool, int, float)
 ESTIMATORS = ("unbiased", "plugin")
 FOREVER = 2**62
 
@@ -77,6 +79,11 @@ class Method:
     smoothing: float = 0.99
 
     def __post_init__(self) -> None:
+        for option in fields(self):  # numbers of numpy would not survive weights_only=True
+            value: Any = getattr(self, option.name)
+            if isinstance(value, numbers.Real) and type(value) not in _PLAIN:
+                plain = int(value) if isinstance(value, numbers.Integral) else float(value)
+                object.__setattr__(self, option.name, plain)
         check.choice("estimator", self.estimator, ESTIMATORS)
         if check.number("smoothing", self.smoothing, 0.0) >= 1:
             raise ValueError(f"smoothing must be in [0, 1), got {self.smoothing!r}")
