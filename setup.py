@@ -47,6 +47,16 @@ def relative(pattern: str) -> list[str]:
     return sorted(str(Path(p).relative_to(HERE)) for p in glob(str(HERE / pattern)))
 
 
+def wants_extension() -> bool:
+    """False where FASTIS_NO_EXTENSION=1 asks for pure Python."""
+    without = os.environ.get("FASTIS_NO_EXTENSION", "0")
+    if without not in ("0", "1"):
+        raise ValueError(f"FASTIS_NO_EXTENSION must be 0, 1 or unset, got {without!r}")
+    if without == "1" and os.environ.get("FASTIS_CUDA") == "1":
+        raise ValueError("FASTIS_CUDA=1 demands the extension, FASTIS_NO_EXTENSION=1 forbids it")
+    return without == "0"
+
+
 def find_nvcc() -> str | None:
     """The path of nvcc, or None; raises when FASTIS_CUDA=1 demands one that is not there."""
     wanted = os.environ.get("FASTIS_CUDA", "auto")
@@ -65,16 +75,6 @@ def find_nvcc() -> str | None:
             "incomplete; FASTIS_CUDA=0 builds without CUDA"
         )
     return nvcc
-
-
-def wants_extension() -> bool:
-    """False where FASTIS_NO_EXTENSION=1 asks for pure Python."""
-    without = os.environ.get("FASTIS_NO_EXTENSION", "0")
-    if without not in ("0", "1"):
-        raise ValueError(f"FASTIS_NO_EXTENSION must be 0, 1 or unset, got {without!r}")
-    if without == "1" and os.environ.get("FASTIS_CUDA") == "1":
-        raise ValueError("FASTIS_CUDA=1 demands the extension, FASTIS_NO_EXTENSION=1 forbids it")
-    return without == "0"
 
 
 def find_cudart(nvcc: str) -> str:

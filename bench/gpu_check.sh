@@ -43,7 +43,7 @@ step() {
 
 # pytest's exit status 5, no test collected, is no failure here.
 gpu_tests() {
-  "$@" "$python" -m pytest -p no:xdist -m "cuda and not slow" -q -p no:cacheprovider
+  "$@" "$python" -m pytest -m "cuda and not slow" -q -p no:cacheprovider
   local code=$?
   ((code == 5)) && echo "no GPU tests yet" && return 0
   return "$code"
