@@ -6,6 +6,7 @@
 #endif
 
 #include <cstdlib>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -13,6 +14,8 @@
 #include "fastis.h"
 
 namespace py = pybind11;
+
+void fastis::out_of_memory() { throw std::bad_alloc(); }
 
 namespace pybind11::detail {
 
@@ -71,12 +74,13 @@ Isa chosen_isa() {
                            wanted);
 }
 
-bool is_one(fastis::Pointer<const float> x) { return *x == 1.0f; }
+// False for a tensor without memory.
+bool is_one(fastis::Pointer<const float> x) { return x != nullptr && *x == 1.0f; }
 
 std::string build_info() {
   std::string info = std::string("C++ by ") + __VERSION__;
 #ifdef FASTIS_CUDA
-  info += ", with CUDA";
+  info += std::string(", with CUDA for ") + FASTIS_CUDA_TARGETS;
 #else
   info += ", without CUDA (no nvcc at build time, or FASTIS_CUDA=0)";
 #endif
@@ -201,9 +205,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("emulate_alias_draw", &fastis::emulated::alias_draw);
   m.def("emulate_alias_resolve", &fastis::emulated::alias_resolve);
   m.def("emulate_draw_points", &fastis::emulated::draw_points);
+  m.def("emulate_scale_grad", &fastis::emulated::scale_grad);
   m.def("emulate_share", &fastis::emulated::share);
   m.def("emulate_blocks_for", &fastis::emulated::blocks_for);
   m.def("rescale", FASTIS_CPU(rescale));
+  m.def("copy_state", FASTIS_CPU(copy_state));
+  m.def("check_records", FASTIS_CPU(check_records));
   m.def("locate", FASTIS_CPU(locate));
   m.def("integers", FASTIS_CPU(integers));
   m.def("alias_build", FASTIS_CPU(alias_build));
@@ -213,6 +220,8 @@ PYBIND11_MODULE(_C, m) {
   // On the step's path.
 #ifdef FASTIS_CUDA
   m.def("cuda_error_string", &fastis::cuda::error_string);
+  m.attr("cuda_targets") = FASTIS_CUDA_TARGETS;
+  m.def("cuda_missing", &fastis::cuda::missing);
   fastis::define_fast<struct CudaUpdate>(m, "cuda_update", &fastis::cuda::update);
   fastis::define_fast<struct CudaDraw>(m, "cuda_draw", &fastis::cuda::draw);
   m.def("cuda_rescale", &fastis::cuda::rescale);
@@ -228,6 +237,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_alias_draw", &fastis::cuda::alias_draw);
   m.def("cuda_alias_resolve", &fastis::cuda::alias_resolve);
   m.def("cuda_draw_points", &fastis::cuda::draw_points);
+  fastis::define_fast<struct CudaScaleGrad>(m, "cuda_scale_grad", &fastis::cuda::scale_grad);
 #endif
   fastis::define_fast<struct Weigh>(m, "weigh", FASTIS_CPU(weigh));
   fastis::define_fast<struct Search>(m, "search", FASTIS_CPU(search));

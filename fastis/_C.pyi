@@ -49,7 +49,23 @@ def emulate_update_and_draw(
 # The kernels for given weights, cuda_NAME(..., device, stream) and emulate_NAME(..., stride), are
 # called by name: fastis/kernels/cuda_weights.py. Their arguments: csrc/fastis.h.
 
+cuda_targets: str
+
+def cuda_missing(device: int) -> str: ...
 def cuda_error_string(error: int) -> str: ...
+def cuda_scale_grad(
+    before: int,
+    after: int,
+    grad: int,
+    out: int,
+    scale: int,
+    rows: int,
+    columns: int,
+    scale_stride: int,
+    device: int,
+    stream: int,
+    /,
+) -> int: ...
 def cuda_update(
     table: int,
     indices: int,
@@ -90,6 +106,19 @@ def update(
     mean_grad: int,
     num_classes: int,
 ) -> bool: ...
+def copy_state(
+    num_scalars: int,
+    num_records: int,
+    from_scalars: int,
+    from_variance: int,
+    from_records: int,
+    to_scalars: int,
+    to_variance: int,
+    to_records: int,
+) -> None: ...
+def check_records(
+    records: int, n: int, updates: int, exponent: int, importance: int, found: int
+) -> int: ...
 def draw(table: int, indices: int, weights: int, /) -> None: ...
 def locate(table: int, points: int, count: int, indices: int, weights: int) -> None: ...
 def weigh(

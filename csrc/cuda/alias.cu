@@ -67,25 +67,31 @@ int64_t alias_build(int64_t format, Pointer<const void> values, int64_t n, int64
   TileSums* const sums = reinterpret_cast<TileSums*>(before.address);  // [0] is 0 already
   const AliasJob job(weights, total, sums, reinterpret_cast<Bucket*>(table.address));
   const OnDevice on(device);
-  int64_t error = launch<tile_sums_kernel>(device, stream, weights.tiles() * kWarp, weights,
-                                           job.buckets, sums + 1);
+  if (on.error() != cudaSuccess) return on.error();
+  cudaError_t error = launch<tile_sums_kernel>(device, stream, weights.tiles() * kWarp, weights,
+                                               job.buckets, sums + 1);
   if (error != cudaSuccess) return error;
   const auto on_stream = reinterpret_cast<cudaStream_t>(stream);
   size_t size = static_cast<size_t>(bytes);
   error = cub::DeviceScan::InclusiveScan(memory.address, size, sums + 1, sums + 1, Plus(),
                                          weights.tiles(), on_stream);
-  if (error != cudaSuccess) return error;
-  alias_parts_kernel<<<static_cast<unsigned>(job.parts()), kThreads, 0, on_stream>>>(job);
-  return cudaGetLastError();
+  if (error != cudaSuccess) return cleared(error);
+  void* arguments[] = {const_cast<AliasJob*>(&job)};
+  return cleared(cudaLaunchKernel(reinterpret_cast<const void*>(alias_parts_kernel),
+                                  dim3(static_cast<unsigned>(job.parts())), dim3(kThreads),
+                                  arguments, 0, on_stream));
 }
 
 int64_t alias_build_bytes(int64_t n, int64_t device) {
   const OnDevice on(device);
   size_t bytes = 0;
   TileSums* const none = nullptr;
-  cub::DeviceScan::InclusiveScan(nullptr, bytes, none, none, Plus(),
-                                 GivenWeights{{}, {}, n, 0}.tiles());
-  return static_cast<int64_t>(bytes);
+  cudaError_t error = on.error();
+  if (error == cudaSuccess) {
+    error = cub::DeviceScan::InclusiveScan(nullptr, bytes, none, none, Plus(),
+                                           GivenWeights{{}, {}, n, 0}.tiles());
+  }
+  return error == cudaSuccess ? static_cast<int64_t>(bytes) : -int64_t{cleared(error)};
 }
 
 int64_t alias_draw(Pointer<const uint64_t> table, int64_t n, uint64_t total, uint64_t seed,

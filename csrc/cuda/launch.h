@@ -11,12 +11,19 @@
 
 namespace fastis::cuda {
 
+// `error`, no longer the last one that the runtime remembers: libraries (CUB) that ask for the last
+// error after a launch of theirs would report ours as their own.
+inline cudaError_t cleared(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
 // Makes `device` current for as long as this lives.
 class OnDevice {
  public:
   explicit OnDevice(int64_t device) : device_(static_cast<int>(device)) {
-    error_ = cudaGetDevice(&before_);
-    if (error_ == cudaSuccess && before_ != device_) error_ = cudaSetDevice(device_);
+    error_ = cleared(cudaGetDevice(&before_));
+    if (error_ == cudaSuccess && before_ != device_) error_ = cleared(cudaSetDevice(device_));
   }
   ~OnDevice() {
     if (before_ != device_ && before_ >= 0) cudaSetDevice(before_);
@@ -44,9 +51,9 @@ cudaError_t most_blocks(int device, int64_t& most) {
   int of_one = 0, multiprocessors = 0;
   cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
       &of_one, reinterpret_cast<const void*>(kernel), device::kThreads, 0);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess) return cleared(error);
   error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess) return cleared(error);
   most = int64_t{of_one} * multiprocessors;
   if (remembered) known[device].store(most, std::memory_order_relaxed);
   return cudaSuccess;
@@ -64,9 +71,9 @@ cudaError_t launch_by(const Start& start, int64_t device, uint64_t stream, int64
   const cudaError_t error = most_blocks<kernel>(on.device(), most);
   if (error != cudaSuccess) return error;
   void* arguments[] = {&a...};
-  return start(reinterpret_cast<const void*>(kernel), dim3(device::blocks_for(items, most)),
-               dim3(device::kThreads), arguments, size_t{0},
-               reinterpret_cast<cudaStream_t>(stream));
+  return cleared(start(reinterpret_cast<const void*>(kernel), dim3(device::blocks_for(items, most)),
+                       dim3(device::kThreads), arguments, size_t{0},
+                       reinterpret_cast<cudaStream_t>(stream)));
 }
 
 template <auto kernel, class... A>
@@ -84,7 +91,16 @@ cudaError_t launch_cooperative(int64_t device, uint64_t stream, int64_t items, A
                         cudaStream_t on) {
     return cudaLaunchCooperativeKernel(function, grid, block, arguments, bytes, on);
   };
-  return launch_by<kernel>(start, device, stream, items, a...);
+  const cudaError_t error = launch_by<kernel>(start, device, stream, items, a...);
+  if (error != cudaErrorCooperativeLaunchTooLarge) return error;
+  // Instrumented code (compute-sanitizer) and shared devices (MPS) hold fewer blocks than the
+  // driver promised: once more with one for each multiprocessor.
+  int multiprocessors = 0;
+  const cudaError_t asked = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
+                                                   static_cast<int>(device));
+  if (asked != cudaSuccess) return cleared(asked);
+  const int64_t fewer = int64_t{multiprocessors} * device::kThreads;
+  return launch_by<kernel>(start, device, stream, fewer < items ? fewer : items, a...);
 }
 
 }  // namespace fastis::cuda

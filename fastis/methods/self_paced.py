@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from fastis import check
+from fastis.kernels.reference_update import LARGEST_SCORE
 from fastis.methods.base import FOREVER, Method, Observation, Scored
-from fastis.methods.weighted import epoch_ended, usable_positions
-from fastis.table import Table
+from fastis.methods.weighted import counted, epoch_ended, kept
+from fastis.saved import Range
+from fastis.table import UPDATES, Table
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class SelfPaced(Method):
     """
 
     name: ClassVar[str] = "self_paced"
+    memory_ranges: ClassVar[dict[str, Range]] = {
+        "losses": Range(-LARGEST_SCORE, LARGEST_SCORE, nan=True),
+        "threshold": Range(-2 * LARGEST_SCORE, float("inf")),
+    }
 
     quantile: float = 0.6
     growth: float = 1.3
@@ -70,12 +76,16 @@ class SelfPaced(Method):
         return out.losses
 
     def update(self, table: Table, seen: Observation) -> bool:
-        keep = usable_positions(table, seen)
+        keep = kept(table, seen)
         if keep is None:
             return False
-        table.memory["losses"][seen.indices[keep]] = seen.observed[keep]
+        if len(seen.indices) == 0:
+            return True
+        keep.write(table.memory["losses"], keep.observed)
+        epoch = epoch_ended(table, updates=1)
         super().update(table, seen)
-        if len(seen.indices) and (epoch := epoch_ended(table)):
+        counted(table, UPDATES)
+        if epoch:
             self._raise_threshold(table.memory["losses"], table.memory["threshold"], epoch)
         return True
 
