@@ -1,5 +1,8 @@
 """Builds ``fastis._C``: C++ always, CUDA when nvcc is found (``FASTIS_CUDA=0|1`` forces).
 
+``FASTIS_NO_EXTENSION=1`` builds nothing: a wheel of pure Python, with the reference backend and
+Triton's losses, for machines without a compiler.
+
 The extension knows nothing of torch: its entry points take raw pointers and sizes, so one wheel
 serves every torch. The files under csrc/cpu are compiled once per instruction set and the best one
 that the machine has is chosen at import; everything else is compiled once.
@@ -17,6 +20,7 @@ from pathlib import Path
 import pybind11
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import PlatformError
 
 HERE = Path(__file__).parent
 # Those that this nvcc knows are compiled, and PTX of the oldest and the newest of them besides:
@@ -51,18 +55,33 @@ def relative(pattern: str) -> list[str]:
     return sorted(str(Path(p).relative_to(HERE)) for p in glob(str(HERE / pattern)))
 
 
+def wants_extension() -> bool:
+    """False where FASTIS_NO_EXTENSION=1 asks for pure Python."""
+    without = os.environ.get("FASTIS_NO_EXTENSION", "0")
+    if without not in ("0", "1"):
+        raise ValueError(f"FASTIS_NO_EXTENSION must be 0, 1 or unset, got {without!r}")
+    if without == "1" and os.environ.get("FASTIS_CUDA") == "1":
+        raise ValueError("FASTIS_CUDA=1 demands the extension, FASTIS_NO_EXTENSION=1 forbids it")
+    return without == "0"
+
+
 def find_nvcc() -> str | None:
     """The path of nvcc, or None; raises when FASTIS_CUDA=1 demands one that is not there."""
     wanted = os.environ.get("FASTIS_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         raise ValueError(f"FASTIS_CUDA must be 0, 1 or unset, got {wanted!r}")
-    if wanted == "0" or not relative("csrc/cuda/*.cu"):
+    if wanted == "0":
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else None
     nvcc = nvcc or shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None and wanted == "1":
         raise RuntimeError("FASTIS_CUDA=1, but nvcc was found neither in CUDA_HOME nor on PATH")
+    if nvcc and not relative("csrc/cuda/*.cu"):
+        raise RuntimeError(
+            f"{nvcc} was found, but no CUDA sources in csrc/cuda: this copy of the sources is "
+            "incomplete; FASTIS_CUDA=0 builds without CUDA"
+        )
     return nvcc
 
 
@@ -109,6 +128,17 @@ def find_cudart(nvcc: str) -> str:
 
 class BuildExtension(build_ext):
     """Compiles csrc/cpu once per instruction set and csrc/cuda with nvcc, then links one module."""
+
+    def build_extensions(self) -> None:
+        command = getattr(self.compiler, "compiler_so_cxx", None)  # of compilers as on Unix
+        if command and shutil.which(command[0]) is None:
+            raise PlatformError(
+                f"fastis._C needs a C++17 compiler, but {command[0]!r} was not found: install one "
+                "(Debian, Ubuntu: apt install g++) or name one in CXX. FASTIS_NO_EXTENSION=1 "
+                "installs without: plain PyTorch on CPUs, right but slow"
+            )
+        find_nvcc()  # raises before a minute of compiling, not after
+        super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
         is_x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
@@ -178,6 +208,8 @@ setup(
             depends=relative("csrc/*.h") + relative("csrc/cpu/*.h") + relative("csrc/device/*.h"),
             language="c++",
         )
-    ],
+    ]
+    if wants_extension()
+    else [],
     cmdclass={"build_ext": BuildExtension},
 )

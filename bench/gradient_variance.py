@@ -48,8 +48,8 @@ class Layout:
     def __init__(self, sampler: fastis.Sampler) -> None:
         drawn = distribution(sampler._table)
         others = torch.ones(len(drawn.weights), dtype=torch.bool)
-        others[drawn.heavy] = False
-        self.order = torch.cat([drawn.heavy, others.nonzero().flatten()])
+        others[drawn.capped] = False
+        self.order = torch.cat([drawn.capped, others.nonzero().flatten()])
         self.p = drawn.weights.double()[self.order] / drawn.total
         self.num_slices = sampler.batch_size
         ends = torch.cumsum(drawn.weights[self.order], 0).double() / drawn.total

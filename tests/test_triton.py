@@ -44,14 +44,14 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is this process")
-def test_in_the_interpreter():
-    names = ("triton", "triton_loss", "loss_kernels", "loss")
-    suites = [str(HERE / f"test_{name}.py") for name in names]
+@pytest.mark.parametrize("name", ["triton", "triton_loss", "loss_kernels", "loss"])
+def test_in_the_interpreter(name):
     options = ["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
-    done = python("-m", "pytest", *options, *suites, TRITON_INTERPRET="1")
+    done = python("-m", "pytest", *options, str(HERE / f"test_{name}.py"), TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="compiles, which the interpreter does not")
 def test_every_kernel_compiles_without_spills():
     done = python("bench/kernel_resources.py", "--check")

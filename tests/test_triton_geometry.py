@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastis.kernels import triton_geometry as geometry
@@ -49,6 +49,7 @@ def rows_taken(plan, rows):
     return taken
 
 
+@settings(deadline=None)
 @given(rows=st.integers(1, 20_000), columns=SIZES, mean=st.booleans(), label=st.booleans())
 def test_every_row_is_taken_once(rows, columns, mean, label):
     plan = geometry.row_launch(
@@ -142,6 +143,7 @@ def test_all_programs_of_a_looping_launch_are_resident_at_once():
             assert plan.programs <= 132 * (warps // plan.num_warps)
 
 
+@settings(deadline=None)
 @given(parts=st.integers(1, 5000), columns=st.integers(0, 4096))
 def test_column_sums_cover_parts_and_columns(parts, columns):
     plan = geometry.column_sums(parts, columns)
@@ -150,6 +152,7 @@ def test_column_sums_cover_parts_and_columns(parts, columns):
     assert plan.block_parts * plan.block_columns <= 64 * 32 * plan.num_warps
 
 
+@settings(deadline=None)
 @given(rows=SIZES, columns=st.one_of(SIZES, st.integers(1, 2**40)))
 def test_scaling_covers_rows_and_columns(rows, columns):
     plan = geometry.scaling(rows, columns)
@@ -160,6 +163,7 @@ def test_scaling_covers_rows_and_columns(rows, columns):
     assert step <= columns + plan.block_columns
 
 
+@settings(deadline=None)
 @given(rows=st.integers(1, 2**31 - 1))
 def test_parts_of_the_denominator_are_a_power_of_two(rows):
     parts = geometry.label_parts(rows)

@@ -35,9 +35,13 @@ import torch
 try:
     import fastis._C  # noqa: F401 (its error names what is missing; the next line's would not)
     from fastis import _C as _C
-except ImportError as error:  # a source tree that was never built, or a wheel for another machine
+except ImportError as error:
     _C = None  # type: ignore[assignment]
     _C_MISSING = f"the compiled extension fastis._C could not be imported ({error})"
+    if isinstance(error, ModuleNotFoundError):
+        _C_MISSING += (
+            ": fastis was installed with FASTIS_NO_EXTENSION=1, or not built for this Python"
+        )
 else:
     _C_MISSING = ""
 
