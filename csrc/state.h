@@ -22,6 +22,17 @@ struct alignas(16) Record {
 };
 static_assert(sizeof(Record) == 16);
 
+// `last` holds the clock of updates modulo 2^31, and ages are differences modulo 2^31: a seen
+// sample of age 0 has been observed in this iteration.
+FASTIS_HD inline int32_t clock_at(int64_t updates) {
+  return static_cast<int32_t>(updates & 0x7FFFFFFF);
+}
+
+FASTIS_HD inline int32_t age(int32_t last, int32_t now) {
+  return static_cast<int32_t>((static_cast<uint32_t>(now) - static_cast<uint32_t>(last)) &
+                              0x7FFFFFFFu);
+}
+
 enum class Importance : int { rms = 0, sum = 1 };
 
 // Scores from here on count as non-finite: their squares would leave float32.

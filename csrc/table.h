@@ -97,11 +97,20 @@ struct Table {
   Levels levels{1};
 };
 
-// The time constant of the averages in iteration `now`: the table's, or linear in the iteration.
-FASTIS_HD inline float tau_at(const Table& t, int32_t now) {
+// The time constant of the averages in iteration `updates`: the table's, or linear in it.
+FASTIS_HD inline float tau_at(const Table& t, int64_t updates) {
   if (t.tau > 0) return t.tau;
-  const float linear = t.tau_scale * static_cast<float>(now);
+  const float linear = t.tau_scale * static_cast<float>(updates);
   return linear > 1.0f ? linear : 1.0f;
+}
+
+// Whether the weights are to be rescaled: the total, with the mean for every unseen sample, must
+// not exceed the limit.
+FASTIS_HD inline bool exceeds_limit(const Table& t) {
+  const Scalars& s = *t.scalars;
+  if (s.total > t.total_limit) return true;
+  return s.seen > 0 && t.num_samples > s.seen &&
+         s.total / s.seen > (t.total_limit - s.total) / (t.num_samples - s.seen);
 }
 
 // Rescaling puts the floor's exponent `headroom` above e0, so that the mean may fall by that many

@@ -15,7 +15,7 @@ from fastis import _C, kernels
 from fastis.kernels import cuda_launch
 from fastis.kernels.reference_weights import distribution
 from fastis.methods import EMAIS
-from fastis.table import LAST
+from fastis.table import LAST, MEAN, SEEN, TOTAL, UPDATES
 
 FORWARDS, BACKWARDS, SCRAMBLED = 1, 0, 7919
 
@@ -134,6 +134,59 @@ def test_rescaling_when_scores_move_by_decades(emulated, trend, flatten):
         num_samples=200, batch_size=24, method=EMAIS(warmup_epochs=0, tau=3.0), flatten=flatten
     )
     run(samplers, emulated, SCRAMBLED, steps=200, batch_size=24, trend=trend)
+
+
+def effective_total(table) -> int:
+    """The sum of the weights with the mean for every unseen sample, in Python's integers."""
+    total, seen = int(table.scalars[TOTAL]), int(table.scalars[SEEN])
+    return total + (table.constants.num_samples - seen) * (total // max(seen, 1))
+
+
+@pytest.mark.parametrize("ratio", [1e3, 1e4, 1e5, 1e6])
+@pytest.mark.parametrize("flatten", ["cap", "mix"])
+def test_sums_hold_the_weights_of_all_unseen_samples(emulated, flatten, ratio):
+    n, batch_size = 2**16, 128
+    method = EMAIS(warmup_epochs=0)
+    samplers = pair(num_samples=n, batch_size=batch_size, method=method, flatten=flatten)
+    generator = torch.Generator().manual_seed(0)
+    limit = samplers[0]._table.constants.total_limit
+    for step in range(4):
+        first = torch.arange(batch_size) + step * batch_size
+        batch = fastis.Batch(first, torch.ones(batch_size))
+        score = torch.empty(batch_size).log_normal_(0, 0.5, generator=generator)
+        score *= 1e-5 * ratio**step
+        kernels._chosen.clear()
+        with fastis.backend("reference"):
+            samplers[0].update(batch, observe(score))
+            expected = samplers[0].sample()
+        emulated(SCRAMBLED)
+        samplers[1].update(batch, observe(score))
+        assert effective_total(samplers[1]._table) <= limit
+        drawn = samplers[1].sample()
+        assert torch.equal(drawn.indices, expected.indices)
+        assert torch.equal(drawn.weights, expected.weights)
+        assert float(samplers[0].probabilities().sum()) == pytest.approx(1, abs=1e-9)
+    assert_equal_tables(*samplers)
+
+
+@pytest.mark.parametrize("updates", [2**31 - 3, 2**31 - 1, 2**32 - 2, 2**40 + 2**31 - 2])
+@pytest.mark.parametrize("tau", ["linear", 3.0])
+def test_samples_learn_on_when_the_clock_of_last_wraps(emulated, updates, tau):
+    samplers = pair(num_samples=60, batch_size=24, method=EMAIS(warmup_epochs=0, tau=tau))
+    for sampler in samplers:
+        sampler._table.scalars[UPDATES] = updates
+    run(samplers, emulated, SCRAMBLED, steps=8, batch_size=24)
+    table = samplers[1]._table
+    seen = table.column(LAST) >= 0
+    ages = ((updates + 7) - table.column(LAST)[seen].long()) & (2**31 - 1)
+    assert int(ages.max()) <= 7
+    if tau == "linear":
+        return  # the last 10 of 2^31 iterations: less than the mean's last bit
+    before = table.column(MEAN).clone()
+    kernels._chosen.clear()
+    emulated(SCRAMBLED)
+    sweep(samplers[1], torch.full((60,), 1000.0))
+    assert bool((table.column(MEAN) > before).all())
 
 
 @pytest.mark.parametrize("duplicates", [0.2, 1, 1.5, 5, 40])

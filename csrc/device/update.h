@@ -39,16 +39,15 @@ struct Clock {
 
 FASTIS_HD inline Clock clock_of(const Table& t, int64_t n) {
   const Scalars& s = *t.scalars;
-  const int64_t last = 0x7FFFFFFF;
-  const int32_t now = static_cast<int32_t>(s.updates < last ? s.updates : last);
   const int exponent = exponent_of_table(t);
-  return {now, tau_at(t, now), floor_of(static_cast<uint64_t>(s.total), s.seen, exponent, t.floor),
-          exponent, max_shift(n)};
+  return {clock_at(s.updates), tau_at(t, s.updates),
+          floor_of(static_cast<uint64_t>(s.total), s.seen, exponent, t.floor), exponent,
+          max_shift(n)};
 }
 
 FASTIS_HD inline void claim(const DeviceTable& t, const Minibatch& m, int32_t now, int64_t b) {
   const int64_t index = m.indices[b];
-  if (in_table(t, index) && usable(m.observed[b]) && t.records[index].last < now) {
+  if (in_table(t, index) && usable(m.observed[b]) && t.records[index].last != now) {
     atomic_min(t.claims + index, static_cast<uint32_t>(b));
   }
 }
@@ -69,7 +68,7 @@ FASTIS_HD inline Tally apply(const DeviceTable& t, const Minibatch& m, const Clo
   const Record old = t.records[index];
   const bool fresh = old.last < 0, anew = fresh || t.tau < 0;
   Record record{anew ? x : old.mean, anew ? 0.0f : old.var, clock.now, 0};
-  observe(record.mean, record.var, x, static_cast<float>(fresh ? 1 : clock.now - old.last),
+  observe(record.mean, record.var, x, static_cast<float>(fresh ? 1 : age(old.last, clock.now)),
           clock.tau);
   const uint32_t code = code_of(importance_of(record.mean, record.var, t.importance), clock.floor);
   record.code = code | (old.code & kCappedFlag);
@@ -128,7 +127,7 @@ FASTIS_HD void update(Grid& grid, const DeviceTable& t, const Minibatch& m) {
           atomic_add(&s.reserved[kOutside], tally.outside);
           atomic_max(&s.ceiling, tally.ceiling);
         });
-    const bool must_rescale = s.reserved[kOutside] != 0 || s.total > t.total_limit;
+    const bool must_rescale = s.reserved[kOutside] != 0 || exceeds_limit(t);
     if (must_rescale) {
       grid.wait();  // until every thread has read the above
       rescale(grid, t);

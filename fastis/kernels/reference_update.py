@@ -40,6 +40,7 @@ from fastis.table import (
 )
 
 LARGEST_SCORE = 2.0**60
+CLOCK = 2**31 - 1  # `last` is the clock of updates modulo 2^31
 
 
 def update(
@@ -108,16 +109,17 @@ def first_positions(indices: Tensor, usable: Tensor) -> Tensor:
 def update_state(table: Table, indices: Tensor, observed: Tensor) -> None:
     """Kutsuna 2025, Algorithm 1, with weights as integers (math: state table, exactness)."""
     constants, scalars = table.constants, table.scalars
-    now = min(int(scalars[UPDATES]), 2**31 - 1)
+    updates = int(scalars[UPDATES])
+    now = updates & CLOCK
     total, seen, e0 = (int(scalars[at]) for at in (TOTAL, SEEN, EXPONENT))
     usable = observed.abs() < LARGEST_SCORE
     scalars[SKIPPED] += (~usable).sum()
     keep = first_positions(indices, usable)
-    keep = keep[table.column(LAST)[indices[keep]] < now]  # an iteration observes a sample once
+    keep = keep[table.column(LAST)[indices[keep]] != now]  # an iteration observes a sample once
     i, x = indices[keep], observed[keep]
 
     fresh = table.column(LAST)[i] < 0
-    new_mean, new_var = smoothed(table, i, x, now)
+    new_mean, new_var = smoothed(table, i, x, updates)
     importance = importance_of(new_mean, new_var, constants.importance)
     codes = code_of(importance, floor_of(total, seen, e0, constants.floor))
 
@@ -133,19 +135,26 @@ def update_state(table: Table, indices: Tensor, observed: Tensor) -> None:
     total -= int(weight_of(old_codes, e0).sum()) if seen else 0
     scalars[TOTAL] = total
     scalars[SEEN] += fresh.sum()
-    if total > constants.total_limit:
+    if exceeds_limit(table):
         rescale(table)
 
 
-def smoothed(table: Table, i: Tensor | slice, x: Tensor, now: int) -> tuple[Tensor, Tensor]:
-    """New mean and variance of samples ``i`` after observing ``x`` in iteration ``now``."""
+def exceeds_limit(table: Table) -> bool:
+    """Whether the total, with the mean for every unseen sample, exceeds the limit of the sums."""
+    total, seen = int(table.scalars[TOTAL]), int(table.scalars[SEEN])
+    mean = total // seen if seen else 0
+    return total + (table.constants.num_samples - seen) * mean > table.constants.total_limit
+
+
+def smoothed(table: Table, i: Tensor | slice, x: Tensor, updates: int) -> tuple[Tensor, Tensor]:
+    """New mean and variance of samples ``i`` after observing ``x`` in iteration ``updates``."""
     tau = table.constants.tau
     mean, var, last = (table.column(at)[i] for at in (MEAN, VAR, LAST))
     if tau < 0:
         return x, torch.zeros_like(x)
-    dt = torch.where(last < 0, 1, now - last).float()
+    dt = torch.where(last < 0, 1, ((updates & CLOCK) - last) & CLOCK).float()
     # On x's device: CUDA divides by a host's number by multiplying with its inverse.
-    linear = x.new_tensor(table.constants.tau_scale) * float(now)
+    linear = x.new_tensor(table.constants.tau_scale) * float(updates)
     tau_now = x.new_tensor(tau) if tau > 0 else linear.clamp(min=1)
     alpha, one_minus_alpha = decay(dt / tau_now)
     d = x - mean
@@ -158,11 +167,11 @@ def observe_all(table: Table, observed: Tensor, iteration: int) -> None:
 
     Of the states alone: :func:`rescale` of the backend in use has to follow.
     """
-    now = min(iteration, 2**31 - 1)
+    now = iteration & CLOCK
     usable = observed.abs() < LARGEST_SCORE
     table.scalars[SKIPPED] += (~usable).sum()
-    usable &= table.column(LAST) < now
-    for at, values in zip((MEAN, VAR), smoothed(table, slice(None), observed, now), strict=True):
+    usable &= table.column(LAST) != now
+    for at, values in zip((MEAN, VAR), smoothed(table, slice(None), observed, iteration), strict=True):
         table.column(at)[:] = torch.where(usable, values, table.column(at))
     table.column(LAST)[:] = torch.where(usable, now, table.column(LAST))
 
