@@ -94,7 +94,6 @@ void fill_table(fastis::Table& t, const py::dict& tensors, const py::dict& const
   t.records = address<fastis::Record>(tensors, "records");
   t.scalars = address<fastis::Scalars>(tensors, "scalars");
   t.variance = address<fastis::Variance>(tensors, "variance");
-  t.heavy = address<int64_t>(tensors, "heavy");
   t.num_samples = integer("num_samples");
   t.batch_size = integer("batch_size");
   t.warmup_draws = integer("warmup_draws");
@@ -119,6 +118,7 @@ fastis::Table make_table(const py::dict& tensors, const py::dict& constants) {
   fill_table(t, tensors, constants);
   t.starts = address<uint64_t>(tensors, "starts");
   t.unseen_starts = address<uint32_t>(tensors, "unseen_starts");
+  t.heavy = address<int64_t>(tensors, "heavy");
   t.heavy_weights = address<uint64_t>(tensors, "heavy_weights");
   t.levels = fastis::Levels(t.num_samples);
   return t;
@@ -129,10 +129,11 @@ fastis::DeviceTable make_device_table(const py::dict& tensors, const py::dict& c
   fill_table(t, tensors, constants);
   t.sums = address<uint64_t>(tensors, "sums");
   t.unseen = address<uint32_t>(tensors, "unseen");
+  t.capped = address<uint32_t>(tensors, "capped");
   t.claims = address<uint32_t>(tensors, "claims");
-  t.work = address<int64_t>(tensors, "work");
+  t.work = address<fastis::Work>(tensors, "work");
   t.arrivals = address<unsigned>(tensors, "arrivals");
-  t.room = constants["room"].cast<int64_t>();
+  t.derive();
   t.levels = fastis::Levels(t.num_samples, fastis::kDeviceTop);
   return t;
 }
@@ -182,6 +183,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("structure_nodes", [](int64_t n) { return fastis::Levels(n).total(); });
   m.def("device_structure_nodes",
         [](int64_t n) { return fastis::Levels(n, fastis::kDeviceTop).total(); });
+  m.attr("DEVICE_WORK") = sizeof(fastis::Work) / sizeof(int64_t);
   m.def("emulate_update", &fastis::emulated::update);
   m.def("emulate_draw", &fastis::emulated::draw);
   m.def("emulate_rescale", &fastis::emulated::rescale);

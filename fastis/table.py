@@ -189,23 +189,19 @@ class Table:
         """Address (on the host) of the device kernels' view; allocates on first use."""
         n = self.constants.num_samples
         nodes = _C.device_structure_nodes(n)
-        room = 2 * (self.constants.max_heavy + 1) + 16
         return self._view_of(
             _C.DeviceTable,
             {
                 "sums": (nodes, torch.int64, 0),
                 "unseen": (nodes, torch.int32, 0),
+                "capped": (nodes, torch.int32, 0),
                 "claims": (n, torch.int32, -1),
-                "heavy": (room, torch.int64, 0),
-                "work": (5 * room, torch.int64, 0),
+                "work": (_C.DEVICE_WORK, torch.int64, 0),
                 "arrivals": (1, torch.int32, 0),
             },
-            room=room,
         )
 
-    def _view_of(
-        self, view: type, layout: dict[str, tuple[int, torch.dtype, int]], **constants: int
-    ) -> int:
+    def _view_of(self, view: type, layout: dict[str, tuple[int, torch.dtype, int]]) -> int:
         """Allocates the structure (tables with records only) and describes all tensors."""
         if self.records is not None:
             for name, (size, dtype, fill) in layout.items():
@@ -222,7 +218,7 @@ class Table:
             **self._structure,
         }
         addresses = {name: 0 if t is None else t.data_ptr() for name, t in tensors.items()}
-        self._view = view(addresses, {**asdict(self.constants), **constants})
+        self._view = view(addresses, asdict(self.constants))
         return int(self._view.address)
 
     def column(self, position: int) -> Tensor:

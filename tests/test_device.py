@@ -6,6 +6,9 @@ the other, forwards, backwards and scrambled, so that a dependence on the order 
 
 from __future__ import annotations
 
+import contextlib
+import time
+
 import pytest
 import torch
 from conftest import observe, sweep
@@ -15,9 +18,10 @@ from fastis import _C, kernels
 from fastis.kernels import cuda_launch
 from fastis.kernels.reference_weights import distribution
 from fastis.methods import EMAIS
-from fastis.table import LAST, MEAN, SEEN, TOTAL, UPDATES
+from fastis.table import CODE, LAST, MEAN, SEEN, TOTAL, UPDATES
 
 FORWARDS, BACKWARDS, SCRAMBLED = 1, 0, 7919
+LIGHT, NUM_CAPPED, CEILING = 7, 8, 12  # of csrc/table.h's Scalars
 
 
 class Emulator:
@@ -72,6 +76,38 @@ def assert_equal_tables(reference: fastis.Sampler, device: fastis.Sampler) -> No
         assert torch.equal(ours["records"], theirs["records"])
     assert torch.equal(ours["scalars"], theirs["scalars"])
     torch.testing.assert_close(ours["variance"], theirs["variance"], equal_nan=True)
+
+
+def levels_of(leaves, most=1024):
+    """The sums of leaves of 4, level by level of 16, each padded to a multiple of 16."""
+    nodes, levels = torch.nn.functional.pad(leaves, (0, -len(leaves) % 4)).view(-1, 4).sum(1), []
+    while True:
+        padded = torch.nn.functional.pad(nodes, (0, -len(nodes) % 16))
+        levels.append(padded)
+        if len(nodes) <= most:
+            return torch.cat(levels)
+        nodes = padded.view(-1, 16).sum(1)
+
+
+def assert_exact_structure(sampler):
+    """After a draw: flags, tree and totals say what the reference says. The capped items."""
+    table = sampler._table
+    structure, scalars = table._structure, table.scalars
+    drawn = distribution(table)
+    seen = table.column(LAST) >= 0
+    capped = torch.zeros_like(seen)
+    capped[drawn.heavy] = True
+    light = torch.where(seen & ~capped, drawn.weights, 0)
+    assert torch.equal(table.column(CODE) < 0, capped)
+    assert torch.equal(structure["sums"], levels_of(light))
+    assert torch.equal(structure["unseen"].long(), levels_of((~seen).long()))
+    assert torch.equal(structure["capped"].long(), levels_of(capped.long()))
+    assert bool((structure["claims"] == -1).all())
+    assert int(structure["arrivals"]) == 0
+    assert int(scalars[LIGHT]) == int(light.sum())
+    assert int(scalars[NUM_CAPPED]) == len(drawn.heavy)
+    assert int(scalars[CEILING]) >= int(light.max())
+    return drawn.heavy
 
 
 def run(samplers, emulated, stride, steps, batch_size, spread=2.0, trend=0.0, size=None):
@@ -199,6 +235,77 @@ def test_every_cap(emulated, duplicates):
     assert int(table.scalars[8]) <= table.constants.max_heavy
 
 
+@pytest.mark.parametrize("stride", [FORWARDS, SCRAMBLED])
+@pytest.mark.parametrize("trend", [-0.4, 0.0, 0.4])
+@pytest.mark.parametrize("over", [1.0, 1.0001, 1.01, 1.3, 3.0])
+def test_caps_close_to_uniform(emulated, over, trend, stride):
+    n, batch_size = 1500, 60
+    samplers = pair(
+        num_samples=n, batch_size=batch_size, method=EMAIS(warmup_epochs=0, tau=5.0),
+        max_duplicates=over * batch_size / n,
+    )  # fmt: skip
+    score = torch.empty(n).log_normal_(0, 2, generator=torch.Generator().manual_seed(1))
+    # A third of the samples is unseen at first.
+    with fastis.backend("reference"):
+        samplers[0].update(
+            fastis.Batch(torch.arange(1000), torch.ones(1000)), observe(score[:1000])
+        )
+    emulated(stride)
+    samplers[1].update(fastis.Batch(torch.arange(1000), torch.ones(1000)), observe(score[:1000]))
+    for _ in range(8):
+        run(samplers, emulated, stride, steps=3, batch_size=batch_size, trend=trend)
+        with fastis.backend("reference"):
+            samplers[0].sample()
+        emulated(stride)
+        samplers[1].sample()
+        assert_exact_structure(samplers[1])
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_many_items_cross_the_cap_at_once(emulated, factor):
+    # Far more items lie above the old cap than can be capped, or all the capped ones below it.
+    n, batch_size = 3000, 64
+    samplers = pair(num_samples=n, batch_size=batch_size, method=EMAIS(warmup_epochs=0, tau=1.0))
+    generator = torch.Generator().manual_seed(1)
+    score = torch.empty(n).log_normal_(0, 2, generator=generator)
+    many = torch.randperm(n, generator=generator)[: n // 2]
+    changed = score[many] * factor * torch.empty(n // 2).log_normal_(0, 1, generator=generator)
+    for step in range(3):
+        drawn = []
+        for sampler in samplers:
+            kernels._chosen.clear()
+            if drawn:
+                emulated(SCRAMBLED)
+            reference = contextlib.nullcontext() if drawn else fastis.backend("reference")
+            with reference:
+                if step == 0:
+                    sweep(sampler, score)
+                elif step == 1:
+                    sampler.update(fastis.Batch(many, torch.ones(len(many))), observe(changed))
+                drawn.append(sampler.sample())
+        assert torch.equal(drawn[0].indices, drawn[1].indices)
+        assert torch.equal(drawn[0].weights, drawn[1].weights)
+        assert_exact_structure(samplers[1])
+
+
+def test_hundred_thousand_capped_items_take_no_time(emulated):
+    n, batch_size = 100_000, 256
+    samplers = pair(
+        num_samples=n, batch_size=batch_size, method=EMAIS(warmup_epochs=0, tau=5.0),
+        max_duplicates=1.01 * batch_size / n,
+    )  # fmt: skip
+    score = torch.empty(n).log_normal_(0, 2, generator=torch.Generator().manual_seed(1))
+    with fastis.backend("reference"):
+        sweep(samplers[0], score)
+    emulated(FORWARDS)
+    sweep(samplers[1], score)
+    start = time.perf_counter()
+    run(samplers, emulated, FORWARDS, steps=5, batch_size=batch_size)
+    assert time.perf_counter() - start < 5
+    samplers[1].sample()
+    assert len(assert_exact_structure(samplers[1])) > 95_000
+
+
 @pytest.mark.parametrize("stride", [FORWARDS, BACKWARDS, SCRAMBLED])
 @pytest.mark.parametrize("method", ["emais", "scan", EMAIS(warmup_epochs=0)])
 def test_update_and_draw_in_one_launch(emulated, stride, method):
@@ -234,10 +341,8 @@ def test_many_levels_and_many_heavy_items(emulated):
     sweep(samplers[1], score)
     assert_equal_tables(*samplers)
     run(samplers, emulated, SCRAMBLED, steps=8, batch_size=batch_size, spread=3.0)
-    structure, scalars = samplers[1]._table._structure, samplers[1]._table.scalars
-    drawn = distribution(samplers[1]._table)
     samplers[1].sample()
-    assert torch.equal(structure["heavy"][: int(scalars[8])], drawn.heavy)
+    assert len(assert_exact_structure(samplers[1])) > 10
 
 
 def test_sums_hold_every_integer(emulated):
@@ -250,16 +355,7 @@ def test_sums_hold_every_integer(emulated):
         score = torch.empty(32).log_normal_(0, 2.5, generator=generator)
         sampler.update(batch, observe(score))
     sampler.sample()
-    table = sampler._table
-    drawn = distribution(table)
-    seen = table.column(LAST) >= 0
-    light = torch.where(seen, drawn.weights, 0)
-    light[drawn.heavy] = 0
-    sums = torch.nn.functional.pad(light, (0, -n % 4)).view(-1, 4).sum(1)
-    assert torch.equal(table._structure["sums"][: len(sums)], sums)
-    unseen = torch.nn.functional.pad((~seen).int(), (0, -n % 4)).view(-1, 4).sum(1)
-    assert torch.equal(table._structure["unseen"][: len(unseen)].long(), unseen)
-    assert (table._structure["claims"] == -1).all()
+    assert_exact_structure(sampler)
 
 
 def test_a_sample_drawn_many_times_is_observed_once(emulated):

@@ -201,7 +201,7 @@ class Side {
 template <class Block>
 FASTIS_HD void find_next_heavy(Block& block, const AliasJob& job, int64_t tile, uint64_t* next) {
   const int64_t tiles = job.weights.tiles(), seen = tile < tiles ? job.heavies(tile) : 0;
-  block.once([&] { *next = kNone; });
+  block.each(1, [&](int64_t) { *next = kNone; });
   if (tile >= tiles || job.heavies(tiles) == seen) return;
   int64_t low = tile, high = tiles - 1;
   while (low < high) {  // the first tile at whose end there are more
