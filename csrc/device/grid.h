@@ -76,16 +76,18 @@ FASTIS_HD inline void store_relaxed(uint32_t* address, uint32_t value) {
 
 #ifndef __CUDACC__
 
-// A block of threads on the host. Index i of each() is visited in an order that `stride` permutes.
+// A block of threads on the host; but for wait() and where it says so nothing waits. Index i of
+// each() is visited in an order that `stride` permutes.
 class HostBlock {
  public:
   explicit HostBlock(uint64_t stride) : stride_(stride) {}
 
-  // f(i) for i < n, then a barrier.
+  // f(i) for i < n.
   template <class F>
   void each(int64_t n, const F& f) const {
     for (int64_t i = 0; i < n; ++i) f(permuted(i, n));
   }
+  void wait() const {}
   // use(the sum over i < n of f(i)) on one thread, added in a fixed order. No barrier: there must
   // be one before the next sum of the same type.
   template <class T, class F, class Use>
@@ -113,7 +115,7 @@ class HostBlock {
     return sum;
   }
   // use(i, x, V of all before i) for i < n, where x = make(i) and V starts with `before` and grows
-  // by tally(i, x); then a barrier. Returns V of all.
+  // by tally(i, x). Returns V of all.
   template <class V, class Make, class Tally, class Use>
   V scan(int64_t n, V before, const Make& make, const Tally& tally, const Use& use) const {
     std::vector<decltype(make(n))> made;

@@ -165,8 +165,8 @@ FASTIS_COLD void rebuild(Grid& grid, const DeviceTable& t) {
     t.unseen[node] = unseen;
     t.capped[node] = 0;
   });
-  grid.wait();
   for (int level = 1; level < t.levels.depth; ++level) {
+    grid.wait();
     const int64_t first = t.levels.first[level], below = t.levels.first[level - 1];
     const int64_t size = t.levels.size[level - 1];
     grid.each(t.levels.size[level], [&](int64_t node) {
@@ -180,7 +180,6 @@ FASTIS_COLD void rebuild(Grid& grid, const DeviceTable& t) {
       t.unseen[first + node] = unseen;
       t.capped[first + node] = 0;
     });
-    grid.wait();
   }
   grid.once([&] {
     Scalars& s = *t.scalars;
