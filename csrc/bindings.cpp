@@ -118,8 +118,9 @@ fastis::Table make_table(const py::dict& tensors, const py::dict& constants) {
   fill_table(t, tensors, constants);
   t.starts = address<uint64_t>(tensors, "starts");
   t.unseen_starts = address<uint32_t>(tensors, "unseen_starts");
-  t.heavy = address<int64_t>(tensors, "heavy");
-  t.heavy_weights = address<uint64_t>(tensors, "heavy_weights");
+  t.capped_starts = address<uint32_t>(tensors, "capped_starts");
+  t.near = address<int64_t>(tensors, "near");
+  t.near_capacity = constants["near_capacity"].cast<int64_t>();
   t.levels = fastis::Levels(t.num_samples);
   return t;
 }

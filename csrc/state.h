@@ -14,24 +14,13 @@
 namespace fastis {
 
 // 16 bytes, so that a touched sample is one cache line. `code` belongs to weights.h; its top bit
-// marks a heavy item (kept outside the sampling structure).
+// marks a capped item.
 struct alignas(16) Record {
   float mean, var;
-  int32_t last;  // iteration of the last observation, -1: unseen
+  int32_t last;  // iteration of the last observation, modulo 2^31; -1: unseen
   uint32_t code;
 };
 static_assert(sizeof(Record) == 16);
-
-// `last` holds the clock of updates modulo 2^31, and ages are differences modulo 2^31: a seen
-// sample of age 0 has been observed in this iteration.
-FASTIS_HD inline int32_t clock_at(int64_t updates) {
-  return static_cast<int32_t>(updates & 0x7FFFFFFF);
-}
-
-FASTIS_HD inline int32_t age(int32_t last, int32_t now) {
-  return static_cast<int32_t>((static_cast<uint32_t>(now) - static_cast<uint32_t>(last)) &
-                              0x7FFFFFFFu);
-}
 
 enum class Importance : int { rms = 0, sum = 1 };
 

@@ -23,7 +23,7 @@ struct Scalars {
   int64_t offset;        // added to every weight (flattening by "mix")
   int64_t ceiling;       // no light item weighs more than this
   int64_t capped_floor;  // no capped item weighs less than this
-  int64_t near_size, near_low, near_high;  // see csrc/cpu/structure.h
+  int64_t near_size, near_low, near_high;  // see csrc/cpu/tree.h
   int64_t reserved[7];
 };
 static_assert(sizeof(Scalars) == 24 * 8);
@@ -78,8 +78,9 @@ struct Table {
   // child is 16 comparisons at once.
   uint64_t* starts = nullptr;         // [K] of the weights of seen light items
   uint32_t* unseen_starts = nullptr;  // [K] of the numbers of unseen items
-  int64_t* heavy = nullptr;           // [ceil(B/D) - 1] indices, ascending
-  uint64_t* heavy_weights = nullptr;  // [ceil(B/D) - 1]
+  uint32_t* capped_starts = nullptr;  // [K] of the numbers of capped items
+  int64_t* near = nullptr;            // [near_capacity] items that theta may pass next
+  int64_t near_capacity = 0;
 
   // Constants.
   int64_t num_samples = 0, batch_size = 0, warmup_draws = 0, batches_per_epoch = 0;
@@ -97,6 +98,19 @@ struct Table {
   Levels levels{1};
 };
 
+// The iteration `updates` as records hold it: modulo 2^31, so that no run is too long.
+FASTIS_HD inline int32_t clock_of(int64_t updates) {
+  return static_cast<int32_t>(updates & 0x7FFFFFFF);
+}
+
+// Iterations since a sample was last observed, modulo 2^31. 0: the present iteration has nothing to
+// add, since the sample was observed in it, or in a later one (by up to kLate).
+constexpr uint32_t kLate = 1u << 20;
+FASTIS_HD inline int32_t interval(int32_t now, int32_t last) {
+  const uint32_t passed = (static_cast<uint32_t>(now) - static_cast<uint32_t>(last)) & 0x7FFFFFFFu;
+  return passed > 0x7FFFFFFFu - kLate ? 0 : static_cast<int32_t>(passed);
+}
+
 // The time constant of the averages in iteration `updates`: the table's, or linear in it.
 FASTIS_HD inline float tau_at(const Table& t, int64_t updates) {
   if (t.tau > 0) return t.tau;
@@ -104,13 +118,12 @@ FASTIS_HD inline float tau_at(const Table& t, int64_t updates) {
   return linear > 1.0f ? linear : 1.0f;
 }
 
-// Whether the weights are to be rescaled: the total, with the mean for every unseen sample, must
-// not exceed the limit.
+// Is the sum of all weights, those of the unseen included, more than the draw has room for?
 FASTIS_HD inline bool exceeds_limit(const Table& t) {
   const Scalars& s = *t.scalars;
   if (s.total > t.total_limit) return true;
-  return s.seen > 0 && t.num_samples > s.seen &&
-         s.total / s.seen > (t.total_limit - s.total) / (t.num_samples - s.seen);
+  const int64_t unseen = t.num_samples - s.seen;
+  return s.seen > 0 && unseen > 0 && s.total / s.seen > (t.total_limit - s.total) / unseen;
 }
 
 // Rescaling puts the floor's exponent `headroom` above e0, so that the mean may fall by that many

@@ -32,7 +32,7 @@ FASTIS_HD inline uint64_t weight_of(uint32_t code, int e0) {
   return code == 0 ? 0 : mantissa_of(code) << (exponent_of(code) - e0);
 }
 
-// The weight of an item inside the sampling structure: 0 if it is heavy or unseen. No branch.
+// The weight of an item that is neither capped nor unseen, else 0. No branch.
 FASTIS_HD inline uint64_t light_weight(uint32_t code, int e0) {
   const uint64_t weight = mantissa_of(code) << ((exponent_of(code) - e0) & 63);
   return static_cast<int32_t>(code) > 0 ? weight : 0;

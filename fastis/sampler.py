@@ -284,10 +284,13 @@ class Sampler(MinibatchSource):
     def last_seen(self) -> Tensor:
         """int64 [N]: iteration of each sample's last observation; -1 if unseen. A copy.
 
+        Intervals are kept modulo 2^31: an observation longer ago appears as a later one.
+
         Methods that give unseen samples a weight of their own (online_batch, prioritized) count
         that as seen.
         """
-        return self._column(LAST).long()
+        self._column(LAST)  # or an error
+        return self._table.last_seen()
 
     @property
     def importance(self) -> Tensor:

@@ -51,6 +51,8 @@ DURABLE_SCALARS = VALID  # the rest describes the structure and is rebuilt
 MEAN, VAR, LAST, CODE = range(4)
 
 LEAF = 4  # records below a node of the sampling structure (kLeaf in csrc/table.h)
+LATEST = 2**31 - 1  # the iteration in a record is modulo one more
+LATE = 1 << 20  # by so much a record may be ahead of an update that comes late
 NO_EXPONENT = -1000  # e0 of a table that has seen nothing
 UNIFORM_WEIGHT = 1 << 15  # every item's integer weight in such a table
 MANTISSA_BITS = 16
@@ -90,8 +92,9 @@ class Constants:
         object.__setattr__(self, "cap_denominator", ratio.denominator)
         limit = self._limit_bits()
         object.__setattr__(self, "total_limit", 1 << limit)
-        # Half of the spare bits below the floor, half above the present total.
-        spread = MANTISSA_BITS + _bits(ceil(1 / self.floor)) + _bits(self.num_samples)
+        # Half of the spare bits below the floor, half above the present total. Raised to the floor
+        # the mean is at most 1 / floor + 1 times it, and rounding adds less than another floor.
+        spread = MANTISSA_BITS + _bits(ceil(1 / self.floor) + 2) + _bits(self.num_samples)
         object.__setattr__(self, "headroom", (limit - spread) // 2)
         if self.has_records and limit < spread:
             raise ValueError(
@@ -173,15 +176,16 @@ class Table:
     def handle(self) -> int:
         """Address of the CPU kernels' view; the structure is allocated on first use."""
         nodes = _C.structure_nodes(self.constants.num_samples)
-        heavy = max(1, self.constants.max_heavy)
+        near = min(self.constants.num_samples, 8 * self.constants.batch_size) + 1024
         return self._view_of(
             _C.Table,
             {
                 "starts": (nodes, torch.int64, 0),
                 "unseen_starts": (nodes, torch.int32, 0),
-                "heavy": (heavy, torch.int64, 0),
-                "heavy_weights": (heavy, torch.int64, 0),
+                "capped_starts": (nodes, torch.int32, 0),
+                "near": (near, torch.int64, 0),
             },
+            near_capacity=near,
         )
 
     @cached_property
@@ -201,7 +205,9 @@ class Table:
             },
         )
 
-    def _view_of(self, view: type, layout: dict[str, tuple[int, torch.dtype, int]]) -> int:
+    def _view_of(
+        self, view: type, layout: dict[str, tuple[int, torch.dtype, int]], **constants: int
+    ) -> int:
         """Allocates the structure (tables with records only) and describes all tensors."""
         if self.records is not None:
             for name, (size, dtype, fill) in layout.items():
@@ -218,7 +224,7 @@ class Table:
             **self._structure,
         }
         addresses = {name: 0 if t is None else t.data_ptr() for name, t in tensors.items()}
-        self._view = view(addresses, asdict(self.constants))
+        self._view = view(addresses, {**asdict(self.constants), **constants})
         return int(self._view.address)
 
     def column(self, position: int) -> Tensor:
@@ -227,6 +233,12 @@ class Table:
         if position in (MEAN, VAR):
             return self.records.view(torch.float32)[:, position]
         return self.records[:, position]
+
+    def last_seen(self) -> Tensor:
+        """int64 [N]: iteration of the last observation, -1 if unseen; the latest of those that a
+        record may mean."""
+        last, latest = self.column(LAST).long(), self.scalars[UPDATES] + LATE
+        return torch.where(last < 0, last, latest - ((latest - last) & LATEST))
 
     def codes(self) -> Tensor:
         """int32 [N]: the codes without the flag of heavy items; 0 for unseen samples."""

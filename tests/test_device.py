@@ -96,7 +96,7 @@ def assert_exact_structure(sampler):
     drawn = distribution(table)
     seen = table.column(LAST) >= 0
     capped = torch.zeros_like(seen)
-    capped[drawn.heavy] = True
+    capped[drawn.capped] = True
     light = torch.where(seen & ~capped, drawn.weights, 0)
     assert torch.equal(table.column(CODE) < 0, capped)
     assert torch.equal(structure["sums"], levels_of(light))
@@ -105,9 +105,9 @@ def assert_exact_structure(sampler):
     assert bool((structure["claims"] == -1).all())
     assert int(structure["arrivals"]) == 0
     assert int(scalars[LIGHT]) == int(light.sum())
-    assert int(scalars[NUM_CAPPED]) == len(drawn.heavy)
+    assert int(scalars[NUM_CAPPED]) == len(drawn.capped)
     assert int(scalars[CEILING]) >= int(light.max())
-    return drawn.heavy
+    return drawn.capped
 
 
 def run(samplers, emulated, stride, steps, batch_size, spread=2.0, trend=0.0, size=None):
@@ -223,6 +223,14 @@ def test_samples_learn_on_when_the_clock_of_last_wraps(emulated, updates, tau):
     emulated(SCRAMBLED)
     sweep(samplers[1], torch.full((60,), 1000.0))
     assert bool((table.column(MEAN) > before).all())
+
+
+def test_late_updates_leave_younger_records(emulated):
+    samplers = pair(num_samples=60, batch_size=24, method=EMAIS(warmup_epochs=0, tau=3.0))
+    run(samplers, emulated, SCRAMBLED, steps=8, batch_size=24)
+    for sampler in samplers:
+        sampler._table.scalars[UPDATES] -= 5
+    run(samplers, emulated, SCRAMBLED, steps=4, batch_size=24)
 
 
 @pytest.mark.parametrize("duplicates", [0.2, 1, 1.5, 5, 40])

@@ -37,7 +37,7 @@ def weights_in_the_structure(sampler: fastis.Sampler) -> torch.Tensor:
     """Every item's integer weight, as the compiled draw finds it: by where its interval lies."""
     table = sampler._table
     drawn = distribution(table)
-    order = torch.argsort(~torch.isin(torch.arange(len(drawn.weights)), drawn.heavy), stable=True)
+    order = torch.argsort(~torch.isin(torch.arange(len(drawn.weights)), drawn.capped), stable=True)
     ends = torch.cumsum(drawn.weights[order], 0)
     some = drawn.weights[order] > 0
     assert int(ends[-1]) == drawn.total
@@ -90,7 +90,7 @@ def test_a_hundred_thousand_updates_leave_every_integer_right(flatten, resumed):
     weights = torch.where(seen, weight_of(table.codes(), exponent), 0)
     light = weights.clone()
     if flatten == "cap":
-        light[drawn.heavy] = 0
+        light[drawn.capped] = 0
     assert int(table.scalars[TOTAL]) == int(weights.sum())
     assert torch.equal(table._structure["starts"], nodes(sampler, light))
     assert torch.equal(table._structure["unseen_starts"].long(), nodes(sampler, (~seen).long()))
@@ -123,7 +123,7 @@ def test_every_point_of_a_small_total(flatten, n, unseen):
     drawn = distribution(sampler._table)
     assert drawn.total <= 2**24
     if flatten == "cap":
-        assert len(drawn.heavy) > 0
+        assert len(drawn.capped) > 0
     points = torch.arange(drawn.total)
     indices, weights = torch.empty_like(points), torch.empty(drawn.total)
     cpu_sample.locate(sampler._table, points, indices, weights)

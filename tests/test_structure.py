@@ -13,58 +13,61 @@ from hypothesis import strategies as st
 import fastis
 from fastis.kernels.reference_weights import distribution, water_level
 from fastis.methods import EMAIS
-from fastis.table import LAST, cap_ratio
+from fastis.table import CODE, LAST, cap_ratio
 
 
-def structure(sampler):
-    """What the compiled draw sees: per item (weight, heavy?), and the nodes' own sums."""
+def padded(values, size):
+    """Rows of ``size`` values, the last filled up with zeros."""
+    return torch.nn.functional.pad(values, (0, -values.numel() % size)).view(-1, size)
+
+
+def assert_tree_holds(starts, of_items):
+    """``starts`` are where 16 nodes of 4 items begin, level by level, of the items' values."""
+    below, first = padded(of_items, 4).sum(1), 0
+    while True:
+        nodes = padded(below, 16)
+        expected = (nodes.cumsum(1) - nodes).flatten()
+        assert torch.equal(starts[first : first + expected.numel()].long(), expected)
+        first += expected.numel()
+        if len(nodes) == 1:
+            break
+        below = nodes.sum(1)
+    assert first == starts.numel()
+
+
+def assert_tree(sampler):
+    """The tree that the compiled draw has just used is that of the weights as they are drawn."""
     table = sampler._table
-    scalars = table.scalars.tolist()
-    names = (
-        "exponent",
-        "total",
-        "seen",
-        "valid",
-        "light",
-        "num_heavy",
-        "theta",
-        "unseen",
-        "offset",
-        "ceiling",
-    )
-    return table._structure, dict(zip(names, scalars[3:13], strict=True)), table
+    names = ("valid", "light", "num_capped", "theta", "unseen", "offset", "ceiling")
+    s = dict(zip(names, table.scalars[6:13].tolist(), strict=True))
+    expected = distribution(table)
+    assert s["valid"] == 1
+    unseen = table.column(LAST) < 0
+    capped = table.column(CODE) < 0
+    assert torch.equal(capped.nonzero().flatten(), expected.capped)
+    light = torch.where(unseen | capped, 0, expected.weights - s["offset"])
+    assert_tree_holds(table._structure["starts"], light)
+    assert_tree_holds(table._structure["unseen_starts"], unseen.long())
+    assert_tree_holds(table._structure["capped_starts"], capped.long())
+    assert (light <= s["ceiling"]).all()
+    assert s["light"] == int(light.sum())
+    assert s["num_capped"] == int(capped.sum())
+    total = s["light"] + s["num_capped"] * s["theta"] + s["unseen"] * int(unseen.sum())
+    assert total + s["offset"] * len(light) == expected.total
 
 
 @pytest.mark.parametrize("n", [17, 300, 5000])
 @pytest.mark.parametrize("batch_size", [8, 17])
-def test_nodes_hold_the_integer_weights_after_many_updates(n, batch_size):
-    sampler = fastis.Sampler(n, batch_size, method=EMAIS(warmup_epochs=0), max_duplicates=2)
+@pytest.mark.parametrize(("flatten", "duplicates"), [("cap", 2), ("cap", 0.03), ("mix", 2)])
+def test_nodes_hold_the_integer_weights_after_many_updates(n, batch_size, flatten, duplicates):
+    duplicates = max(duplicates, 1.01 * batch_size / n)
+    sampler = fastis.Sampler(
+        n, batch_size, method=EMAIS(warmup_epochs=0), max_duplicates=duplicates, flatten=flatten
+    )
     for epoch in range(3):
         drive(sampler, 200, seed=epoch, decay=0.02)
-        sampler.sample()  # settles the structure
-        nodes, s, table = structure(sampler)
-        expected = distribution(table)
-        assert s["valid"] == 1
-        heavy = nodes["heavy"][: s["num_heavy"]]
-        assert torch.equal(heavy, expected.heavy)
-        seen = table.column(LAST) >= 0
-        light = torch.where(seen, expected.weights, 0)
-        light[heavy] = 0
-        below = torch.nn.functional.pad(light, (0, -n % 4)).view(-1, 4).sum(1)
-        first = 0
-        while True:
-            groups = torch.nn.functional.pad(below, (0, -below.numel() % 16)).view(-1, 16)
-            starts = groups.cumsum(1) - groups
-            assert torch.equal(nodes["starts"][first : first + starts.numel()], starts.flatten())
-            if len(groups) == 1:
-                break
-            first += starts.numel()
-            below = groups.sum(1)
-        assert first + 16 == nodes["starts"].numel()
-        assert (light <= s["ceiling"]).all()
-        assert s["light"] == int(light.sum())
-        total = s["light"] + s["num_heavy"] * s["theta"] * (s["num_heavy"] > 0)
-        assert total + s["unseen"] * int((~seen).sum()) == expected.total
+        sampler.sample()  # brings the tree up to date
+        assert_tree(sampler)
 
 
 weights = st.lists(st.integers(1, 2**40), min_size=4, max_size=40)

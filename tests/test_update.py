@@ -14,6 +14,7 @@ import fastis
 from fastis.kernels import reference_update
 from fastis.kernels.reference_weights import code_of
 from fastis.methods import EMAIS
+from fastis.table import LAST, UPDATES
 
 
 def ema_in_float64(observations, tau=None, scale=1.0):
@@ -176,11 +177,9 @@ def test_codes_round_half_even_to_16_bits():
 
 def test_a_late_update_of_the_same_iteration_changes_nothing():
     sampler = fastis.Sampler(10, 2)
-    state = sampler.state_dict()
-    state["scalars"][1] = 5
-    state["records"][3, 2] = 9  # observed at iteration 9, in this sampler's future
-    state["records"][3, 3] = int(code_of(torch.tensor(1.0), 0.0))
-    sampler.load_state_dict(state)
+    sweep(sampler, torch.ones(10))
+    sampler._table.scalars[UPDATES] = 5
+    sampler._table.column(LAST)[3] = 9  # observed at iteration 9, in this update's future
     sampler.update(batch_of(3), observe(torch.tensor([4.0])))
     assert sampler.last_seen[3] == 9
-    assert sampler.mean[3] == 0
+    assert sampler.mean[3] == 1

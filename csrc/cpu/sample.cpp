@@ -1,10 +1,9 @@
-// The draw: the next minibatch and its coefficients from the sampling structure, by points below
+// The draw: the next minibatch and its coefficients from the tree, by points below
 // the total that are scaled from 128 random bits each.
 #include <algorithm>
 
-#include "cpu/group.h"
 #include "cpu/random.h"
-#include "cpu/structure.h"
+#include "cpu/tree.h"
 #include "fastis.h"
 
 namespace fastis::FASTIS_ISA {
@@ -42,7 +41,7 @@ int find_child(const Table& t, int level, int64_t parent, uint64_t& x) {
       all[j] += static_cast<uint64_t>((j * span < items ? j * span : items) * offset);
     }
   }
-  const int child = find_in_group(starts, x);
+  const int child = find_in_node(starts, x);
   x -= starts[child];
   return child;
 }
@@ -80,10 +79,10 @@ void descend(const Table& t, Search& s) {
         __builtin_prefetch(t.records + node * kLeaf);
         continue;
       }
-      const int64_t group = below + node * kRadix;
-      __builtin_prefetch(t.starts + group);
-      __builtin_prefetch(t.starts + group + kRadix / 2);
-      if (beside != Beside::nothing) __builtin_prefetch(t.unseen_starts + group);
+      const int64_t at = below + node * kRadix;
+      __builtin_prefetch(t.starts + at);
+      __builtin_prefetch(t.starts + at + kRadix / 2);
+      if (beside != Beside::nothing) __builtin_prefetch(t.unseen_starts + at);
     }
   }
   for (int b = 0; b < s.size; ++b) {
@@ -91,36 +90,60 @@ void descend(const Table& t, Search& s) {
   }
 }
 
-// The distribution as it stands, and the way from points below its total to items. Heavy items fill
-// [0, k theta), the tree's items the rest in the order of their indices.
+// The same for capped items: x is the number of the item among them.
+void descend_capped(const Table& t, Search& s) {
+  std::fill_n(s.node, s.size, 0);
+  for (int level = t.levels.depth - 1; level >= 0; --level) {
+    const int64_t below = level > 0 ? t.levels.first[level - 1] : 0;
+    for (int b = 0; b < s.size; ++b) {
+      const uint32_t* starts = t.capped_starts + t.levels.first[level] + s.node[b] * kRadix;
+      const int child = find_in_node(starts, static_cast<uint32_t>(s.x[b]));
+      s.x[b] -= starts[child];
+      s.node[b] = s.node[b] * kRadix + child;
+      __builtin_prefetch(
+          level > 0 ? static_cast<const void*>(t.capped_starts + below + s.node[b] * kRadix)
+                    : t.records + s.node[b] * kLeaf);
+    }
+  }
+  for (int b = 0; b < s.size; ++b) {
+    const Record* records = t.records + s.node[b] * kLeaf;
+    int at = 0;
+    for (uint64_t left = s.x[b]; at < kLeaf - 1; ++at) {
+      if ((records[at].code & kCappedFlag) != 0 && left-- == 0) break;
+    }
+    s.node[b] = s.node[b] * kLeaf + at;
+  }
+}
+
+// The distribution as it stands, and the way from points below its total to items. Capped items
+// fill [0, k theta), the others the rest, both in the order of their indices.
 class Distribution {
  public:
   explicit Distribution(const Table& table) : t_(table) {
-    settle(t_);
+    update_cap(t_);
     const Scalars& s = *t_.scalars;
     beside_ = s.offset != 0             ? Beside::unseen_and_offset
               : s.seen < t_.num_samples ? Beside::unseen
                                         : Beside::nothing;
     theta_ = static_cast<uint64_t>(s.theta);
-    heavy_total_ = s.num_capped > 0 ? s.num_capped * theta_ : 0;
-    total_ = heavy_total_ + static_cast<uint64_t>(s.light + (t_.num_samples - s.seen) * s.unseen +
-                                                  t_.num_samples * s.offset);
+    capped_total_ = s.num_capped > 0 ? s.num_capped * theta_ : 0;
+    total_ = capped_total_ + static_cast<uint64_t>(s.light + (t_.num_samples - s.seen) * s.unseen +
+                                                   t_.num_samples * s.offset);
   }
 
   uint64_t total() const { return total_; }
 
   // A block of at most kBlock points: the items they fall into and their coefficients.
   void find(const uint64_t* points, int size, int64_t* indices, float* weights) const {
-    Search search;
+    Search capped, search;
     for (int b = 0; b < size; ++b) {
-      if (points[b] < heavy_total_) {
-        indices[b] = t_.heavy[points[b] / theta_];
-        weights[b] = coefficient(theta_);
-      } else {
-        search.position[search.size] = b;
-        search.x[search.size++] = points[b] - heavy_total_;
-      }
+      Search& side = points[b] < capped_total_ ? capped : search;
+      side.position[side.size] = b;
+      side.weight[side.size] = theta_;
+      side.x[side.size++] =
+          points[b] < capped_total_ ? points[b] / theta_ : points[b] - capped_total_;
     }
+    if (capped.size > 0) descend_capped(t_, capped);
     switch (beside_) {
       case Beside::nothing:
         descend<Beside::nothing>(t_, search);
@@ -131,23 +154,24 @@ class Distribution {
       case Beside::unseen_and_offset:
         descend<Beside::unseen_and_offset>(t_, search);
     }
-    for (int b = 0; b < search.size; ++b) {
-      indices[search.position[b]] = search.node[b];
-      weights[search.position[b]] = coefficient(search.weight[b]);
-    }
+    put(capped, indices, weights);
+    put(search, indices, weights);
   }
 
  private:
-  // 1 / (N p)
-  float coefficient(uint64_t weight) const {
-    const double samples = static_cast<double>(t_.num_samples);
-    return static_cast<float>(static_cast<double>(total_) /
-                              (samples * static_cast<double>(weight)));
+  // Coefficients are 1 / (N p).
+  void put(const Search& found, int64_t* indices, float* weights) const {
+    const double total = static_cast<double>(total_), n = static_cast<double>(t_.num_samples);
+    for (int b = 0; b < found.size; ++b) {
+      indices[found.position[b]] = found.node[b];
+      weights[found.position[b]] =
+          static_cast<float>(total / (n * static_cast<double>(found.weight[b])));
+    }
   }
 
   const Table& t_;
   Beside beside_;
-  uint64_t total_, theta_, heavy_total_;
+  uint64_t total_, theta_, capped_total_;
 };
 
 // The points of draws b, b + 1, ... below the total.

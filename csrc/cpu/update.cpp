@@ -1,12 +1,11 @@
-// The update: scores of a minibatch into the state table, the sampling structure and the variance
+// The update: scores of a minibatch into the state table, the tree and the variance
 // traces. Block by block: a pass of gathers, one of arithmetic (vectorised by the compiler), one of
 // scatters. A sample that was drawn twice is updated once: its first position sets `last` to the
 // present iteration, so that the second finds dt = 0.
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
-#include "cpu/structure.h"
+#include "cpu/tree.h"
 #include "fastis.h"
 #include "variance.h"
 
@@ -23,14 +22,14 @@ struct Block {
   int64_t index[kBlock];
   float mean[kBlock], var[kBlock], x[kBlock];
   int32_t dt[kBlock];
-  uint32_t old_code[kBlock], code[kBlock];
-  uint64_t delta[kBlock];  // of the integer weight
+  uint32_t old_code[kBlock], code[kBlock];      // with the flags of capped items
+  uint64_t delta[kBlock], light_delta[kBlock];  // of the integer weights: all; less the capped
 };
 
 void prefetch_record(const Table& t, int64_t index) { __builtin_prefetch(t.records + index, 1); }
 
-// The groups of an item's nodes below level `end`.
-void prefetch_groups(const Table& t, int64_t index, int end) {
+// The nodes above an item, below level `end`.
+void prefetch_nodes(const Table& t, int64_t index, int end) {
   for (int level = 0; level < end; ++level) {
     const uint64_t* starts =
         t.starts + t.levels.first[level] + Levels::above(index, level + 1) * kRadix;
@@ -50,16 +49,17 @@ void gather(const Table& t, const int64_t* indices, const float* observed, int64
       continue;
     }
     Record& record = t.records[indices[b]];
-    if (record.last >= now) continue;
-    const int at = block.size++;
+    const int32_t dt = interval(now, record.last);
     const bool fresh = record.last < 0;
+    if (!fresh && dt == 0) continue;
+    const int at = block.size++;
     const bool anew = fresh || t.tau < 0;
     block.num_fresh += fresh;
     block.index[at] = indices[b];
     block.mean[at] = anew ? observed[b] : record.mean;  // d = 0: the mean is x and the variance 0
     block.var[at] = anew ? 0.0f : record.var;
     block.x[at] = observed[b];
-    block.dt[at] = fresh ? 1 : now - record.last;
+    block.dt[at] = fresh ? 1 : dt;
     block.old_code[at] = record.code;
     record.last = now;
   }
@@ -69,6 +69,7 @@ struct Weighing {
   float tau, floor;
   Importance importance;
   int exponent, max_shift;
+  uint64_t theta;  // items above it are capped
 };
 
 // False when a new weight lies outside the range of e0: deltas are then of no use.
@@ -86,8 +87,12 @@ bool compute(Block& block, const Weighing& w) {
   }
   if (outside < 0) return false;
   for (int at = 0; at < block.size; ++at) {
-    const uint32_t old_code = block.old_code[at] & ~kCappedFlag;
-    block.delta[at] = weight_of(block.code[at], w.exponent) - light_weight(old_code, w.exponent);
+    const uint32_t old_code = block.old_code[at];
+    const uint64_t weight = weight_of(block.code[at], w.exponent);
+    const bool capped = weight > w.theta;
+    block.delta[at] = weight - light_weight(old_code & ~kCappedFlag, w.exponent);
+    block.light_delta[at] = (capped ? 0 : weight) - light_weight(old_code, w.exponent);
+    block.code[at] |= capped ? kCappedFlag : 0;
   }
   return true;
 }
@@ -97,30 +102,39 @@ void write_back(const Table& t, const Block& block) {
     Record& record = t.records[block.index[at]];
     record.mean = block.mean[at];
     record.var = block.var[at];
-    record.code = block.code[at] | (block.old_code[at] & kCappedFlag);
+    record.code = block.code[at];
   }
 }
 
-// ... and calls for the groups of the next block's items.
-void add_to_structure(const Table& t, const Block& block, int exponent, Spread& spread,
-                      const int64_t* next, int64_t ahead) {
+// One item into the nodes above it, from level 0 to below level `end`.
+void add_to_tree(const Table& t, const Block& block, int at, int exponent, int end) {
+  Scalars& s = *t.scalars;
+  const int64_t index = block.index[at];
+  const uint32_t code = block.code[at], old_code = block.old_code[at];
+  if (block.light_delta[at] != 0) add_to_sums(t, index, block.light_delta[at], end);
+  if (old_code == 0) add_to_counts(t, t.unseen_starts, index, ~0u);
+  if ((code ^ old_code) & kCappedFlag) {
+    const bool capped = (code & kCappedFlag) != 0;
+    add_to_counts(t, t.capped_starts, index, capped ? 1 : ~0u);
+    s.num_capped += capped ? 1 : -1;
+  }
+  const uint64_t weight = weight_of(code & ~kCappedFlag, exponent);
+  if (is_near(s, weight) && !is_near(s, weight - block.delta[at])) add_near(t, index);
+}
+
+// ... and calls for the nodes of the next block's items.
+void add_to_tree(const Table& t, const Block& block, int exponent, Spread& spread,
+                 const int64_t* next, int64_t ahead) {
   Scalars& s = *t.scalars;
   const int end = spread.level();
   uint64_t light = 0;
   uint32_t largest = 0;
   for (int at = 0; at < block.size; ++at) {
-    const int64_t index = block.index[at];
-    if (at < ahead) prefetch_groups(t, next[at], end);
-    if (block.old_code[at] & kCappedFlag) {
-      const int64_t* heavy = std::lower_bound(t.heavy, t.heavy + s.num_capped, index);
-      t.heavy_weights[heavy - t.heavy] = weight_of(block.code[at], exponent);
-      continue;
-    }
-    largest = std::max(largest, block.code[at]);
-    light += block.delta[at];
-    add_to_sums(t, index, block.delta[at], end);
-    if (end < t.levels.depth) spread.add(index, block.delta[at]);
-    if (block.num_fresh > 0 && block.old_code[at] == 0) count_seen(t, index);
+    if (at < ahead) prefetch_nodes(t, next[at], end);
+    add_to_tree(t, block, at, exponent, end);
+    largest = std::max(largest, block.code[at] & ~kCappedFlag);
+    light += block.light_delta[at];
+    if (end < t.levels.depth) spread.add(block.index[at], block.light_delta[at]);
   }
   s.light += static_cast<int64_t>(light);
   s.ceiling = std::max(s.ceiling, static_cast<int64_t>(weight_of(largest, exponent)));
@@ -128,18 +142,18 @@ void add_to_structure(const Table& t, const Block& block, int exponent, Spread& 
 
 void update_state(const Table& t, const int64_t* indices, const float* observed, int64_t n) {
   Scalars& s = *t.scalars;
-  const int64_t last_iteration = std::numeric_limits<int32_t>::max();
-  const int32_t now = static_cast<int32_t>(std::min(s.updates, last_iteration));
-  const int exponent = static_cast<int>(s.exponent);
-  const Weighing weighing{tau_at(t, now),
-                          floor_of(static_cast<uint64_t>(s.total), s.seen, exponent, t.floor),
-                          t.importance, exponent, max_shift(n)};
+  const int32_t now = clock_of(s.updates);
+  const int exponent = exponent_of_table(t);
+  const Weighing weighing{
+      tau_at(t, s.updates), floor_of(static_cast<uint64_t>(s.total), s.seen, exponent, t.floor),
+      t.importance,         exponent,
+      max_shift(n),         static_cast<uint64_t>(s.valid ? s.theta : kNoCap)};
   bool in_range = true;
   Block block;
   Spread spread(t, n);
   for (int64_t b = 0; b < std::min<int64_t>(kBlock, n); ++b) {
     prefetch_record(t, indices[b]);
-    if (s.valid) prefetch_groups(t, indices[b], spread.level());
+    if (s.valid) prefetch_nodes(t, indices[b], spread.level());
   }
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t size = std::min<int64_t>(kBlock, n - begin), end = begin + size;
@@ -152,9 +166,9 @@ void update_state(const Table& t, const int64_t* indices, const float* observed,
     for (int at = 0; at < block.size; ++at) added += block.delta[at];
     s.total += static_cast<int64_t>(added);
     s.seen += block.num_fresh;
-    if (s.valid) add_to_structure(t, block, exponent, spread, indices + end, ahead);
+    if (s.valid) add_to_tree(t, block, exponent, spread, indices + end, ahead);
   }
-  if (!in_range || s.total > t.total_limit) {
+  if (!in_range || exceeds_limit(t)) {
     rescale(t);
   } else if (s.valid) {
     spread.finish();

@@ -41,11 +41,11 @@ struct Clock {
   uint64_t theta;
 };
 
-FASTIS_HD inline Clock clock_of(const Table& t, int64_t n) {
+FASTIS_HD inline Clock read_clock(const Table& t, int64_t n) {
   const Scalars& s = *t.scalars;
   const int exponent = exponent_of_table(t);
   const bool valid = s.valid != 0;
-  return {clock_at(s.updates),
+  return {clock_of(s.updates),
           tau_at(t, s.updates),
           floor_of(static_cast<uint64_t>(s.total), s.seen, exponent, t.floor),
           exponent,
@@ -56,9 +56,9 @@ FASTIS_HD inline Clock clock_of(const Table& t, int64_t n) {
 
 FASTIS_HD inline void claim(const DeviceTable& t, const Minibatch& m, int32_t now, int64_t b) {
   const int64_t index = m.indices[b];
-  if (in_table(t, index) && usable(m.observed[b]) && t.records[index].last != now) {
-    atomic_min(t.claims + index, static_cast<uint32_t>(b));
-  }
+  if (!in_table(t, index) || !usable(m.observed[b])) return;
+  const int32_t last = t.records[index].last;
+  if (last < 0 || interval(now, last) > 0) atomic_min(t.claims + index, static_cast<uint32_t>(b));
 }
 
 // An item's new weight in the tree, on the side of theta where it belongs.
@@ -92,7 +92,7 @@ FASTIS_HD inline Tally apply(const DeviceTable& t, const Minibatch& m, const Clo
   const Record old = t.records[index];
   const bool fresh = old.last < 0, anew = fresh || t.tau < 0;
   Record record{anew ? x : old.mean, anew ? 0.0f : old.var, clock.now, 0};
-  observe(record.mean, record.var, x, static_cast<float>(fresh ? 1 : age(old.last, clock.now)),
+  observe(record.mean, record.var, x, static_cast<float>(fresh ? 1 : interval(clock.now, old.last)),
           clock.tau);
   record.code = code_of(importance_of(record.mean, record.var, t.importance), clock.floor);
   const int shift = exponent_of(record.code) - clock.exponent;
@@ -148,7 +148,7 @@ FASTIS_HD void update(Grid& grid, const DeviceTable& t, const Minibatch& m) {
   Scalars& s = *t.scalars;
   grid.aside([&](auto& block) { update_variance(block, t, m); });
   if (t.records != nullptr) {
-    const Clock clock = clock_of(t, m.n);
+    const Clock clock = read_clock(t, m.n);
     grid.each(m.n, [&](int64_t b) { claim(t, m, clock.now, b); });
     grid.wait();  // all claims are there before the first winner is found
     grid.template reduce<Tally>(

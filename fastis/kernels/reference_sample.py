@@ -75,7 +75,7 @@ def _draw_by_importance(
 def locate(table: Table, points: Tensor, indices: Tensor, weights: Tensor) -> None:
     """The items at ``points`` (int64 [n], below the total of the distribution as it stands).
 
-    What a draw does, with points of the caller's. Heavy items come first in the order of the
+    What a draw does, with points of the caller's. Capped items come first in the order of the
     points, then all others in the order of their indices.
     """
     _find(distribution(table), points, indices, weights)
@@ -83,8 +83,8 @@ def locate(table: Table, points: Tensor, indices: Tensor, weights: Tensor) -> No
 
 def _find(drawn: Distribution, points: Tensor, indices: Tensor, weights: Tensor) -> None:
     light = torch.ones_like(drawn.weights, dtype=torch.bool)
-    light[drawn.heavy] = False
-    order = torch.cat([drawn.heavy, torch.nonzero(light).flatten()])
+    light[drawn.capped] = False
+    order = torch.cat([drawn.capped, torch.nonzero(light).flatten()])
     ends = torch.cumsum(drawn.weights[order], 0)
     indices.copy_(order[torch.searchsorted(ends, points, right=True)])
     weights.copy_(coefficients(drawn.weights, drawn.total, indices))

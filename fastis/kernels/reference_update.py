@@ -24,6 +24,8 @@ from fastis.table import (
     EXPONENT,
     FACTOR,
     LAST,
+    LATE,
+    LATEST,
     MEAN,
     SECOND,
     SEEN,
@@ -40,7 +42,6 @@ from fastis.table import (
 )
 
 LARGEST_SCORE = 2.0**60
-CLOCK = 2**31 - 1  # `last` is the clock of updates modulo 2^31
 
 
 def update(
@@ -110,12 +111,11 @@ def update_state(table: Table, indices: Tensor, observed: Tensor) -> None:
     """Kutsuna 2025, Algorithm 1, with weights as integers (math: state table, exactness)."""
     constants, scalars = table.constants, table.scalars
     updates = int(scalars[UPDATES])
-    now = updates & CLOCK
     total, seen, e0 = (int(scalars[at]) for at in (TOTAL, SEEN, EXPONENT))
     usable = observed.abs() < LARGEST_SCORE
     scalars[SKIPPED] += (~usable).sum()
     keep = first_positions(indices, usable)
-    keep = keep[table.column(LAST)[indices[keep]] != now]  # an iteration observes a sample once
+    keep = keep[interval(table.column(LAST)[indices[keep]], updates) > 0]
     i, x = indices[keep], observed[keep]
 
     fresh = table.column(LAST)[i] < 0
@@ -125,7 +125,7 @@ def update_state(table: Table, indices: Tensor, observed: Tensor) -> None:
 
     old_codes = table.codes()[i]
     table.column(MEAN)[i], table.column(VAR)[i] = new_mean, new_var
-    table.column(LAST)[i] = now
+    table.column(LAST)[i] = clock_of(updates)
     table.column(CODE)[i] = codes
     scalars[VALID] = 0
     shift = exponent_of(codes) - e0
@@ -139,11 +139,26 @@ def update_state(table: Table, indices: Tensor, observed: Tensor) -> None:
         rescale(table)
 
 
+def clock_of(updates: int) -> int:
+    """The iteration ``updates`` as records hold it: modulo 2^31, so that no run is too long."""
+    return updates & LATEST
+
+
+def interval(last: Tensor, updates: int) -> Tensor:
+    """Iterations since samples were last observed, modulo 2^31, 1 for unseen ones.
+
+    0 where iteration ``updates`` has nothing to add: where the sample was observed in it, or in a
+    later one (by up to ``LATE``).
+    """
+    passed = (clock_of(updates) - last) & LATEST
+    return torch.where(last < 0, 1, torch.where(passed > LATEST - LATE, 0, passed))
+
+
 def exceeds_limit(table: Table) -> bool:
-    """Whether the total, with the mean for every unseen sample, exceeds the limit of the sums."""
+    """Is the sum of all weights, those of the unseen included, more than the draw has room for?"""
     total, seen = int(table.scalars[TOTAL]), int(table.scalars[SEEN])
-    mean = total // seen if seen else 0
-    return total + (table.constants.num_samples - seen) * mean > table.constants.total_limit
+    of_unseen = (table.constants.num_samples - seen) * (total // seen) if seen else 0
+    return total + of_unseen > table.constants.total_limit
 
 
 def smoothed(table: Table, i: Tensor | slice, x: Tensor, updates: int) -> tuple[Tensor, Tensor]:
@@ -152,7 +167,7 @@ def smoothed(table: Table, i: Tensor | slice, x: Tensor, updates: int) -> tuple[
     mean, var, last = (table.column(at)[i] for at in (MEAN, VAR, LAST))
     if tau < 0:
         return x, torch.zeros_like(x)
-    dt = torch.where(last < 0, 1, ((updates & CLOCK) - last) & CLOCK).float()
+    dt = interval(last, updates).float()
     # On x's device: CUDA divides by a host's number by multiplying with its inverse.
     linear = x.new_tensor(table.constants.tau_scale) * float(updates)
     tau_now = x.new_tensor(tau) if tau > 0 else linear.clamp(min=1)
@@ -167,13 +182,13 @@ def observe_all(table: Table, observed: Tensor, iteration: int) -> None:
 
     Of the states alone: :func:`rescale` of the backend in use has to follow.
     """
-    now = iteration & CLOCK
     usable = observed.abs() < LARGEST_SCORE
     table.scalars[SKIPPED] += (~usable).sum()
-    usable &= table.column(LAST) != now
-    for at, values in zip((MEAN, VAR), smoothed(table, slice(None), observed, iteration), strict=True):
+    usable &= interval(table.column(LAST), iteration) > 0
+    new = smoothed(table, slice(None), observed, iteration)
+    for at, values in zip((MEAN, VAR), new, strict=True):
         table.column(at)[:] = torch.where(usable, values, table.column(at))
-    table.column(LAST)[:] = torch.where(usable, now, table.column(LAST))
+    table.column(LAST)[:] = torch.where(usable, clock_of(iteration), table.column(LAST))
 
 
 def max_shift(n: int) -> int:

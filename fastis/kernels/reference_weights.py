@@ -1,4 +1,4 @@
-"""Integer weights and flattening in PyTorch: what csrc/weights.h and structure.cpp compute."""
+"""Integer weights and flattening in PyTorch: csrc/weights.h and csrc/cpu/update_cap.cpp."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Distribution(NamedTuple):
 
     weights: Tensor  # int64 [N]: every item's integer weight as drawn
     total: int  # their sum
-    heavy: Tensor  # int64 [k]: the seen items at the cap, ascending; first in the order of a draw
+    capped: Tensor  # int64 [k]: the seen items above the cap, ascending; drawn first
 
 
 def distribution(table: Table) -> Distribution:
@@ -72,16 +72,16 @@ def distribution(table: Table) -> Distribution:
     is_seen = table.column(LAST) >= 0
     codes = table.codes()
     weights = torch.where(is_seen, weight_of(codes, e0 if e0 != NO_EXPONENT else 0), mean_weight)
-    heavy = torch.zeros(0, dtype=torch.int64, device=weights.device)
+    capped = torch.zeros(0, dtype=torch.int64, device=weights.device)
     if constants.flatten == FLATTEN["mix"]:
         weights = weights + mix_offset(weights, constants)
     if constants.flatten == FLATTEN["cap"]:
         theta = water_level(
             weights, constants.batch_size, constants.cap_numerator, constants.cap_denominator
         )
-        heavy = torch.nonzero(is_seen & (weights > theta)).flatten()
+        capped = torch.nonzero(is_seen & (weights > theta)).flatten()
         weights = weights.clamp(max=theta)
-    return Distribution(weights, int(weights.sum()), heavy)
+    return Distribution(weights, int(weights.sum()), capped)
 
 
 def water_level(weights: Tensor, batch_size: int, numerator: int, denominator: int) -> int:

@@ -16,7 +16,7 @@ from fastis import check
 from fastis.kernels import kernels_for
 from fastis.kernels.reference_update import LARGEST_SCORE, first_positions
 from fastis.methods.base import Method, Observation
-from fastis.table import LAST, MEAN, UPDATES, VAR, Table
+from fastis.table import LAST, LATEST, MEAN, UPDATES, VAR, Table
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def assign(table: Table, weights: Tensor, which: Tensor | None = None) -> None:
     O(N). Weights of 0 become the least that the table can hold. Samples keep the iteration of their
     last observation; those without one get the present, since without they would have no weight.
     """
-    now = (table.scalars[UPDATES] - 1).clamp(0, 2**31 - 1).int()
+    now = ((table.scalars[UPDATES] - 1).clamp(min=0) & LATEST).int()
     last = torch.where(table.column(LAST) < 0, now, table.column(LAST))
     for at, values in ((MEAN, weights), (VAR, torch.zeros_like(weights)), (LAST, last)):
         column = table.column(at)

@@ -1,0 +1,102 @@
+// The sum tree on the CPU: integer sums over the records, 4 records a leaf and 16 children a node.
+// Three numbers a node: the weights of its seen items at or below theta, how many of its items are
+// unseen, and how many are capped (above theta; these are drawn with weight theta each, and found
+// by their number). Bytes a sample: 16 for the record, 16/15 x (8 + 4 + 4)/4 = 4.3 for the nodes.
+// Bytes touched a level: an update 128 (shared by the whole minibatch where a level is small, 64
+// more for a new sample or one that crosses theta), a draw 128; and 64 of records each.
+#pragma once
+
+#include "cpu/node.h"
+#include "table.h"
+
+namespace fastis::FASTIS_ISA {
+
+inline int exponent_of_table(const Table& t) { return static_cast<int>(t.scalars->exponent); }
+
+// Recomputes codes, e0 and totals from the state, with the floor at the present mean. O(N).
+void rescale(const Table& table);
+
+// Fills the tree from the codes, with theta where it belongs. O(N).
+void rebuild(const Table& table);
+
+// Brings theta, what is capped and the weight of unseen items up to date: O((changes) log N).
+void update_cap(const Table& table);
+
+// theta as it follows from all codes (flattening by "cap"). O(N).
+uint64_t find_theta(const Table& table);
+
+// Adds `delta` (modulo 2^64) to the nodes above record `index`, from level 0 to below level `end`.
+inline void add_to_sums(const Table& t, int64_t index, uint64_t delta, int end) {
+  for (int level = 0; level < end; ++level) {
+    const int64_t node = Levels::above(index, level), child = node & (kRadix - 1);
+    add_in_node(t.starts + t.levels.first[level] + (node - child), child, delta);
+  }
+}
+
+// Adds `delta` (modulo 2^32) to the counts above record `index`.
+inline void add_to_counts(const Table& t, uint32_t* starts, int64_t index, uint32_t delta) {
+  for (int level = 0; level < t.levels.depth; ++level) {
+    const int64_t node = Levels::above(index, level), child = node & (kRadix - 1);
+    add_in_node(starts + t.levels.first[level] + (node - child), child, delta);
+  }
+}
+
+// The items that may cross theta soon: all seen ones whose weight is in (near_low, near_high] of
+// the scalars, and perhaps others. near_size < 0: the list is not up to date.
+inline bool is_near(const Scalars& s, uint64_t weight) {
+  return weight > static_cast<uint64_t>(s.near_low) && weight <= static_cast<uint64_t>(s.near_high);
+}
+
+inline void add_near(const Table& t, int64_t index) {
+  Scalars& s = *t.scalars;
+  if (s.near_size == t.near_capacity) s.near_size = -1;
+  if (s.near_size >= 0) t.near[s.near_size++] = index;
+}
+
+// Calls visit(index) for the records of every leaf below the children of `parent` that holds more
+// than `threshold`; false when a visit returned false and the rest was left out. `total`: of the
+// parent. `threshold` may rise on the way. Of a node that holds no more no item does, so that at
+// most total / threshold nodes of a level are entered.
+template <class T, class Visit>
+bool visit_heavier(const Table& t, const T* all_starts, int level, int64_t parent, T total,
+                   const T& threshold, const Visit& visit) {
+  const T* starts = all_starts + t.levels.first[level] + parent * kRadix;
+  for (unsigned left = heavier_in_node<T>(starts, total, threshold); left != 0; left &= left - 1) {
+    const int child = __builtin_ctz(left);
+    const int64_t node = parent * kRadix + child;
+    if (level > 0) {
+      const T end = child + 1 < kRadix ? starts[child + 1] : total;
+      const T below = end - starts[child];
+      if (below > threshold &&
+          !visit_heavier<T>(t, all_starts, level - 1, node, below, threshold, visit)) {
+        return false;
+      }
+      continue;
+    }
+    const int64_t first = node * kLeaf, last = first + kLeaf;
+    for (int64_t index = first; index < last && index < t.num_samples; ++index) {
+      if (!visit(index)) return false;
+    }
+  }
+  return true;
+}
+
+// What a minibatch adds to the levels that have fewer nodes than it has items: collected by node of
+// the lowest of them, then spread over it and the levels above in one sweep.
+class Spread {
+ public:
+  Spread(const Table& table, int64_t num_items);
+
+  int level() const { return level_; }
+  void add(int64_t index, uint64_t delta) { delta_[Levels::above(index, level_)] += delta; }
+  void finish();
+
+ private:
+  static constexpr int64_t kMostNodes = 1024;
+
+  const Table& table_;
+  int level_ = 0;                        // the table's depth: no level is small enough
+  uint64_t delta_[kMostNodes + kRadix];  // zeros to a multiple of kRadix
+};
+
+}  // namespace fastis::FASTIS_ISA

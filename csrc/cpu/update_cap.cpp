@@ -1,0 +1,278 @@
+// Flattening on the CPU: theta, and which items are capped.
+//
+// theta is the root of g(theta) = sum min(W, theta) - theta B / D over all items (math: water
+// filling), which is concave, so that it is the one point but 0 where g is 0. At any time the items
+// flagged as capped are exactly the seen ones above scalars.theta, and theta moves to the root by
+// Newton's steps, floor(D rest / (B - D capped)): each step flips the items that it passes. From
+// above the root no step passes it. From below the first one may shoot far beyond it; steps upwards
+// are therefore short at first, and double.
+#include <algorithm>
+
+#include "cpu/tree.h"
+
+namespace fastis::FASTIS_ISA {
+namespace {
+
+// The next Newton step from what is capped and what is not; 0 where there is none, since so many
+// items can't all be at the cap.
+uint64_t newton(const Table& t, uint64_t capped, uint64_t rest) {
+  if (capped * t.cap_numerator >= static_cast<uint64_t>(t.batch_size) * t.cap_denominator) return 0;
+  return water_level(rest, capped, t.batch_size, t.cap_numerator, t.cap_denominator);
+}
+
+struct Unseen {
+  uint64_t number, weight;  // of each, before flattening
+};
+
+Unseen unseen_of(const Table& t) {
+  const Scalars& s = *t.scalars;
+  const uint64_t mean = s.seen == 0 ? kUniformWeight : static_cast<uint64_t>(s.total) / s.seen;
+  return {static_cast<uint64_t>(t.num_samples - s.seen), mean};
+}
+
+uint64_t newton(const Table& t, Unseen unseen, uint64_t capped, uint64_t rest, uint64_t theta) {
+  return unseen.weight > theta ? newton(t, capped + unseen.number, rest)
+                               : newton(t, capped, rest + unseen.number * unseen.weight);
+}
+
+uint64_t weight_at(const Table& t, int64_t index) {
+  return weight_of(t.records[index].code & ~kCappedFlag, exponent_of_table(t));
+}
+
+bool is_capped(const Table& t, int64_t index) { return (t.records[index].code & kCappedFlag) != 0; }
+
+// Makes a capped item one of the others, or the other way round.
+void flip(const Table& t, int64_t index) {
+  Scalars& s = *t.scalars;
+  const uint64_t weight = weight_at(t, index);
+  const bool capped = !is_capped(t, index);
+  t.records[index].code ^= kCappedFlag;
+  const uint64_t delta = capped ? ~weight + 1 : weight;
+  add_to_sums(t, index, delta, t.levels.depth);
+  add_to_counts(t, t.capped_starts, index, capped ? 1 : ~0u);
+  s.light += static_cast<int64_t>(delta);
+  s.num_capped += capped ? 1 : -1;
+}
+
+// Calls visit(index, weight) for seen items below theta that weigh more than `threshold`.
+template <class Visit>
+bool visit_light(const Table& t, uint64_t threshold, const Visit& visit) {
+  const uint64_t total = static_cast<uint64_t>(t.scalars->light);
+  if (total <= threshold) return true;
+  return visit_heavier<uint64_t>(
+      t, t.starts, t.levels.depth - 1, 0, total, threshold, [&](int64_t index) {
+        const uint64_t weight = light_weight(t.records[index].code, exponent_of_table(t));
+        return weight <= threshold || visit(index, weight);
+      });
+}
+
+// Calls visit(index, weight) for all capped items.
+template <class Visit>
+bool visit_capped(const Table& t, const Visit& visit) {
+  if (t.scalars->num_capped == 0) return true;
+  const uint32_t none = 0, all = static_cast<uint32_t>(t.scalars->num_capped);
+  return visit_heavier<uint32_t>(
+      t, t.capped_starts, t.levels.depth - 1, 0, all, none,
+      [&](int64_t index) { return !is_capped(t, index) || visit(index, weight_at(t, index)); });
+}
+
+// Moves theta, and flips the items that it passes. When they are more than there is room to note,
+// the tree is built anew, with theta where it belongs.
+void move_theta(const Table& t, uint64_t to) {
+  Scalars& s = *t.scalars;
+  const uint64_t from = static_cast<uint64_t>(s.theta);
+  s.theta = static_cast<int64_t>(to);
+  if (s.near_size >= 0 && to >= static_cast<uint64_t>(s.near_low) &&
+      to <= static_cast<uint64_t>(s.near_high)) {
+    for (int64_t k = 0; k < s.near_size; ++k) {
+      if (is_capped(t, t.near[k]) != (weight_at(t, t.near[k]) > to)) flip(t, t.near[k]);
+    }
+    return;
+  }
+  s.near_size = -1;
+  int64_t found = 0;
+  const auto note = [&](int64_t index) {
+    if (found == t.near_capacity) return false;
+    t.near[found++] = index;
+    return true;
+  };
+  const bool noted =
+      to < from
+          ? visit_light(
+                t, to, [&](int64_t index, uint64_t) { return note(index); })
+          : visit_capped(
+                t, [&](int64_t index, uint64_t weight) { return weight > to || note(index); });
+  if (!noted) return rebuild(t);
+  for (int64_t k = 0; k < found; ++k) flip(t, t.near[k]);
+}
+
+// Leaves as many of the listed items as half the list has room for, those next to theta.
+void trim_near(const Table& t) {
+  Scalars& s = *t.scalars;
+  while (true) {
+    const int64_t* end = std::remove_if(t.near, t.near + s.near_size, [&](int64_t index) {
+      return !is_near(s, weight_at(t, index));
+    });
+    s.near_size = end - t.near;
+    if (s.near_size <= t.near_capacity / 2) return;
+    s.near_low = s.theta - (s.theta - s.near_low) / 2;
+    s.near_high = s.theta + (s.near_high - s.theta) / 2;
+  }
+}
+
+// Lists what theta may pass next: items within an eighth of it, or within as much less as there is
+// room for.
+void list_near(const Table& t) {
+  Scalars& s = *t.scalars;
+  s.near_low = s.theta - s.theta / 8;
+  s.near_high = s.theta + s.theta / 8;
+  s.near_size = 0;
+  const auto add = [&](int64_t index, uint64_t weight) {
+    if (s.near_size == t.near_capacity) trim_near(t);
+    if (is_near(s, weight)) t.near[s.near_size++] = index;
+    return true;
+  };
+  visit_light(t, static_cast<uint64_t>(s.near_low), add);
+  visit_capped(t, add);
+}
+
+void update_theta(const Table& t) {
+  Scalars& s = *t.scalars;
+  const Unseen unseen = unseen_of(t);
+  for (uint64_t step = static_cast<uint64_t>(s.theta) / 64 + 1;; step *= 2) {
+    const uint64_t theta = static_cast<uint64_t>(s.theta);
+    uint64_t next = newton(t, unseen, static_cast<uint64_t>(s.num_capped),
+                           static_cast<uint64_t>(s.light), theta);
+    if (next == theta) break;
+    const bool may_shoot = s.num_capped > 0 || (unseen.number > 0 && unseen.weight > theta);
+    if (next == 0 || (next > theta && may_shoot && next - theta > step)) {
+      next = std::min(theta + step, uint64_t{kNoCap});
+    }
+    move_theta(t, next);
+  }
+  if (s.near_size < 0) list_near(t);
+  if (s.near_size > t.near_capacity / 4 * 3) trim_near(t);
+  s.unseen = static_cast<int64_t>(std::min<uint64_t>(s.theta, unseen.weight));
+}
+
+// A constant added to every weight, so that the largest meets the cap.
+void update_offset(const Table& t) {
+  Scalars& s = *t.scalars;
+  const Unseen unseen = unseen_of(t);
+  const uint64_t total = static_cast<uint64_t>(s.light) + unseen.number * unseen.weight;
+  uint64_t peak = unseen.number > 0 ? unseen.weight : 0;
+  // Only what exceeds the cap as it is matters.
+  const uint64_t theta = water_level(total, 0, t.batch_size, t.cap_numerator, t.cap_denominator);
+  if (static_cast<uint64_t>(s.ceiling) > theta) {
+    uint64_t ceiling = theta;  // rises with every item found: the search passes lighter nodes by
+    visit_heavier<uint64_t>(t, t.starts, t.levels.depth - 1, 0, static_cast<uint64_t>(s.light),
+                            ceiling, [&](int64_t index) {
+                              ceiling = std::max(ceiling, weight_at(t, index));
+                              return true;
+                            });
+    s.ceiling = static_cast<int64_t>(ceiling);
+    peak = std::max(peak, ceiling);
+  }
+  s.offset = mix_offset(peak, total, t);
+  s.unseen = static_cast<int64_t>(unseen.weight);
+}
+
+// Counts and sums of the seen items by the leading bits of their codes, then, within one class of
+// these, by the rest.
+class Histogram {
+ public:
+  explicit Histogram(const Table& t) : t_(t), first_((exponent_of_table(t) + 127) << 8) {
+    each([&](uint32_t code, uint64_t weight) {
+      const int at = class_of(code);
+      ++number_[at];
+      sum_[at] += weight;
+    });
+  }
+
+  // The capped are the items from the least code on at which g is negative.
+  uint64_t theta(Unseen unseen) {
+    unseen_ = unseen;
+    Side below{0, 0};
+    int at = 0;
+    for (; at < kClasses; ++at) {
+      const Side with{below.number + number_[at], below.sum + sum_[at]};
+      if (at + 1 == kClasses || is_beyond(weight_of(code_of_class(at + 1), e0()), with)) break;
+      below = with;
+    }
+    uint64_t fine[kCodes] = {};
+    each([&](uint32_t code, uint64_t) {
+      if (class_of(code) == at) ++fine[(code >> 8) & (kCodes - 1)];
+    });
+    const uint32_t base = code_of_class(at);
+    for (int low = 0; low < kCodes; ++low) {
+      const uint64_t weight = weight_of(base | static_cast<uint32_t>(low) << 8, e0());
+      if (is_beyond(weight, below)) break;
+      below = {below.number + fine[low], below.sum + fine[low] * weight};
+    }
+    const uint64_t capped = static_cast<uint64_t>(t_.scalars->seen) - below.number;
+    const uint64_t level = newton(t_, capped, below.sum + unseen.number * unseen.weight);
+    return unseen.number == 0 || (level > 0 && unseen.weight <= level)
+               ? level
+               : newton(t_, capped + unseen.number, below.sum);
+  }
+
+ private:
+  static constexpr int kClasses = 48 << 8;  // exponents above e0, 8 bits of the mantissa
+  static constexpr int kCodes = 1 << 7;     // the other bits
+  struct Side {
+    uint64_t number, sum;
+  };
+
+  template <class F>
+  void each(const F& f) const {
+    for (int64_t i = 0; i < t_.num_samples; ++i) {
+      const uint32_t code = t_.records[i].code & ~kCappedFlag;
+      if (code != 0) f(code, weight_of(code, e0()));
+    }
+  }
+  int e0() const { return exponent_of_table(t_); }
+  int class_of(uint32_t code) const { return static_cast<int>(code >> 15) - first_; }
+  uint32_t code_of_class(int at) const { return static_cast<uint32_t>(at + first_) << 15; }
+
+  // g < 0, `below` being the seen items of less weight.
+  bool is_beyond(uint64_t weight, Side below) const {
+    using Wide = unsigned __int128;
+    const uint64_t above = static_cast<uint64_t>(t_.scalars->seen) - below.number;
+    const Wide filled = Wide{below.sum} + Wide{above} * weight +
+                        Wide{unseen_.number} * std::min(unseen_.weight, weight);
+    // D filled < B weight, the factors of 64 bits first brought down to 62 in all where needed.
+    return filled * t_.cap_numerator <
+           Wide{weight} * (static_cast<uint64_t>(t_.batch_size) * t_.cap_denominator);
+  }
+
+  const Table& t_;
+  const int first_;
+  Unseen unseen_{0, 0};
+  uint32_t number_[kClasses] = {};
+  uint64_t sum_[kClasses] = {};
+};
+
+}  // namespace
+
+uint64_t find_theta(const Table& t) {
+  const Unseen unseen = unseen_of(t);
+  if (t.scalars->seen == 0) {  // all weigh the same, which no cap can change
+    return newton(t, 0, unseen.number * unseen.weight);
+  }
+  return Histogram(t).theta(unseen);
+}
+
+void update_cap(const Table& t) {
+  Scalars& s = *t.scalars;
+  if (!s.valid) rebuild(t);
+  switch (t.flatten) {
+    case Flatten::cap:
+      return update_theta(t);
+    case Flatten::mix:
+      return update_offset(t);
+    case Flatten::none:
+      s.unseen = static_cast<int64_t>(unseen_of(t).weight);
+  }
+}
+
+}  // namespace fastis::FASTIS_ISA
