@@ -244,10 +244,17 @@ template <class Grid>
 FASTIS_HD void update_and_draw(Grid& grid, const DeviceTable& t, const Minibatch& m,
                                int64_t* indices, float* weights) {
   const int64_t iteration = t.scalars->draws;
-  update(grid, t, m);
-  if (t.records == nullptr) grid.wait();  // all have read the clock; else the update has waited
+  const Products products = add_products(grid, m);
+  if (t.records != nullptr) {
+    update_records(grid, t, m);
+  } else {
+    grid.wait();  // all have read the clock
+  }
   draw_minibatch(grid, t, iteration, indices, weights);
-  grid.once([&] { ++t.scalars->draws; });
+  grid.once([&] {
+    finish_update(t, m, products);
+    ++t.scalars->draws;
+  });
 }
 
 }  // namespace fastis::device
