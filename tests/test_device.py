@@ -7,6 +7,8 @@ the other, forwards, backwards and scrambled, so that a dependence on the order 
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import time
 
 import pytest
@@ -364,6 +366,38 @@ def test_sums_hold_every_integer(emulated):
         sampler.update(batch, observe(score))
     sampler.sample()
     assert_exact_structure(sampler)
+
+
+WRONG_TREE = """
+import torch, fastis
+from fastis import _C
+from fastis.methods import EMAIS
+sampler = fastis.Sampler(5001, 64, method=EMAIS(warmup_epochs=0))
+table = sampler._table
+indices, weights = torch.empty(64, dtype=torch.int64), torch.empty(64)
+score = torch.rand(5001)
+arguments = (torch.arange(5001), score, torch.ones(5001), score)
+_C.emulate_update(table.device_handle, *(a.data_ptr() for a in arguments), 5001, 0, 0, 1)
+generator = torch.Generator().manual_seed(0)
+for name in ("sums", "unseen", "capped"):
+    for most in (1, 2**20):
+        _C.emulate_draw(table.device_handle, indices.data_ptr(), weights.data_ptr(), 1)
+        nodes = table._structure[name]
+        kept = nodes.clone()
+        nodes.random_(0, most, generator=generator)
+        table.scalars[8] = 5  # capped items
+        _C.emulate_draw(table.device_handle, indices.data_ptr(), weights.data_ptr(), 1)
+        assert ((indices >= 0) & (indices < 5001)).all(), indices
+        nodes.copy_(kept)
+        table.scalars[6] = 0  # rebuilt
+"""
+
+
+def test_a_draw_stays_in_range_whatever_the_tree_holds():
+    done = subprocess.run(
+        [sys.executable, "-c", WRONG_TREE], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_sample_drawn_many_times_is_observed_once(emulated):

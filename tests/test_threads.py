@@ -1,8 +1,8 @@
 """The sampler's CUDA code on the threads of a CPU, under ThreadSanitizer: every barrier is needed.
 
-tests/threads stands in for CUDA below csrc/cuda/grid.cuh: a thread for each thread of a launch, real
-barriers, relaxed atomics. What runs is compared with csrc/device on HostGrid, and must be free of
-races. Then each barrier of the sources is left out in turn (numbered by the test, so that one
+tests/threads stands in for CUDA below csrc/cuda/grid.cuh: a thread for each thread of a launch,
+real barriers, relaxed atomics. What runs is compared with csrc/device on HostGrid, and must be free
+of races. Then each barrier of the sources is left out in turn (numbered by the test, so that one
 program does for all), which must show: as a race, other bits, or a hang.
 """
 
