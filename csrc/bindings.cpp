@@ -120,7 +120,10 @@ fastis::Table make_table(const py::dict& tensors, const py::dict& constants) {
   t.unseen_starts = address<uint32_t>(tensors, "unseen_starts");
   t.capped_starts = address<uint32_t>(tensors, "capped_starts");
   t.near = address<int64_t>(tensors, "near");
+  t.listed = address<int64_t>(tensors, "listed");
+  t.flipped = address<int64_t>(tensors, "flipped");
   t.near_capacity = constants["near_capacity"].cast<int64_t>();
+  t.list_capacity = constants["list_capacity"].cast<int64_t>();
   t.levels = fastis::Levels(t.num_samples);
   return t;
 }

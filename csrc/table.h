@@ -24,7 +24,8 @@ struct Scalars {
   int64_t ceiling;       // no light item weighs more than this
   int64_t capped_floor;  // no capped item weighs less than this
   int64_t near_size, near_low, near_high;  // see csrc/cpu/tree.h
-  int64_t reserved[7];
+  int64_t num_listed, num_flipped;         // see csrc/cpu/tree.h
+  int64_t reserved[5];
 };
 static_assert(sizeof(Scalars) == 24 * 8);
 
@@ -80,7 +81,9 @@ struct Table {
   uint32_t* unseen_starts = nullptr;  // [K] of the numbers of unseen items
   uint32_t* capped_starts = nullptr;  // [K] of the numbers of capped items
   int64_t* near = nullptr;            // [near_capacity] items that theta may pass next
-  int64_t near_capacity = 0;
+  int64_t* listed = nullptr;          // [2 x list_capacity] the capped items, ascending
+  int64_t* flipped = nullptr;         // [list_capacity] items that were capped since, or no longer
+  int64_t near_capacity = 0, list_capacity = 0;  // list_capacity 0: capped items are not listed
 
   // Constants.
   int64_t num_samples = 0, batch_size = 0, warmup_draws = 0, batches_per_epoch = 0;

@@ -32,6 +32,16 @@ FASTIS_HD inline uint64_t weight_of(uint32_t code, int e0) {
   return code == 0 ? 0 : mantissa_of(code) << (exponent_of(code) - e0);
 }
 
+// The largest code whose weight is at most `weight` (at least 2^15).
+FASTIS_HD inline uint32_t code_below(uint64_t weight, int e0) {
+  int shift = 0;
+  while (weight >> shift > 0xFFFFu) ++shift;
+  const int biased = e0 + shift + 127;
+  return biased > 254 ? 0x7F7FFFFFu
+                      : static_cast<uint32_t>(biased) << 23 |
+                            static_cast<uint32_t>(weight >> shift & 0x7FFFu) << 8;
+}
+
 // The weight of an item that is neither capped nor unseen, else 0. No branch.
 FASTIS_HD inline uint64_t light_weight(uint32_t code, int e0) {
   const uint64_t weight = mantissa_of(code) << ((exponent_of(code) - e0) & 63);

@@ -176,7 +176,10 @@ class Table:
     def handle(self) -> int:
         """Address of the CPU kernels' view; the structure is allocated on first use."""
         nodes = _C.structure_nodes(self.constants.num_samples)
-        near = min(self.constants.num_samples, 8 * self.constants.batch_size) + 1024
+        n, b = self.constants.num_samples, self.constants.batch_size
+        near = min(n, 8 * b) + 1024
+        # Where a capped item is drawn at least once a minibatch, a list of them saves time.
+        listed = max(self.constants.max_heavy, b) + 64 if self.constants.max_heavy < b else 0
         return self._view_of(
             _C.Table,
             {
@@ -184,8 +187,11 @@ class Table:
                 "unseen_starts": (nodes, torch.int32, 0),
                 "capped_starts": (nodes, torch.int32, 0),
                 "near": (near, torch.int64, 0),
+                "listed": (2 * listed, torch.int64, 0),
+                "flipped": (listed, torch.int64, 0),
             },
             near_capacity=near,
+            list_capacity=listed,
         )
 
     @cached_property

@@ -143,7 +143,11 @@ class Distribution {
       side.x[side.size++] =
           points[b] < capped_total_ ? points[b] / theta_ : points[b] - capped_total_;
     }
-    if (capped.size > 0) descend_capped(t_, capped);
+    if (t_.list_capacity > 0) {
+      for (int b = 0; b < capped.size; ++b) capped.node[b] = t_.listed[capped.x[b]];
+    } else if (capped.size > 0) {
+      descend_capped(t_, capped);
+    }
     switch (beside_) {
       case Beside::nothing:
         descend<Beside::nothing>(t_, search);

@@ -72,7 +72,7 @@ void rebuild(const Table& t) {
   s.theta = static_cast<int64_t>(theta);
   s.offset = 0;
   s.ceiling = kNoCap;
-  s.near_size = -1;
+  s.near_size = s.num_flipped = -1;
   s.valid = 1;
 }
 

@@ -53,6 +53,17 @@ inline void add_near(const Table& t, int64_t index) {
   if (s.near_size >= 0) t.near[s.near_size++] = index;
 }
 
+// Item `index` has become capped, or is no longer. Where there are seldom more capped items than
+// draws, they are listed too; num_flipped of the scalars tells how many changes the list waits for,
+// or < 0 when it must be made anew.
+inline void count_capped(const Table& t, int64_t index, bool capped) {
+  Scalars& s = *t.scalars;
+  add_to_counts(t, t.capped_starts, index, capped ? 1 : ~0u);
+  s.num_capped += capped ? 1 : -1;
+  if (s.num_flipped == t.list_capacity) s.num_flipped = -1;
+  if (s.num_flipped >= 0) t.flipped[s.num_flipped++] = index;
+}
+
 // Calls visit(index) for the records of every leaf below the children of `parent` that holds more
 // than `threshold`; false when a visit returned false and the rest was left out. `total`: of the
 // parent. `threshold` may rise on the way. Of a node that holds no more no item does, so that at

@@ -22,8 +22,10 @@ struct Block {
   int64_t index[kBlock];
   float mean[kBlock], var[kBlock], x[kBlock];
   int32_t dt[kBlock];
-  uint32_t old_code[kBlock], code[kBlock];      // with the flags of capped items
-  uint64_t delta[kBlock], light_delta[kBlock];  // of the integer weights: all; less the capped
+  uint32_t old_code[kBlock], code[kBlock];  // with the flags of capped items
+  uint64_t delta[kBlock];                   // of the integer weight
+  bool near_cap;                 // may items be capped, or near that? else light_delta is not set
+  uint64_t light_delta[kBlock];  // the same with capped items weighing nothing
 };
 
 void prefetch_record(const Table& t, int64_t index) { __builtin_prefetch(t.records + index, 1); }
@@ -51,7 +53,7 @@ void gather(const Table& t, const int64_t* indices, const float* observed, int64
     Record& record = t.records[indices[b]];
     const int32_t dt = interval(now, record.last);
     const bool fresh = record.last < 0;
-    if (!fresh && dt == 0) continue;
+    if (dt == 0 && !fresh) continue;
     const int at = block.size++;
     const bool anew = fresh || t.tau < 0;
     block.num_fresh += fresh;
@@ -69,7 +71,8 @@ struct Weighing {
   float tau, floor;
   Importance importance;
   int exponent, max_shift;
-  uint64_t theta;  // items above it are capped
+  uint64_t theta;      // items above it are capped
+  uint32_t near_code;  // items of larger codes may be near it
 };
 
 // False when a new weight lies outside the range of e0: deltas are then of no use.
@@ -80,21 +83,30 @@ bool compute(Block& block, const Weighing& w) {
   for (int at = 0; at < block.size; ++at) {
     block.code[at] = code_of(importance_of(block.mean[at], block.var[at], w.importance), w.floor);
   }
-  int32_t outside = 0;
+  int32_t outside = 0, near_cap = 0;  // below 0: an item is
   for (int at = 0; at < block.size; ++at) {
     const int32_t shift = exponent_of(block.code[at]) - w.exponent;
     outside |= shift | (w.max_shift - shift);
+    near_cap |= static_cast<int32_t>(w.near_code - block.code[at]);
+    near_cap |= static_cast<int32_t>(block.old_code[at]);  // a flag is the sign
   }
+  block.near_cap = near_cap < 0;
   if (outside < 0) return false;
   for (int at = 0; at < block.size; ++at) {
-    const uint32_t old_code = block.old_code[at];
     const uint64_t weight = weight_of(block.code[at], w.exponent);
-    const bool capped = weight > w.theta;
-    block.delta[at] = weight - light_weight(old_code & ~kCappedFlag, w.exponent);
-    block.light_delta[at] = (capped ? 0 : weight) - light_weight(old_code, w.exponent);
-    block.code[at] |= capped ? kCappedFlag : 0;
+    block.delta[at] = weight - light_weight(block.old_code[at] & ~kCappedFlag, w.exponent);
   }
   return true;
+}
+
+// For a block in which items are capped, or were, or are near the cap.
+void mark_capped(Block& block, const Weighing& w) {
+  for (int at = 0; at < block.size; ++at) {
+    const uint64_t weight = weight_of(block.code[at], w.exponent);
+    const bool capped = weight > w.theta;
+    block.light_delta[at] = (capped ? 0 : weight) - light_weight(block.old_code[at], w.exponent);
+    block.code[at] |= capped ? kCappedFlag : 0;
+  }
 }
 
 void write_back(const Table& t, const Block& block) {
@@ -106,35 +118,36 @@ void write_back(const Table& t, const Block& block) {
   }
 }
 
-// One item into the nodes above it, from level 0 to below level `end`.
-void add_to_tree(const Table& t, const Block& block, int at, int exponent, int end) {
-  Scalars& s = *t.scalars;
-  const int64_t index = block.index[at];
+// An item of a block near the cap: whether it is capped, and near.
+void follow_cap(const Table& t, const Block& block, int at, int exponent) {
   const uint32_t code = block.code[at], old_code = block.old_code[at];
-  if (block.light_delta[at] != 0) add_to_sums(t, index, block.light_delta[at], end);
-  if (old_code == 0) add_to_counts(t, t.unseen_starts, index, ~0u);
   if ((code ^ old_code) & kCappedFlag) {
-    const bool capped = (code & kCappedFlag) != 0;
-    add_to_counts(t, t.capped_starts, index, capped ? 1 : ~0u);
-    s.num_capped += capped ? 1 : -1;
+    count_capped(t, block.index[at], (code & kCappedFlag) != 0);
   }
   const uint64_t weight = weight_of(code & ~kCappedFlag, exponent);
-  if (is_near(s, weight) && !is_near(s, weight - block.delta[at])) add_near(t, index);
+  const Scalars& s = *t.scalars;
+  if (is_near(s, weight) && !is_near(s, weight - block.delta[at])) add_near(t, block.index[at]);
 }
 
 // ... and calls for the nodes of the next block's items.
+template <bool kNearCap>
 void add_to_tree(const Table& t, const Block& block, int exponent, Spread& spread,
                  const int64_t* next, int64_t ahead) {
   Scalars& s = *t.scalars;
   const int end = spread.level();
+  const bool spreads = end < t.levels.depth, any_fresh = block.num_fresh > 0;
   uint64_t light = 0;
   uint32_t largest = 0;
   for (int at = 0; at < block.size; ++at) {
+    const int64_t index = block.index[at];
+    const uint64_t delta = kNearCap ? block.light_delta[at] : block.delta[at];
     if (at < ahead) prefetch_nodes(t, next[at], end);
-    add_to_tree(t, block, at, exponent, end);
+    if (kNearCap) follow_cap(t, block, at, exponent);
     largest = std::max(largest, block.code[at] & ~kCappedFlag);
-    light += block.light_delta[at];
-    if (end < t.levels.depth) spread.add(block.index[at], block.light_delta[at]);
+    light += delta;
+    add_to_sums(t, index, delta, end);
+    if (spreads) spread.add(index, delta);
+    if (any_fresh && block.old_code[at] == 0) add_to_counts(t, t.unseen_starts, index, ~0u);
   }
   s.light += static_cast<int64_t>(light);
   s.ceiling = std::max(s.ceiling, static_cast<int64_t>(weight_of(largest, exponent)));
@@ -144,10 +157,13 @@ void update_state(const Table& t, const int64_t* indices, const float* observed,
   Scalars& s = *t.scalars;
   const int32_t now = clock_of(s.updates);
   const int exponent = exponent_of_table(t);
-  const Weighing weighing{
-      tau_at(t, s.updates), floor_of(static_cast<uint64_t>(s.total), s.seen, exponent, t.floor),
-      t.importance,         exponent,
-      max_shift(n),         static_cast<uint64_t>(s.valid ? s.theta : kNoCap)};
+  const Weighing weighing{tau_at(t, s.updates),
+                          floor_of(static_cast<uint64_t>(s.total), s.seen, exponent, t.floor),
+                          t.importance,
+                          exponent,
+                          max_shift(n),
+                          static_cast<uint64_t>(s.theta),
+                          code_below(s.near_size < 0 ? s.theta : s.near_low, exponent)};
   bool in_range = true;
   Block block;
   Spread spread(t, n);
@@ -160,13 +176,19 @@ void update_state(const Table& t, const int64_t* indices, const float* observed,
     const int64_t ahead = std::min<int64_t>(size, n - end);
     gather(t, indices + begin, observed + begin, size, ahead, now, block);
     in_range = compute(block, weighing) && in_range;
+    if (in_range && s.valid && block.near_cap) mark_capped(block, weighing);
     write_back(t, block);
     if (!in_range) continue;  // the table will be rescaled from its state
     uint64_t added = 0;
     for (int at = 0; at < block.size; ++at) added += block.delta[at];
     s.total += static_cast<int64_t>(added);
     s.seen += block.num_fresh;
-    if (s.valid) add_to_tree(t, block, exponent, spread, indices + end, ahead);
+    if (!s.valid) continue;
+    if (block.near_cap) {
+      add_to_tree<true>(t, block, exponent, spread, indices + end, ahead);
+    } else {
+      add_to_tree<false>(t, block, exponent, spread, indices + end, ahead);
+    }
   }
   if (!in_range || exceeds_limit(t)) {
     rescale(t);

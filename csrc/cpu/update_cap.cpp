@@ -49,9 +49,8 @@ void flip(const Table& t, int64_t index) {
   t.records[index].code ^= kCappedFlag;
   const uint64_t delta = capped ? ~weight + 1 : weight;
   add_to_sums(t, index, delta, t.levels.depth);
-  add_to_counts(t, t.capped_starts, index, capped ? 1 : ~0u);
+  count_capped(t, index, capped);
   s.light += static_cast<int64_t>(delta);
-  s.num_capped += capped ? 1 : -1;
 }
 
 // Calls visit(index, weight) for seen items below theta that weigh more than `threshold`.
@@ -106,15 +105,23 @@ void move_theta(const Table& t, uint64_t to) {
   for (int64_t k = 0; k < found; ++k) flip(t, t.near[k]);
 }
 
-// Leaves as many of the listed items as half the list has room for, those next to theta.
+// How long the list of near items should be: going through it costs every draw something, making
+// it anew costs as much as there are capped items.
+int64_t near_wanted(const Table& t) {
+  const int64_t least = t.batch_size / 8 + 64, most = t.near_capacity / 2;
+  return std::min(std::max(least, t.scalars->num_capped / 16), most);
+}
+
+// Leaves no more of the near items than are wanted, those next to theta.
 void trim_near(const Table& t) {
   Scalars& s = *t.scalars;
+  const int64_t wanted = near_wanted(t);
   while (true) {
     const int64_t* end = std::remove_if(t.near, t.near + s.near_size, [&](int64_t index) {
       return !is_near(s, weight_at(t, index));
     });
     s.near_size = end - t.near;
-    if (s.near_size <= t.near_capacity / 2) return;
+    if (s.near_size <= wanted) return;
     s.near_low = s.theta - (s.theta - s.near_low) / 2;
     s.near_high = s.theta + (s.near_high - s.theta) / 2;
   }
@@ -136,10 +143,40 @@ void list_near(const Table& t) {
   visit_capped(t, add);
 }
 
+// Brings the list of capped items up to date; there is room, since at most ceil(B/D) - 1 can be.
+void list_capped(const Table& t) {
+  Scalars& s = *t.scalars;
+  int64_t* const list = t.listed;
+  if (s.num_flipped < 0) {
+    s.num_listed = 0;
+    visit_capped(t, [&](int64_t index, uint64_t) {
+      list[s.num_listed++] = index;
+      return s.num_listed < t.list_capacity;
+    });
+  } else if (s.num_flipped > 0) {
+    std::sort(t.flipped, t.flipped + s.num_flipped);
+    const int64_t* const end = std::unique(t.flipped, t.flipped + s.num_flipped);
+    int64_t *out = list + t.list_capacity, *const merged = out;
+    const int64_t* kept = list;
+    for (const int64_t* flipped = t.flipped; flipped < end; ++flipped) {
+      while (kept < list + s.num_listed && *kept < *flipped) *out++ = *kept++;
+      if (kept < list + s.num_listed && *kept == *flipped) ++kept;
+      if (is_capped(t, *flipped)) *out++ = *flipped;
+    }
+    out = std::copy(kept, static_cast<const int64_t*>(list + s.num_listed), out);
+    std::copy(merged, out, list);
+    s.num_listed = out - merged;
+  }
+  s.num_flipped = 0;
+}
+
 void update_theta(const Table& t) {
   Scalars& s = *t.scalars;
   const Unseen unseen = unseen_of(t);
-  for (uint64_t step = static_cast<uint64_t>(s.theta) / 64 + 1;; step *= 2) {
+  uint64_t step = static_cast<uint64_t>(s.theta) / 64 + 1;
+  for (int steps = 0; s.valid; ++steps, step *= 2) {
+    if (steps == 256) rebuild(t);  // far more than ever: the sums must be wrong
+    if (steps > 256) break;
     const uint64_t theta = static_cast<uint64_t>(s.theta);
     uint64_t next = newton(t, unseen, static_cast<uint64_t>(s.num_capped),
                            static_cast<uint64_t>(s.light), theta);
@@ -151,7 +188,8 @@ void update_theta(const Table& t) {
     move_theta(t, next);
   }
   if (s.near_size < 0) list_near(t);
-  if (s.near_size > t.near_capacity / 4 * 3) trim_near(t);
+  if (s.near_size > 2 * near_wanted(t)) trim_near(t);
+  if (t.list_capacity > 0) list_capped(t);
   s.unseen = static_cast<int64_t>(std::min<uint64_t>(s.theta, unseen.weight));
 }
 
