@@ -34,9 +34,10 @@ struct Cut {
 struct Work {
   int64_t outside;                    // new weights beyond the range of e0
   int64_t seen, largest, sum, total;  // of a rescale
-  Cut cuts[3];                        // in turn: one is read, one added to, one cleared
+  int64_t turn;                       // which of the cuts is clear and next in turn
+  Cut cuts[3];
 };
-static_assert(sizeof(Work) == 20 * 8);
+static_assert(sizeof(Work) == 21 * 8);
 
 struct DeviceTable : Table {
   uint64_t* sums = nullptr;    // [K] weights of the light (seen, not capped) items below a node

@@ -40,6 +40,7 @@ FASTIS_HD inline uint64_t level_of(const DeviceTable& t, uint64_t light, uint64_
 }
 
 FASTIS_HD inline uint64_t smaller(uint64_t a, uint64_t b) { return a < b ? a : b; }
+FASTIS_HD inline uint64_t larger(uint64_t a, uint64_t b) { return a < b ? b : a; }
 
 // Changes nothing. For most minibatches no item has crossed the cap.
 FASTIS_HD inline Flattening flattening_of(const DeviceTable& t) {
@@ -62,13 +63,15 @@ FASTIS_HD inline int sweep_level(const DeviceTable& t) {
   return t.levels.depth > 1 ? t.levels.depth - 2 : 0;
 }
 
-// What would change with `theta`, pass after pass. Weights above `watched` count for the ceiling.
+// What would change with `theta`; weights above `watched` count for the ceiling. Cuts are added up
+// in one of three places in turn: the next is cleared meanwhile, as nobody reads it any more.
 template <class Grid>
-FASTIS_HD Cut cut_at(Grid& grid, const DeviceTable& t, int pass, uint64_t watched, uint64_t theta) {
+FASTIS_HD Cut cut_at(Grid& grid, const DeviceTable& t, int64_t turn, uint64_t watched,
+                     uint64_t theta) {
   Work& work = *t.work;
-  Cut* const cut = work.cuts + pass % 3;
+  Cut* const cut = work.cuts + turn % 3;
   const int level = sweep_level(t);
-  grid.once([&] { work.cuts[(pass + 1) % 3] = Cut{}; });
+  grid.once([&] { work.cuts[(turn + 1) % 3] = Cut{}; });
   grid.template reduce<Cut>(
       t.levels.size[level],
       [&](int64_t node) {
@@ -120,19 +123,24 @@ FASTIS_HD Flattening update_cap(Grid& grid, const DeviceTable& t, const Unseen& 
   // More are capped than can be: from where nothing is.
   if (theta == 0) theta = level_of(t, static_cast<uint64_t>(s.total), 0, unseen, kNoCap);
   Cut cut{};
-  for (int pass = 0;; ++pass) {
-    cut = cut_at(grid, t, pass, watched_below(theta), theta);
+  uint64_t ceiling = 0;
+  int64_t turn = t.work->turn;
+  for (;;) {
+    cut = cut_at(grid, t, turn++, watched_below(theta), theta);
+    ceiling = larger(static_cast<uint64_t>(cut.ceiling), watched_below(theta));
     const uint64_t next = level_of(t, light + cut.light, capped + cut.capped, unseen, theta);
     if (next >= theta || next == 0) break;
+    const bool between = ceiling > next || (unseen.weight > next) != (unseen.weight > theta);
     theta = next;
+    if (!between) break;  // the same cut, so the same level
   }
   if (cut.moved > 0) move_items(grid, t, watched_below(theta), theta);
   grid.once([&] {
-    const int64_t watched = static_cast<int64_t>(watched_below(theta));
+    t.work->turn = turn % 3;
     s.light += cut.light;
     s.num_capped += cut.capped;
     s.theta = static_cast<int64_t>(theta);
-    s.ceiling = cut.ceiling > watched ? cut.ceiling : watched;
+    s.ceiling = static_cast<int64_t>(ceiling);
     s.capped_floor = kNoFloor - cut.from_largest;
   });
   return {true, theta, smaller(theta, unseen.weight), 0};
@@ -145,20 +153,23 @@ FASTIS_HD Flattening update_mix(Grid& grid, const DeviceTable& t, const Unseen& 
   const uint64_t total = static_cast<uint64_t>(s.total) + unseen.number * unseen.weight;
   const uint64_t level = level_of(t, total, 0);
   // Only what exceeds the cap as it is matters.
-  const Cut cut = cut_at(grid, t, 0, level, kNoCap);
-  const uint64_t largest = static_cast<uint64_t>(cut.ceiling);
-  const uint64_t ceiling = largest > level ? largest : level;
-  const uint64_t peak = unseen.weight > ceiling ? unseen.weight : ceiling;
-  grid.once([&] { s.ceiling = static_cast<int64_t>(ceiling); });
+  const int64_t turn = t.work->turn;
+  const Cut cut = cut_at(grid, t, turn, level, kNoCap);
+  const uint64_t ceiling = larger(static_cast<uint64_t>(cut.ceiling), level);
+  const uint64_t peak = larger(ceiling, unseen.weight);
+  grid.once([&] {
+    t.work->turn = (turn + 1) % 3;
+    s.ceiling = static_cast<int64_t>(ceiling);
+  });
   return {true, kNoCap, unseen.weight, static_cast<uint64_t>(mix_offset(peak, total, t))};
 }
 
 template <class Grid>
 FASTIS_COLD Flattening update_flattening(Grid& grid, const DeviceTable& t) {
-  const bool valid = t.scalars->valid != 0;
-  grid.once([&] { t.work->cuts[0] = Cut{}; });
-  grid.wait();  // ... and until every block has read what follows changes
-  if (!valid) rebuild(grid, t);
+  if (!t.scalars->valid) {
+    grid.wait();  // until every block has read that
+    rebuild(grid, t);
+  }
   const Unseen unseen(t);
   if (t.flatten == Flatten::cap) return update_cap(grid, t, unseen);
   if (t.flatten == Flatten::mix) return update_mix(grid, t, unseen);

@@ -181,5 +181,7 @@ int main(int argc, char** argv) {
   for (const Flatten flatten : {Flatten::cap, Flatten::mix, Flatten::none}) {
     if (!Test(blocks, 6001, flatten, true).run(flatten == Flatten::cap ? 14 : 6)) return 1;
   }
+  // A tree of one level; no tree.
+  if (!Test(blocks, 900, Flatten::cap, true).run(5)) return 1;
   return Test(blocks, 900, Flatten::none, false).run(3) ? 0 : 1;
 }
