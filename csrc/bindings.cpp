@@ -6,6 +6,7 @@
 #endif
 
 #include <cstdlib>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -13,6 +14,8 @@
 #include "fastis.h"
 
 namespace py = pybind11;
+
+void fastis::out_of_memory() { throw std::bad_alloc(); }
 
 namespace pybind11::detail {
 
@@ -71,7 +74,8 @@ Isa chosen_isa() {
                            wanted);
 }
 
-bool is_one(fastis::Pointer<const float> x) { return *x == 1.0f; }
+// False for a tensor without memory.
+bool is_one(fastis::Pointer<const float> x) { return x != nullptr && *x == 1.0f; }
 
 std::string build_info() {
   std::string info = std::string("C++ by ") + __VERSION__;
@@ -205,6 +209,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("emulate_share", &fastis::emulated::share);
   m.def("emulate_blocks_for", &fastis::emulated::blocks_for);
   m.def("rescale", FASTIS_CPU(rescale));
+  m.def("copy_state", FASTIS_CPU(copy_state));
+  m.def("check_records", FASTIS_CPU(check_records));
   m.def("locate", FASTIS_CPU(locate));
   m.def("integers", FASTIS_CPU(integers));
   m.def("alias_build", FASTIS_CPU(alias_build));

@@ -4,6 +4,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <new>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -59,7 +60,11 @@ struct FastCall {
       return PyErr_Format(PyExc_TypeError, "%s takes %zd positional arguments, got %zd",
                           definition.ml_name, sizeof...(A), count);
     }
-    return invoke(arguments, std::index_sequence_for<A...>{});
+    try {
+      return invoke(arguments, std::index_sequence_for<A...>{});
+    } catch (const std::bad_alloc&) {
+      return PyErr_NoMemory();
+    }
   }
 };
 

@@ -9,6 +9,9 @@
 
 namespace fastis {
 
+// Throws std::bad_alloc: a MemoryError in Python. Never from within an OpenMP region.
+[[noreturn]] void out_of_memory();
+
 // A raw device or host address that arrives from Python as an integer (0: no such tensor).
 template <class T>
 struct Pointer {

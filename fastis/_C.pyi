@@ -92,6 +92,19 @@ def update(
     mean_grad: int,
     num_classes: int,
 ) -> bool: ...
+def copy_state(
+    num_scalars: int,
+    num_records: int,
+    from_scalars: int,
+    from_variance: int,
+    from_records: int,
+    to_scalars: int,
+    to_variance: int,
+    to_records: int,
+) -> None: ...
+def check_records(
+    records: int, n: int, updates: int, exponent: int, importance: int, found: int
+) -> int: ...
 def draw(table: int, indices: int, weights: int, /) -> None: ...
 def locate(table: int, points: int, count: int, indices: int, weights: int) -> None: ...
 def weigh(

@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastis.dense import check_dense
 from fastis.kernels import kernels_for
 from fastis.kernels.reference_loss import compute_dtype
 from fastis.loss_arguments import (
@@ -32,7 +33,14 @@ from fastis.loss_arguments import (
     label_target,
     pos_weights,
 )
-from fastis.scored import ScoredLoss, by_operator, needs_operator, with_backward
+from fastis.scored import (
+    ScoredLoss,
+    by_operator,
+    functorch_active,
+    in_forward_mode,
+    needs_operator,
+    with_backward,
+)
 
 __all__ = [
     "ScoredLoss",
@@ -115,16 +123,15 @@ def cross_entropy(
     if (
         not isinstance(logits, Tensor)
         or logits.dtype not in DTYPES
-        or not 2 <= logits.dim() <= 3
-        or logits.shape[-1] == 0
+        or not 2 <= len(shape := logits.shape) <= 3
+        or shape[-1] == 0
     ):
         check_logits("logits", logits, "[B, C] or [B, T, C] with C >= 1", (2, 3))
-    shape = logits.shape
     on_cpu = logits.is_cpu
     if (
-        not isinstance(target, Tensor)
+        type(target) is not Tensor
         or target.dtype is not _int64
-        or target.shape != shape[:-1]
+        or target.shape != ((shape[0],) if len(shape) == 2 else (shape[0], shape[1]))
         or not (on_cpu and target.is_cpu)
     ):
         target = class_target(logits, target)
@@ -135,10 +142,10 @@ def cross_entropy(
         if not (  # a sampler's coefficients, the common case, need no conversion
             denominator is None
             and reduction == "mean"
-            and isinstance(weights, Tensor)
+            and type(weights) is Tensor
             and weights.dtype is _float32
             and logits.dtype is not _float64
-            and weights.shape == shape[:1]
+            and weights.shape == (shape[0],)
             and on_cpu
             and weights.is_cpu
             and weights.is_contiguous()
@@ -149,7 +156,7 @@ def cross_entropy(
             denominator = float(shape.numel() // shape[-1])
     with_mean_grad = len(shape) == 2 and shape[1] <= MAX_MEAN_GRAD
     reduce = reduction != "none"
-    if needs_operator(logits):
+    if needs_operator("cross_entropy", logits, target, weights, class_weights):
         options = (target, weights, class_weights, ignore_index, label_smoothing)
         return by_operator("cross_entropy", logits, options, denominator, reduce, with_mean_grad)
     kernels = kernels_for("loss", "cpu" if on_cpu else logits.device.type)
@@ -307,7 +314,7 @@ def _label_loss(
         denominator = float(batch)
     with_mean_grad = len(shape) <= 2 and labels <= MAX_MEAN_GRAD
     reduce = reduction != "none"
-    if needs_operator(logits):
+    if needs_operator(name, logits, target, weights, *options):
         flat = logits.reshape(batch, labels)
         arguments = (target.reshape(batch, labels), weights, *options, divisor)
         return by_operator(name, flat, arguments, denominator, reduce, with_mean_grad)
@@ -371,6 +378,7 @@ def scored_loss(
         depend on the logits. A scalar hides the per-sample losses: pass ``reduction="none"``.
     """
     check_logits("logits", logits, "[B, ...]", tuple(range(1, 9)))
+    check_dense("logits", logits)
     check_reduction("reduction", reduction)
     weights, denominator = _weighting(logits, weights, reduction, denominator)
     raw, g = _losses_and_gradient(loss_fn, logits, target)
@@ -393,13 +401,8 @@ def _losses_and_gradient(
     loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``loss_fn``'s ``[B]`` losses, in the graph when one is being built, and g like the logits."""
-    building = logits.requires_grad and _is_grad_enabled()
-    with torch.inference_mode(False), torch.enable_grad():
-        if isinstance(target, Tensor) and target.is_inference():
-            target = target.clone()
-        seen = logits
-        if not building:
-            seen = (logits.clone() if logits.is_inference() else logits).detach().requires_grad_()
+
+    def sum_and_losses(seen: Tensor) -> tuple[Tensor, Tensor]:
         losses = loss_fn(seen, target)
         if not isinstance(losses, Tensor) or losses.shape != logits.shape[:1]:
             raise ValueError(
@@ -409,5 +412,18 @@ def _losses_and_gradient(
             )
         if not losses.requires_grad:
             raise ValueError("loss_fn must return losses that are differentiable in the logits")
-        (g,) = torch.autograd.grad(losses.sum(), seen, retain_graph=building)
+        return losses.sum(), losses
+
+    if functorch_active() or in_forward_mode():  # torch.func keeps tangents and outer transforms
+        g, losses = torch.func.grad(sum_and_losses, has_aux=True)(logits)
+        return losses, g
+    building = logits.requires_grad and _is_grad_enabled()
+    with torch.inference_mode(False), torch.enable_grad():
+        if isinstance(target, Tensor) and target.is_inference():
+            target = target.clone()
+        seen = logits
+        if not building:
+            seen = (logits.clone() if logits.is_inference() else logits).detach().requires_grad_()
+        total, losses = sum_and_losses(seen)
+        (g,) = torch.autograd.grad(total, seen, retain_graph=building)
     return losses if building else losses.detach(), g

@@ -12,6 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from fastis.dense import check_dense, unwrapped
 from fastis.kernels.reference_loss import compute_dtype
 
 Denominator: TypeAlias = "float | Tensor | None"
@@ -22,7 +23,7 @@ REDUCTIONS = frozenset({"mean", "sum", "none"})
 
 def describe(value: object) -> str:
     """A short account of a value for error messages."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and not value.is_nested:
         return f"{value.dtype} tensor of shape {list(value.shape)} on {value.device}"
     return f"{value!r} ({type(value).__name__})"
 
@@ -53,10 +54,21 @@ def same_device(name: str, tensor: Tensor, like: Tensor) -> None:
 
 def constant(name: str, tensor: Tensor, shape: torch.Size, like: Tensor) -> Tensor:
     """A floating tensor of ``shape`` without gradient, in the compute dtype of ``like``."""
+    if (
+        type(tensor) is Tensor
+        and tensor.dtype is compute_dtype(like.dtype)
+        and tensor.shape == shape
+        and tensor.device == like.device
+        and not tensor.requires_grad
+        and tensor.layout is torch.strided
+        and tensor.is_contiguous()
+    ):
+        return tensor
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {describe(tensor)}")
     if tensor.dtype.is_complex or tensor.dtype == torch.bool:
         raise TypeError(f"{name} must be a tensor of real numbers, got {describe(tensor)}")
+    tensor = unwrapped(check_dense(name, tensor))
     if tensor.shape != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {describe(tensor)}")
     same_device(name, tensor, like)
@@ -79,6 +91,7 @@ def class_target(logits: Tensor, target: Tensor) -> Tensor:
             "target must hold int64 class indices or floating-point class probabilities, "
             f"got {describe(target)}"
         )
+    target = unwrapped(check_dense("target", target))
     if target.shape != logits.shape[:-1]:
         raise ValueError(
             f"target must have shape {list(logits.shape[:-1])} for logits of shape "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastis import check
+from fastis.dense import readable
 from fastis.methods import Method
 from fastis.methods.base import Observation, Scored
 from fastis.sampling import Batch
@@ -20,6 +21,8 @@ from fastis.table import Table
 
 _int64, _float32 = torch.int64, torch.float32
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_observe_score = Method.observed
+_new_tuple = tuple.__new__  # half the time of a named tuple's own
 
 
 def observation(
@@ -32,23 +35,26 @@ def observation(
     TypeError, ValueError
         naming the argument of ``Sampler.update``, what was expected and what came.
     """
-    indices, weights = batch
+    try:
+        indices, weights = batch
+    except (TypeError, ValueError):
+        raise TypeError(f"batch must be a Batch, got {type(batch).__name__}") from None
     try:
         score, mean_grad = out.score, out.mean_grad  # type: ignore[union-attr]
-        observed = method.observed(cast(Scored, out))
+        if type(method).observed is _observe_score:
+            observed = score
+        else:
+            observed = _observed(method, "out", cast(Scored, out))
     except AttributeError:
         observed, score, mean_grad = _join(method, out)
-    if score.dtype is not _float32:
-        for name, value in (("out.losses", observed), ("out.score", score)):
-            if not isinstance(value, Tensor):
-                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        observed, score = observed.float(), score.float()
-    if score.requires_grad or observed.requires_grad:  # a memory must not hold graphs
-        observed, score = observed.detach(), score.detach()
-    if mean_grad is not None:
-        mean_grad = _check_mean_grad(table, mean_grad)
-    _check_update(table, indices, weights, observed, score)
-    return Observation(indices, weights, observed, score, mean_grad)
+    seen = _new_tuple(Observation, (indices, weights, observed, score, mean_grad))
+    return seen if _is_ready(table.device, seen) else _made_ready(table.device, seen)
+
+
+def _observed(method: Method, name: str, out: Scored) -> Tensor:
+    """``method.observed``, which may compute with the losses."""
+    readable(f"{name}.losses", out.losses)
+    return method.observed(out)
 
 
 def _join(method: Method, parts: Scored | Sequence[Scored]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -60,55 +66,91 @@ def _join(method: Method, parts: Scored | Sequence[Scored]) -> tuple[Tensor, Ten
         )
     if not parts:
         raise ValueError("out must have at least one part, got an empty sequence")
-    observed = torch.cat([method.observed(part) for part in parts])
-    score = torch.cat([part.score for part in parts])
-    shares = [
-        part.mean_grad * (part.score.numel() / score.numel())
-        for part in parts
-        if part.mean_grad is not None
-    ]
-    mean_grad = torch.stack(shares).sum(0) if len(shares) == len(parts) else None
-    return observed, score, mean_grad
+    scores, all_observed, shares = [], [], []
+    for i, part in enumerate(parts):
+        name = f"out[{i}]"
+        scores.append(_vector(f"{name}.score", part.score))
+        all_observed.append(_vector(f"{name}.losses", _observed(method, name, part)))
+        if part.mean_grad is not None:
+            mean_grad = _vector(f"{name}.mean_grad", part.mean_grad)
+            shares.append(mean_grad * part.score.numel())
+    observed, score = torch.cat(all_observed), torch.cat(scores)
+    if len(shares) < len(parts):
+        return observed, score, None
+    if len({len(share) for share in shares}) > 1:
+        lengths = [len(share) for share in shares]
+        raise ValueError(f"out.mean_grad must have one length in all parts, got {lengths}")
+    return observed, score, torch.stack(shares).sum(0) / score.numel()
 
 
-def _check_mean_grad(table: Table, mean_grad: Tensor) -> Tensor:
-    """float32 [C], contiguous, on the table's device."""
-    if (
-        isinstance(mean_grad, Tensor)
-        and mean_grad.dtype is _float32
-        and mean_grad.dim() == 1
-        and mean_grad.device == table.device
-        and mean_grad.is_contiguous()
-        and not mean_grad.requires_grad
+def _vector(name: str, value: object) -> Tensor:
+    """A floating vector without graph, whose memory can be read."""
+    tensor = readable(name, value).detach()
+    if tensor.dtype not in _FLOATS and not tensor.is_complex():
+        tensor = tensor.float()
+    return check.vector(name, tensor, None, _FLOATS, tensor.device)
+
+
+def _is_ready(device: torch.device, seen: Observation) -> bool:
+    """Whether the kernels can take it as it is; what fails here may still be legal."""
+    indices, weights, observed, score, mean_grad = seen
+    try:
+        shape = score.shape
+        return (
+            type(indices) is type(weights) is type(score) is Tensor
+            and len(shape) == 1
+            and shape == indices.shape == weights.shape
+            and indices.dtype is _int64
+            and weights.dtype is score.dtype is _float32
+            and indices.device == weights.device == score.device == device
+            and indices.is_contiguous()
+            and weights.is_contiguous()
+            and score.is_contiguous()
+            and not score.requires_grad
+            and indices.data_ptr() != 0
+            and weights.data_ptr() != 0
+            and score.data_ptr() != 0
+            and not (indices.is_neg() or weights.is_neg() or score.is_neg())
+            and (observed is score or _is_vector(device, observed, shape))
+            and (mean_grad is None or _is_vector(device, mean_grad))
+        )
+    except (AttributeError, RuntimeError):  # no tensor, or one without memory
+        return False
+
+
+def _is_vector(device: torch.device, tensor: Tensor, shape: torch.Size | None = None) -> bool:
+    """float32, as the kernels read it."""
+    return (
+        type(tensor) is Tensor
+        and (tensor.dim() == 1 if shape is None else tensor.shape == shape)
+        and tensor.dtype is _float32
+        and tensor.device == device
+        and tensor.is_contiguous()
+        and not tensor.requires_grad
+        and tensor.data_ptr() != 0
+        and not tensor.is_neg()
+    )
+
+
+def _made_ready(device: torch.device, seen: Observation) -> Observation:
+    """Converts what is legal and explains what is not."""
+    ready: dict[str, Tensor | None] = {}
+    length: int | None = None
+    for field, name, dtype in (
+        ("indices", "batch.indices", _int64),
+        ("weights", "batch.weights", _float32),
+        ("score", "out.score", None),
+        ("observed", "out.losses", None),
     ):
-        return mean_grad
-    return check.vector("out.mean_grad", mean_grad, None, _FLOATS, table.device).detach().float()
-
-
-def _check_update(
-    table: Table, indices: Tensor, weights: Tensor, observed: Tensor, score: Tensor
-) -> None:
-    """Shapes, dtypes, devices; the happy path is a handful of comparisons."""
-    shape = indices.shape
-    if (
-        len(shape) == 1
-        and shape == score.shape == weights.shape == observed.shape
-        and indices.dtype is _int64
-        and weights.dtype is score.dtype is observed.dtype is _float32
-        and indices.device == score.device == weights.device == observed.device == table.device
-        and indices.is_contiguous()
-        and weights.is_contiguous()
-        and score.is_contiguous()
-        and observed.is_contiguous()
-    ):
-        return
-    check.vector("batch.indices", indices, None, (_int64,), table.device)
-    for name, tensor, dtype in (
-        ("batch.indices", indices, _int64),
-        ("batch.weights", weights, _float32),
-        ("out.score", score, _float32),
-        ("out.losses", observed, _float32),
-    ):
-        check.vector(name, tensor, shape[0], (dtype,), table.device)
+        tensor = readable(name, getattr(seen, field)).detach()  # a memory must not hold graphs
+        if dtype is None and not tensor.is_complex():
+            tensor = tensor.float()
+        check.vector(name, tensor, length, (dtype or _float32,), device)
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+        length = len(tensor)
+        ready[field] = tensor
+    if seen.mean_grad is not None:
+        mean_grad = readable("out.mean_grad", seen.mean_grad).detach()
+        ready["mean_grad"] = check.vector("out.mean_grad", mean_grad, None, _FLOATS, device).float()
+    return seen._replace(**ready)

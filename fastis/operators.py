@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastis.kernels import kernels_for
 from fastis.kernels.reference_loss import Scored, compute_dtype, grad_dtype, scale_grad
+from fastis.scored import FirstOrderOnly
 
 _TAIL = (
     "float? denominator, Tensor? denominator_tensor, bool reduce, bool with_grad, "
@@ -109,7 +110,7 @@ def _fake(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     with_grad = inputs[-2]
     ctx.mark_non_differentiable(*output[1 if with_grad else 0 :])
-    ctx.save_for_backward(output[-1])
+    ctx.save_for_backward(output[-1], output[0])
     ctx.dtype = inputs[0].dtype
     ctx.num_inputs = len(inputs)
     ctx.set_materialize_grads(False)
@@ -119,7 +120,11 @@ def _scale(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     rest = (None,) * (ctx.num_inputs - 1)
     if grads[0] is None:
         return None, *rest
-    return scale_grad(ctx.saved_tensors[0], grads[0], ctx.dtype), *rest
+    grad, loss = ctx.saved_tensors
+    scaled = scale_grad(grad, grads[0].detach(), ctx.dtype)
+    if torch.is_grad_enabled():  # create_graph
+        scaled = FirstOrderOnly.apply(scaled, grads[0], loss)
+    return scaled, *rest
 
 
 def _by_slices(operator: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:

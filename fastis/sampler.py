@@ -6,15 +6,15 @@ scored loss after it. Between the two it knows neither the model nor the data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastis import check
+from fastis import check, kernels, saved
 from fastis.methods import Method, from_name
-from fastis.methods.base import Scored
+from fastis.methods.base import FOREVER, Scored
 from fastis.observation import observation
 from fastis.sampling import Batch, MinibatchSource
 from fastis.table import (
@@ -93,7 +93,7 @@ class Sampler(MinibatchSource):
         n = check.integer("num_samples", num_samples, 1, 2**32 - 1)
         b = check.integer("batch_size", batch_size, 1, 2**31 - 1)
         self._method = from_name(method)
-        warmup_draws = self._method.warmup_draws(n // b)
+        warmup_draws = min(self._method.warmup_draws(n // b), FOREVER)
         if b > n and (warmup_draws > 0 or getattr(self._method, "warmup_epochs", 0) > 0):
             raise ValueError(
                 f"batch_size must be at most num_samples={n}, since method "
@@ -109,7 +109,8 @@ class Sampler(MinibatchSource):
             "seed": check.integer("seed", seed, 0, 2**64 - 1),
         }
         device = torch.get_default_device() if device is None else torch.device(device)
-        self._use(self._new_table(warmup_draws, torch.empty(0, device=device).device))
+        with torch.inference_mode(False):  # else no update outside of it could write its tensors
+            self._use(self._new_table(warmup_draws, torch.empty(0, device=device).device))
 
     def _constants(self, warmup_draws: int) -> Constants:
         a = self._arguments
@@ -139,6 +140,11 @@ class Sampler(MinibatchSource):
 
     def _use(self, table: Table) -> None:
         self._table, self._variance = table, Variance(table)
+        # A step that is one call into the extension holds the GIL: whoever reads or writes the
+        # state in one call too (Table.state, Table.load) can't meet it halfway. All other steps
+        # take the table's lock, which would cost this one 3 % of its time.
+        compiled = kernels._C is not None and table.device.type == "cpu"
+        self._is_one_call = compiled and self._method.is_plain
         size = table.constants.batch_size
         self._like = Batch(  # what a minibatch looks like; copying is faster than describing
             torch.empty(size, dtype=torch.int64, device=table.device),
@@ -153,7 +159,10 @@ class Sampler(MinibatchSource):
         May run ahead of :meth:`update` (prefetching): coefficients stay those of the draw.
         """
         indices, weights = _empty_like(self._like.indices), _empty_like(self._like.weights)
-        self._method.draw(self._table, indices, weights)
+        if self._is_one_call and kernels._forced is None:
+            self._method.draw(self._table, indices, weights)
+        else:
+            self._alone(self._method.draw, indices, weights)
         return Batch(indices, weights)
 
     def update(self, batch: Batch, out: Scored | Sequence[Scored]) -> None:
@@ -174,7 +183,12 @@ class Sampler(MinibatchSource):
         Non-finite scores leave their samples' states unchanged and are counted in ``.skipped``. A
         sample drawn twice is observed once: its first position wins.
         """
-        if not self._method.update(self._table, observation(self._table, self._method, batch, out)):
+        seen = observation(self._table, self._method, batch, out)
+        if self._is_one_call and kernels._forced is None:
+            is_in_range = self._method.update(self._table, seen)
+        else:
+            is_in_range = self._alone(self._method.update, seen)
+        if not is_in_range:
             raise self._out_of_range(batch.indices)
 
     def update_and_sample(self, batch: Batch, out: Scored | Sequence[Scored]) -> Batch:
@@ -196,9 +210,18 @@ class Sampler(MinibatchSource):
         """
         seen = observation(self._table, self._method, batch, out)
         following = Batch(_empty_like(self._like.indices), _empty_like(self._like.weights))
-        if not self._method.update_and_draw(self._table, seen, following):
+        if self._is_one_call and kernels._forced is None:
+            is_in_range = self._method.update_and_draw(self._table, seen, following)
+        else:
+            is_in_range = self._alone(self._method.update_and_draw, seen, following)
+        if not is_in_range:
             raise self._out_of_range(batch.indices)
         return following
+
+    def _alone(self, step: Callable[..., Any], *arguments: Any) -> Any:
+        """A step of many operations, while no other thread steps, saves or loads."""
+        with self._table.lock:
+            return step(self._table, *arguments)
 
     def _out_of_range(self, indices: Tensor) -> IndexError:
         return IndexError(
@@ -323,60 +346,50 @@ class Sampler(MinibatchSource):
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on bit for bit, as new tensors.
 
-        Tensors, numbers and strings only: fit for ``torch.save`` and ``weights_only=True``.
+        Tensors, numbers and strings only: fit for ``torch.save`` and ``weights_only=True``. All of
+        one moment, also while another thread draws and updates (O(N), during which that one waits).
+        Raises nothing of its own.
         """
-        return {"version": _STATE_VERSION, "settings": self._settings(), **self._table.state()}
+        with torch.inference_mode(False), self._table.lock:
+            return {"version": _STATE_VERSION, "settings": self._settings(), **self._table.state()}
 
     def _settings(self) -> dict[str, Any]:
         settings = {k: v for k, v in self._arguments.items() if k != "method"}
         return {**settings, "method": self._method.name, "options": self._method.options()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over :meth:`state_dict` of a sampler with the same arguments, from any device.
 
         It goes into the tensors that are there, so that a CUDA graph captured before goes on with
         the state loaded. The seed is part of the state and taken over too; a graph, however, keeps
         the seed that it was captured with: capture anew when it differs.
 
+        Every number is checked first, so that also a file from elsewhere or a damaged one either
+        gives a table that is right or is refused. O(N).
+
         Raises
         ------
-        ValueError, TypeError
-            naming what differs; nothing has changed then.
+        ValueError
+            for a version, setting, shape or number that the state of this sampler can't have.
+        TypeError
+            for a state that is no dict, and what is no dense ``torch.Tensor`` of the right dtype.
+
+        Both say what was expected and what came; nothing has changed then.
         """
-        theirs = state
-        if theirs.get("version") != _STATE_VERSION:
-            raise ValueError(
-                f"state_dict must have version {_STATE_VERSION}, got {theirs.get('version')!r}"
-            )
-        settings = theirs.get("settings", {})
-        for name, value in self._settings().items():
-            other = settings.get(name)
-            if name != "seed" and other != value:
-                raise ValueError(f"state_dict must have {name}={value!r}, got {other!r}")
-        for name, value in self._table.durable().items():
-            other = theirs.get(name)
-            if not isinstance(other, Tensor):
-                raise ValueError(f"state_dict must have {name!r}, got {', '.join(theirs)}")
-            if other.shape != value.shape:
-                raise ValueError(
-                    f"state_dict[{name!r}] must have shape {list(value.shape)}, "
-                    f"got {list(other.shape)}"
-                )
-            if other.dtype != value.dtype:
-                raise TypeError(
-                    f"state_dict[{name!r}] must have dtype {value.dtype}, got {other.dtype}"
-                )
-        seed = check.integer("state_dict's seed", settings.get("seed"), 0, 2**64 - 1)
-        self._arguments["seed"] = seed
-        self._table.load(theirs, seed)
+        seed = saved.checked_seed(state, _STATE_VERSION, self._settings())
+        with torch.inference_mode(False):
+            tensors = saved.checked(self._table, state, self._method.memory_ranges)
+            with self._table.lock:
+                self._table.load(tensors, seed)
+                self._arguments["seed"] = seed
 
     def __getstate__(self) -> dict[str, Any]:
         arguments = {**self._arguments, "device": str(self.device)}
-        return {"arguments": arguments, "state": self.state_dict()}
+        return {"arguments": arguments, "state": saved.as_arrays(self.state_dict())}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         self.__init__(**pickled["arguments"])  # type: ignore[misc]
-        self.load_state_dict(pickled["state"])
+        self.load_state_dict(saved.as_tensors(pickled["state"]))
 
 
 def _duplicates(max_duplicates: float, num_samples: int, batch_size: int, used: bool) -> float:

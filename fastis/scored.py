@@ -8,20 +8,29 @@ kernels run as operators of :mod:`fastis.operators`.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.parameter import Parameter
 
+from fastis import dense
 from fastis.kernels import reference_loss
 from fastis.kernels.reference_loss import Scored
 from fastis.loss_arguments import Denominator
 
-_is_compiling = torch.compiler.is_compiling
+_is_compiling = torch.compiler.is_dynamo_compiling  # what else traces has a dispatch mode
 _is_grad_enabled = torch.is_grad_enabled
-_functorch_active = torch._C._are_functorch_transforms_active
+functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+
+# The tensors that a loss takes, in the order of its kernels' arguments.
+_TENSORS = {
+    "cross_entropy": ("logits", "target", "weights", "class_weights"),
+    "binary_cross_entropy_with_logits": ("logits", "target", "weights", "pos_weight"),
+    "mse_loss": ("prediction", "target", "weights"),
+}
 
 
 class ScoredLoss(NamedTuple):
@@ -48,6 +57,14 @@ class ScoredLoss(NamedTuple):
     mean_grad: Tensor | None
 
 
+def refuse_derivative(*_: Any) -> NoReturn:
+    """The end of every path on which a derivative would otherwise be silently 0."""
+    raise RuntimeError(
+        "fastis losses have a first derivative only, by the backward pass: their gradient was "
+        "computed in the forward pass; for second derivatives and forward mode use scored_loss"
+    )
+
+
 class _Saved(torch.autograd.Function):
     """Hands on a loss whose gradient is already there."""
 
@@ -55,15 +72,19 @@ class _Saved(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, done: tuple[Tensor, Tensor, Any]) -> Tensor:
         loss, grad, ctx.scale = done
         # Saved, not an attribute: freed before the gradient is accumulated, it is then not copied.
-        ctx.save_for_backward(grad)
+        # The loss leads back to the logits without keeping them.
+        ctx.save_for_backward(grad, loss)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Any:
-        if _is_grad_enabled():  # create_graph: a second derivative must raise, not be silently 0
-            grad = ctx.scale(ctx.saved_tensors[0], grad_output.detach())
-            return _FirstOrderOnly.apply(grad.detach().requires_grad_()), None
-        return ctx.scale(ctx.saved_tensors[0], grad_output), None
+        grad, loss = ctx.saved_tensors
+        if _is_grad_enabled():  # create_graph
+            grad = ctx.scale(grad, grad_output.detach())
+            return FirstOrderOnly.apply(grad, grad_output, loss), None
+        return ctx.scale(grad, grad_output), None
+
+    jvp = staticmethod(refuse_derivative)
 
 
 # Function.apply minus its search for functorch wrappers, which needs_operator has excluded.
@@ -71,19 +92,15 @@ _attach = super(torch.autograd.Function, _Saved).apply
 _new_tuple = tuple.__new__
 
 
-class _FirstOrderOnly(torch.autograd.Function):
-    """Identity whose derivative is an error."""
+class FirstOrderOnly(torch.autograd.Function):
+    """``grad``, whose derivative in what it was computed from is an error."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, *depends_on: Tensor) -> Tensor:
         return grad.view_as(grad)
 
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> Any:
-        raise RuntimeError(
-            "fastis losses have a first derivative only: their gradient was computed in the "
-            "forward pass; for a second derivative use scored_loss"
-        )
+    backward = staticmethod(refuse_derivative)
+    jvp = staticmethod(refuse_derivative)
 
 
 class _Functional(torch.autograd.Function):
@@ -97,25 +114,75 @@ class _Functional(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.mark_non_differentiable(*output[1:])
+        # The saved gradient counts as differentiable, so that its derivative is asked for here.
+        ctx.mark_non_differentiable(*output[1:-1])
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(output[-1])
         ctx.dtype, ctx.num_inputs = inputs[1].dtype, len(inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor, *_: Any) -> Any:
+    def backward(ctx: Any, grad_output: Tensor, *others: Any) -> Any:
+        if others[-1] is not None:
+            refuse_derivative()
         (grad,) = ctx.saved_tensors
         rest = (None,) * (ctx.num_inputs - 2)
         return None, reference_loss.scale_grad(grad, grad_output, ctx.dtype), *rest
 
+    jvp = staticmethod(refuse_derivative)
 
-def needs_operator(logits: Tensor) -> bool:
-    """Whether something watches the dispatcher and would miss a raw pointer being read."""
-    return (
+
+def needs_operator(
+    name: str, logits: Tensor, target: Tensor, weights: Tensor | None, options: Tensor | None = None
+) -> bool:
+    """Whether torch's dispatcher has to see the call.
+
+    Because something watches it and would miss a raw pointer being read, or because the values of
+    a tensor don't lie in its memory. What has no values either is refused.
+    """
+    if (
         _is_compiling()
         or (type(logits) is not Tensor and type(logits) is not Parameter)
-        or _functorch_active()
+        or type(target) is not Tensor
+        or (weights is not None and type(weights) is not Tensor)
+        or (options is not None and type(options) is not Tensor)
+        or functorch_active()
         or _dispatch_modes() != 0
-    )
+        or forward_ad._current_level >= 0
+    ):
+        return True
+    try:
+        if (
+            logits.data_ptr() != 0
+            and target.data_ptr() != 0
+            and (weights is None or weights.data_ptr() != 0)
+            and (options is None or options.data_ptr() != 0)
+        ):
+            return (
+                logits.is_neg()
+                or target.is_neg()
+                or (weights is not None and weights.is_neg())
+                or (options is not None and options.is_neg())
+            )
+    except RuntimeError:  # of a sparse tensor, say
+        pass
+    named = zip(_TENSORS[name], (logits, target, weights, options), strict=False)
+    return any(t is not None and dense.readable(argument, t) is not t for argument, t in named)
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may carry tangents."""
+    return forward_ad._current_level >= 0
+
+
+def _refuse_tangents(*arguments: Any) -> None:
+    """Eager torch.func does not need this: it asks :class:`_Functional` for its jvp."""
+    if functorch_active():
+        if _is_compiling():  # an operator would not be asked
+            refuse_derivative()
+        return
+    for tensor in arguments:
+        if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            refuse_derivative()
 
 
 def with_backward(logits: Tensor, results: Scored, kernels: Any) -> ScoredLoss:
@@ -140,11 +207,17 @@ def by_operator(
     """The same by the operator ``name``: arguments up to the denominator, then the flags."""
     from fastis import operators
 
+    if not _is_compiling():
+        for argument, tensor in zip(_TENSORS[name], (logits, *arguments), strict=False):
+            if tensor is not None:
+                dense.check_dense(argument, tensor)
+    if in_forward_mode():
+        _refuse_tangents(logits, *arguments, denominator)
     number = None if isinstance(denominator, Tensor) else denominator
     tensor = denominator if isinstance(denominator, Tensor) else None
     operator = getattr(operators, name)
     rest = (*arguments, number, tensor, reduce)
-    if not _is_compiling() and _functorch_active():
+    if not _is_compiling() and functorch_active():
         # requires_grad does not tell here what is differentiated.
         results = _Functional.apply(operator, logits, *rest, True, with_mean_grad)
     else:

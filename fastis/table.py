@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from math import ceil
+from threading import RLock
 from typing import Any
 
 import torch
@@ -171,6 +172,11 @@ class Table:
             self.records = records[: constants.num_samples]
         self._structure: dict[str, Tensor] = {}
         self._view: Any = None  # of the compiled kernels
+        # Held by whatever reads or writes the tensors in more than one step. Reentrant: functions
+        # of the user's that a method calls may ask for the state.
+        self.lock = RLock()
+        if device.type == "cuda" and hasattr(_C, "cuda_update"):
+            _ = self.device_handle  # in a CUDA graph the first fill would be repeated
 
     @cached_property
     def handle(self) -> int:
@@ -212,9 +218,17 @@ class Table:
         )
 
     def _view_of(
-        self, view: type, layout: dict[str, tuple[int, torch.dtype, int]], **constants: int
+        self, view: Any, layout: dict[str, tuple[int, torch.dtype, int]], **constants: int
     ) -> int:
         """Allocates the structure (tables with records only) and describes all tensors."""
+        with self.lock:  # a second view's tensors would take the place of the first's
+            if type(self._view) is not view:
+                self._view = self._new_view(view, layout, **constants)
+            return int(self._view.address)
+
+    def _new_view(
+        self, view: type, layout: dict[str, tuple[int, torch.dtype, int]], **constants: int
+    ) -> Any:
         if self.records is not None:
             for name, (size, dtype, fill) in layout.items():
                 self._structure[name] = zeros((size,), dtype, self.device)
@@ -230,8 +244,7 @@ class Table:
             **self._structure,
         }
         addresses = {name: 0 if t is None else t.data_ptr() for name, t in tensors.items()}
-        self._view = view(addresses, {**asdict(self.constants), **constants})
-        return int(self._view.address)
+        return view(addresses, {**asdict(self.constants), **constants})
 
     def column(self, position: int) -> Tensor:
         """A view of one column of the records, float32 for mean and variance."""
@@ -258,20 +271,55 @@ class Table:
         return tensors | {f"memory.{name}": tensor for name, tensor in self.memory.items()}
 
     def state(self) -> dict[str, Tensor]:
-        """What a resumed run needs, as new tensors."""
-        state = {name: tensor.clone() for name, tensor in self.durable().items()}
-        if self.records is not None:
-            state["records"][:, CODE] = self.codes()
+        """What a resumed run needs, as new tensors, all of the same moment."""
+        durable = self.durable()
+        state = {name: torch.empty_like(tensor) for name, tensor in durable.items()}
+        with self.lock:
+            self._copy(durable, state)
         return state
 
     def load(self, state: dict[str, Tensor], seed: int) -> None:
-        """Takes :meth:`state` and the seed over, from any device, into the tensors that are there.
+        """Takes :meth:`state` and the seed over, into the tensors that are there.
 
-        The caller has checked names, shapes and dtypes. The structure is rebuilt at the next draw.
+        The caller has checked the state (:func:`fastis.saved.checked`). The structure is rebuilt at
+        the next draw.
         """
-        for name, tensor in self.durable().items():
-            tensor.copy_(state[name])
-        self.scalars[DURABLE_SCALARS:] = 0
+        rebuilt = torch.zeros_like(self.scalars)
+        rebuilt[:DURABLE_SCALARS] = state["scalars"]
+        with self.lock:
+            try:
+                self._take({**state, "scalars": rebuilt}, seed)
+            except KeyboardInterrupt:  # the kernels must not meet half a state
+                self._take({**state, "scalars": rebuilt}, seed)
+                raise
+
+    def _take(self, state: dict[str, Tensor], seed: int) -> None:
+        self._copy(state, {**self.durable(), "scalars": self.scalars})
         self.constants = replace(self.constants, seed=seed)
         if self._view is not None:
             self._view.seed = seed
+
+    def _copy(self, source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+        """Copies a state without the flags of the codes; the lock must be held.
+
+        On the CPU one call that holds the GIL, since steps that are calls of this kind themselves
+        do not take the lock.
+        """
+        names = set(source)
+        if _C is not None and self.device.type == "cpu":
+            sizes = len(source["scalars"]), 0 if self.records is None else len(self.records)
+            _C.copy_state(*sizes, *_addresses(source), *_addresses(target))
+            names -= {"scalars", "variance", "records"}
+        for name in names:
+            target[name].copy_(source[name])
+        if "records" in names:
+            target["records"][:, CODE] &= 0x7FFFFFFF
+
+
+def _addresses(tensors: dict[str, Tensor]) -> tuple[int, int, int]:
+    records = tensors.get("records")
+    return (
+        tensors["scalars"].data_ptr(),
+        tensors["variance"].data_ptr(),
+        0 if records is None else records.data_ptr(),
+    )

@@ -23,9 +23,12 @@ ALLOWED = {
     "estimators": {"check", "gradients", "kernels", "methods"},
     "gradients": {"check", "kernels", "scored"},
     "lr": set(),
-    "methods": {"check", "kernels", "methods", "table"},
+    "methods": {"check", "kernels", "methods", "saved", "table"},
     "observation": {"check", "methods", "sampling", "table"},
-    "sampler": {"check", "methods", "observation", "sampling", "table", "variance"},
+    "sampler": {
+        *("check", "kernels", "methods", "observation", "sampling", "saved", "table", "variance")
+    },
+    "saved": {"check", "kernels", "table"},
     "loss": {"kernels", "loss_arguments", "scored"},
     "loss_arguments": {"kernels"},
     "scored": {"kernels", "loss_arguments", "operators"},

@@ -1,10 +1,6 @@
-"""The sampler as users see it: phases, clocks, unbiasedness, saving, errors."""
+"""The sampler as users see it: phases, clocks, unbiasedness, errors."""
 
 from __future__ import annotations
-
-import copy
-import io
-import pickle
 
 import pytest
 import torch
@@ -135,94 +131,6 @@ def test_seeds_differ_and_repeat():
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
     assert not torch.equal(draws[0], draws[3])
-
-
-def continue_both(a, b):
-    for x, y in zip(drive(a, 40, seed=9), drive(b, 40, seed=9), strict=True):
-        assert torch.equal(x.indices, y.indices)
-        assert torch.equal(x.weights, y.weights)
-    assert torch.equal(a.variance.trace_is, b.variance.trace_is)
-    assert torch.equal(a.importance, b.importance) or a.method.name != "emais"
-
-
-@pytest.mark.parametrize("method", ["emais", "scan", "uniform"])
-@pytest.mark.parametrize("steps", [0, 7, 33, 90])
-def test_a_resumed_run_continues_bit_for_bit(any_backend, method, steps):
-    sampler = fastis.Sampler(200, 10, method=method, seed=3)
-    drive(sampler, steps, decay=0.1)
-    file = io.BytesIO()
-    torch.save(sampler.state_dict(), file)
-    file.seek(0)
-    state = torch.load(file, weights_only=True)
-    resumed = fastis.Sampler(200, 10, method=method, seed=99)
-    drive(resumed, 5)
-    resumed.load_state_dict(state)
-    continue_both(sampler, resumed)
-
-
-def test_saving_takes_a_copy_and_loads_many_times():
-    sampler = fastis.Sampler(50, 5)
-    drive(sampler, 30)
-    state = sampler.state_dict()
-    kept = copy.deepcopy(state)
-    drive(sampler, 10)
-    for name in ("records", "scalars", "variance"):
-        assert torch.equal(state[name], kept[name])
-    draws = []
-    for _ in range(2):
-        sampler.load_state_dict(state)
-        draws.append(sampler.sample().indices)
-    assert torch.equal(draws[0], draws[1])
-
-
-def addresses(sampler):
-    table = sampler._table
-    tensors = [table.scalars, table.variance, table.records, *table._structure.values()]
-    return [t.data_ptr() for t in (*tensors, *table.memory.values())]
-
-
-@pytest.mark.parametrize("method", ["emais", "prioritized"])
-def test_loading_goes_into_the_tensors_that_are_there(any_backend, method):
-    theirs = fastis.Sampler(50, 5, method=method, seed=7)
-    drive(theirs, 30)
-    sampler = fastis.Sampler(50, 5, method=method, seed=1)
-    drive(sampler, 35)
-    before, traces = addresses(sampler), sampler.variance
-    sampler.load_state_dict(theirs.state_dict())
-    assert addresses(sampler) == before
-    assert sampler.variance is traces
-    assert "seed=7" in repr(sampler)
-    for x, y in zip(drive(theirs, 20, seed=5), drive(sampler, 20, seed=5), strict=True):
-        assert torch.equal(x.indices, y.indices)
-        assert torch.equal(x.weights, y.weights)
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        (lambda s: s.pop("variance"), ValueError, "state_dict must have 'variance'"),
-        (lambda s: s.update(variance=s["variance"].float()), TypeError, "must have dtype"),
-        (lambda s: s.update(records=s["records"][:3]), ValueError, "must have shape"),
-        (lambda s: s["settings"].pop("seed"), TypeError, "state_dict's seed must be an int"),
-        (lambda s: s.pop("settings"), ValueError, "num_samples=50, got None"),
-    ],
-)
-def test_a_bad_state_changes_nothing(change, error, message):
-    sampler, other = (fastis.Sampler(50, 5, seed=s) for s in (1, 2))
-    drive(sampler, 20)
-    before, state = sampler.state_dict(), other.state_dict()
-    change(state)
-    with pytest.raises(error, match=message):
-        sampler.load_state_dict(state)
-    after = sampler.state_dict()
-    assert all(torch.equal(before[k], after[k]) for k in ("records", "scalars", "variance"))
-    assert after["settings"] == before["settings"]
-
-
-def test_samplers_pickle_and_copy():
-    sampler = fastis.Sampler(200, 10, method=EMAIS(tau=50), seed=2**63, scheme="stratified")
-    drive(sampler, 60)
-    continue_both(pickle.loads(pickle.dumps(sampler)), copy.deepcopy(sampler))
 
 
 def test_default_device_is_torchs():

@@ -17,6 +17,18 @@ bool update(Pointer<const Table> table, Pointer<const int64_t> indices /* [n] */
 // Codes, e0 and totals anew from the states of all samples, which have been written from outside.
 void rescale(Pointer<const Table> table);
 
+// One state into another, without the flags of capped items. A caller that holds the GIL gets all
+// of one moment.
+void copy_state(int64_t num_scalars, int64_t num_records, Pointer<const int64_t> from_scalars,
+                Pointer<const Variance> from_variance, Pointer<const Record> from_records /* [N] */,
+                Pointer<int64_t> to_scalars, Pointer<Variance> to_variance,
+                Pointer<Record> to_records /* [N] */);
+
+// Can these records be those of a table with this clock and e0? The first that can't, or -1; then
+// `found` is how many are seen and the sum of their integer weights (-1: 2^63 or more).
+int64_t check_records(Pointer<const Record> records /* [N] */, int64_t n, int64_t updates,
+                      int exponent, int importance, Pointer<int64_t> found /* [2] */);
+
 // The next minibatch: without replacement in the warm-up, by importance (or uniformly) after it.
 void draw(Pointer<const Table> table, Pointer<int64_t> indices /* [B] */,
           Pointer<float> weights /* [B] */);

@@ -3,6 +3,10 @@
 // Katharopoulos & Fleuret 2018, eq. 19, in the cancellation-free form of reference_loss.py.
 #pragma once
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
 #include "simd_math.h"
 
 namespace fastis::FASTIS_ISA {
@@ -19,7 +23,8 @@ struct Problem {
   const F* class_weights;  // [C], or null (1)
   int64_t T, R, C, ignore_index;
   bool any_ignored;
-  F smoothing, inverse_denominator;
+  F keep, spread;  // 1 - a, a / C of the smoothing a
+  F inverse_denominator;
   G* grad;      // [R, C] or null
   F* row_loss;  // [R] unweighted by weights
   F* row_norm;  // [R] |g|
@@ -73,60 +78,101 @@ class Norm {
   }
   F value() const { return root(reduce_add<F>(large_), reduce_add<F>(small_)); }
 
+  // Of a row in blocks, in double: a float sum of millions of squares has lost its last digits.
+  struct Blocks {
+    double large = 0, small = 0;
+    void add(const Norm& block) {
+      large += static_cast<double>(reduce_add<F>(block.large_));
+      small += static_cast<double>(reduce_add<F>(block.small_));
+    }
+    F value() const { return root(large, small); }
+  };
+
  private:
   static constexpr F kRaise = F(0x1p80);
-  static F root(F large, F small) {
+  static F root(double large, double small) {
     // Where `small` overflows, `large` is far from underflow.
-    return large < F(1e-30) ? sqrt<F>(splat<F>(small))[0] / kRaise : sqrt<F>(splat<F>(large))[0];
+    return static_cast<F>(large < 1e-30 ? __builtin_sqrt(small) / double(kRaise)
+                                        : __builtin_sqrt(large));
   }
   Vec<F> large_{}, small_{};
 };
 
-// Each kernel does rows [begin, end) and adds the columns of the scaled gradient to
-// column_sum [C] unless that is null.
+// Rows [begin, end) of a kernel, and what it works with.
+template <class F>
+struct Chunk {
+  int64_t begin, end;
+  F* scratch;     // as many as for_chunks was asked for
+  F* column_sum;  // [C], to which the columns of the scaled gradient are added, or null
+};
 template <class S>
-void rows_of_few_classes(const Problem<S>& p, int64_t begin, int64_t end, Compute<S>* column_sum);
+void rows_of_few_classes(const Problem<S>& p, const Chunk<Compute<S>>& chunk);
 template <class S>
-void rows_of_many_classes(const Problem<S>& p, int64_t begin, int64_t end, Compute<S>* column_sum);
+void rows_of_many_classes(const Problem<S>& p, const Chunk<Compute<S>>& chunk);
 template <class S>
-void rows_of_soft_targets(const Problem<S>& p, int64_t begin, int64_t end, Compute<S>* column_sum);
+void rows_of_soft_targets(const Problem<S>& p, const Chunk<Compute<S>>& chunk);
 
 // Above this, lanes over classes are fuller than a transposed tile of rows is cheap.
 constexpr int64_t kFewClasses = 64;
+// Rows of many classes solved together: their closed forms share one vector, their column sums one
+// pass.
+constexpr int kGroup = 4;
+// Above 16384 the exponentials of a group would leave the second-level cache.
+constexpr int rows_together(int64_t C) { return C <= 16384 ? kGroup : 1; }
+
+// C rounded up to whole vectors.
+template <class F>
+constexpr int64_t padded(int64_t C) {
+  return (C + kLanes<F> - 1) / kLanes<F> * kLanes<F>;
+}
 
 template <class G>
 inline void zero_row(G* grad, int64_t C) {
   if (grad != nullptr) std::memset(static_cast<void*>(grad), 0, sizeof(G) * C);
 }
 
-// Rows per chunk depend on the shape alone, never on the threads: sums are added in the same order.
+// At least 1. Depends on the shape alone, never on the threads: sums are added in the same order.
 inline int64_t rows_per_chunk(int64_t rows, int64_t columns) {
   const auto round_up = [](int64_t x) { return (x + 15) / 16 * 16; };
   const int64_t at_most_64_chunks = round_up((rows + 63) / 64);
-  const int64_t at_least_16k_elements = round_up(16384 / (columns > 0 ? columns : 1));
+  const int64_t wide_rows = columns > 16384 ? 1 : 0;
+  const int64_t at_least_16k_elements = round_up(16384 / (columns > 0 ? columns : 1) + wide_rows);
   return at_most_64_chunks > at_least_16k_elements ? at_most_64_chunks : at_least_16k_elements;
 }
 
-// Runs kernel(begin, end, column_sum) over all chunks; mean_grad [columns] (or null) gets the
-// column sums times `scale`.
+inline int thread_number() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
+}
+
+// Runs kernel(Chunk) over all chunks, each with `scratch` elements of memory; mean_grad [columns]
+// (or null) gets the column sums times `scale`.
 template <class F, class Kernel>
-void for_chunks(int64_t rows, int64_t columns, int threads, F* mean_grad, double scale,
-                const Kernel& kernel) {
+void for_chunks(int64_t rows, int64_t columns, int64_t scratch, int threads, F* mean_grad,
+                double scale, const Kernel& kernel) {
   const int64_t step = rows_per_chunk(rows, columns);
   const int64_t chunks = (rows + step - 1) / step;
   const bool summed = mean_grad != nullptr;
+  threads = static_cast<int>(threads < chunks ? threads : chunks);
   const Scratch<F> partial(summed ? chunks * columns : 0);
-  if (summed) std::memset(static_cast<void*>(partial), 0, sizeof(F) * chunks * columns);
-  const auto run = [&](int64_t chunk) {
+  const Scratch<F> memory(scratch * threads);
+  if (summed && chunks > 0) {
+    std::memset(static_cast<void*>(partial), 0, sizeof(F) * chunks * columns);
+  }
+  const auto run = [&](int64_t chunk, int thread) {
     const int64_t begin = chunk * step;
     const int64_t end = begin + step < rows ? begin + step : rows;
-    kernel(begin, end, summed ? partial + chunk * columns : nullptr);
+    kernel(Chunk<F>{begin, end, memory + thread * scratch,
+                    summed ? partial + chunk * columns : nullptr});
   };
-  if (threads > 1 && chunks > 1) {
+  if (threads > 1) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) run(chunk);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) run(chunk, thread_number());
   } else {
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) run(chunk);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) run(chunk, 0);
   }
   if (!summed) return;
   for (int64_t c = 0; c < columns; ++c) {

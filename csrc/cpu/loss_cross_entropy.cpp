@@ -53,12 +53,13 @@ void solve(Problem<S>& p, const Outputs<S>& out, int64_t B, double denominator, 
   const Scratch<F> rows(p.T == 1 ? 0 : 2 * p.R);
   p.row_loss = p.T == 1 ? out.losses : rows;
   p.row_norm = p.T == 1 ? out.score : rows + p.R;
-  const bool distribution = p.soft != nullptr || p.smoothing != 0;
-  for_chunks<F>(p.R, p.C, threads, out.mean_grad, denominator / static_cast<double>(B),
-                [&](int64_t begin, int64_t end, F* column_sum) {
-                  if (distribution) return rows_of_soft_targets(p, begin, end, column_sum);
-                  if (p.C <= kFewClasses) return rows_of_few_classes(p, begin, end, column_sum);
-                  rows_of_many_classes(p, begin, end, column_sum);
+  const bool soft = p.soft != nullptr || p.spread != 0, few = !soft && p.C <= kFewClasses;
+  const int64_t scratch = few ? 0 : padded<F>(p.C) * (soft ? 1 : rows_together(p.C));
+  for_chunks<F>(p.R, p.C, scratch, threads, out.mean_grad, denominator / static_cast<double>(B),
+                [&](const Chunk<F>& chunk) {
+                  if (soft) return rows_of_soft_targets(p, chunk);
+                  if (few) return rows_of_few_classes(p, chunk);
+                  rows_of_many_classes(p, chunk);
                 });
   if (p.T != 1) sum_tokens<F>(p.row_loss, p.row_norm, B, p.T, out.losses, out.score);
   reduce_losses<F>(out.losses, p.weights, B, 1 / denominator, reduce, out.loss);
@@ -77,22 +78,12 @@ int64_t cross_entropy_as(const void* logits, int64_t row_stride, const int64_t* 
   const Labels labels =
       target != nullptr ? check_labels(target, B * T, C, ignore_index) : Labels{-1, false};
   if (labels.bad_row >= 0) return labels.bad_row;
-  Problem<S> p{static_cast<const S*>(logits),
-               row_stride,
-               target,
-               static_cast<const F*>(soft),
-               static_cast<const F*>(weights),
-               static_cast<const F*>(class_weights),
-               T,
-               B * T,
-               C,
-               ignore_index,
-               labels.any_ignored,
-               static_cast<F>(smoothing),
-               F(1),
-               static_cast<G*>(grad),
-               nullptr,
-               nullptr};
+  Problem<S> p{static_cast<const S*>(logits), row_stride, target, static_cast<const F*>(soft),
+               static_cast<const F*>(weights), static_cast<const F*>(class_weights), T, B * T, C,
+               ignore_index, labels.any_ignored,
+               // Rounded last: in float32, 1 - a would have lost the digits of an a near 1.
+               static_cast<F>(1 - smoothing), static_cast<F>(smoothing / static_cast<double>(C)),
+               F(1), static_cast<G*>(grad), nullptr, nullptr};
   const Outputs<S> out{static_cast<F*>(loss), static_cast<F*>(losses), static_cast<F*>(score),
                        static_cast<F*>(mean_grad)};
   solve(p, out, B, denominator, reduce, threads);

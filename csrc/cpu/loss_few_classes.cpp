@@ -149,32 +149,32 @@ inline void write_tile(const Problem<S>& p, int64_t row, int count, Tile<F>& til
 }  // namespace
 
 template <class S>
-void rows_of_few_classes(const Problem<S>& p, int64_t begin, int64_t end, Compute<S>* column_sum) {
+void rows_of_few_classes(const Problem<S>& p, const Chunk<Compute<S>>& chunk) {
   using F = Compute<S>;
   constexpr int V = kLanes<F>, W = kTile<F>;
   const int C = static_cast<int>(p.C);
   Tile<F> tile;
   alignas(64) F sums[kFewClasses * V];
   for (int i = 0; i < C * V; ++i) sums[i] = 0;
-  for (int64_t row = begin; row < end; row += W) {
-    const int count = static_cast<int>(end - row < W ? end - row : W);
+  for (int64_t row = chunk.begin; row < chunk.end; row += W) {
+    const int count = static_cast<int>(chunk.end - row < W ? chunk.end - row : W);
     read_tile(p, row, count, tile);
     read_rows(p, row, count, tile);
     sum_tile(tile, C);
     finish_tile(tile);
     std::memcpy(p.row_loss + row, tile.loss, sizeof(F) * count);
     std::memcpy(p.row_norm + row, tile.norm, sizeof(F) * count);
-    if (column_sum != nullptr) sum_columns(tile, C, sums);
+    if (chunk.column_sum != nullptr) sum_columns(tile, C, sums);
     if (p.grad != nullptr) write_tile(p, row, count, tile);
   }
-  for (int c = 0; column_sum != nullptr && c < C; ++c) {
-    column_sum[c] += reduce_add<F>(load(sums + c * V));
+  for (int c = 0; chunk.column_sum != nullptr && c < C; ++c) {
+    chunk.column_sum[c] += reduce_add<F>(load(sums + c * V));
   }
 }
 
-template void rows_of_few_classes(const Problem<float>&, int64_t, int64_t, float*);
-template void rows_of_few_classes(const Problem<double>&, int64_t, int64_t, double*);
-template void rows_of_few_classes(const Problem<BFloat16>&, int64_t, int64_t, float*);
-template void rows_of_few_classes(const Problem<Float16>&, int64_t, int64_t, float*);
+template void rows_of_few_classes(const Problem<float>&, const Chunk<float>&);
+template void rows_of_few_classes(const Problem<double>&, const Chunk<double>&);
+template void rows_of_few_classes(const Problem<BFloat16>&, const Chunk<float>&);
+template void rows_of_few_classes(const Problem<Float16>&, const Chunk<float>&);
 
 }  // namespace fastis::FASTIS_ISA

@@ -49,23 +49,27 @@ struct Labels {
   F *losses, *score;               // [B]
 };
 
+// Elements that are solved together: whole rows, or a piece of one that has more.
+constexpr int64_t kBlock = 1024;
+
 template <class F>
-struct Block {
-  F* loss;  // [elements] of a block of rows
-  F* grad;
-  const F* pos_weight;  // repeated for the rows of a block
+struct alignas(64) Block {
+  F loss[kBlock + kLanes<F>], grad[kBlock + kLanes<F>];
+  F pos_weight[kBlock + kLanes<F>];  // repeated for the rows of a block
 };
 
+// The terms of `count` elements from `offset` on; `pos_weight` [count] may be null.
 template <Kind kind, class S, class F = Compute<S>>
-inline void elements(const Labels<S>& p, int64_t offset, int64_t count, const Block<F>& block) {
+inline void elements(const Labels<S>& p, int64_t offset, int64_t count, const F* pos_weight,
+                     Block<F>& block) {
   constexpr int V = kLanes<F>;
   for (int64_t i = 0; i < count; i += V) {
     const int some = static_cast<int>(count - i < V ? count - i : V);
-    const S* z_at = p.logits + offset + i;
-    const F* y_at = p.target + offset + i;
-    const Vec<F> z = some == V ? load(z_at) : load_some(z_at, some, F(0));
-    const Vec<F> y = some == V ? load(y_at) : load_some(y_at, some, F(0));
-    const Vec<F> w = block.pos_weight != nullptr ? load(block.pos_weight + i) : splat<F>(1);
+    const auto read = [&](const auto* from) {
+      return some == V ? load(from + i) : load_some(from + i, some, F(0));
+    };
+    const Vec<F> z = read(p.logits + offset), y = read(p.target + offset);
+    const Vec<F> w = pos_weight != nullptr ? read(pos_weight) : splat<F>(1);
     const Term<F> term =
         kind == Kind::squared_error ? squared_error<F>(z, y, w) : binary_cross_entropy<F>(z, y, w);
     store(block.loss + i, term.loss);
@@ -73,57 +77,95 @@ inline void elements(const Labels<S>& p, int64_t offset, int64_t count, const Bl
   }
 }
 
-// Sums one row of the block and scales its gradient; block.grad is padded to whole vectors.
-template <class S, class F = Compute<S>>
-inline void finish_row(const Labels<S>& p, int64_t row, const F* loss, F* grad, F* column_sum) {
+// The sum of the losses; the gradients go into `norm`.
+template <class F>
+inline F sum_terms(const F* loss, const F* grad, int64_t count, Norm<F>& norm) {
   constexpr int V = kLanes<F>;
   Vec<F> total{};
-  Norm<F> norm;
   int64_t i = 0;
-  for (; i + V <= p.L; i += V) {
+  for (; i + V <= count; i += V) {
     total += load(loss + i);
     norm.add(load(grad + i));
   }
-  if (i < p.L) {
-    const int rest = static_cast<int>(p.L - i);
+  if (i < count) {
+    const int rest = static_cast<int>(count - i);
     total += load_some(loss + i, rest, F(0));
     norm.add(load_some(grad + i, rest, F(0)));
   }
-  const F sum = reduce_add<F>(total);
-  p.losses[row] = sum * p.inverse_divisor;
-  p.score[row] = norm.value() * p.inverse_divisor;
+  return reduce_add<F>(total);
+}
+
+template <class S, class F = Compute<S>>
+inline void scale_terms(const Labels<S>& p, int64_t row, int64_t count, F* grad, F* column_sum) {
   const F r = p.weights != nullptr ? p.weights[row] : F(1);
   const F scale = r * p.inverse_divisor * p.inverse_denominator;
-  for (i = 0; i < p.L; ++i) grad[i] *= scale;
+  for (int64_t i = 0; i < count; ++i) grad[i] *= scale;
   if (column_sum == nullptr) return;
-  for (i = 0; i < p.L; ++i) column_sum[i] += grad[i];
+  for (int64_t i = 0; i < count; ++i) column_sum[i] += grad[i];
+}
+
+template <class S, class F = Compute<S>>
+inline void write_grad(const Labels<S>& p, int64_t offset, int64_t count, const F* grad) {
+  constexpr int V = kLanes<F>;
+  if (p.grad == nullptr) return;
+  auto* out = p.grad + offset;
+  int64_t i = 0;
+  for (; i + V <= count; i += V) store(out + i, load(grad + i));
+  if (i < count) store_some(out + i, load(grad + i), static_cast<int>(count - i));
 }
 
 template <Kind kind, class S, class F = Compute<S>>
-void label_rows(const Labels<S>& p, int64_t begin, int64_t end, F* column_sum) {
-  constexpr int V = kLanes<F>;
-  if (p.L == 0) {
-    for (int64_t row = begin; row < end; ++row)
-      p.losses[row] = p.score[row] = 0 * p.inverse_divisor;
-    return;
-  }
-  const int64_t rows = p.L < 1024 ? 1024 / p.L : 1, size = rows * p.L + V;
-  const Scratch<F> loss(size), grad(size), repeated(p.pos_weight != nullptr ? size : 0);
+void narrow_rows(const Labels<S>& p, const Chunk<F>& chunk, Block<F>& block) {
+  const int64_t rows = kBlock / p.L;
+  const F* pos_weight = nullptr;
   if (p.pos_weight != nullptr) {
-    for (int64_t i = 0; i < size; ++i) repeated[i] = p.pos_weight[i % p.L];
+    for (int64_t i = 0; i < rows * p.L; ++i) block.pos_weight[i] = p.pos_weight[i % p.L];
+    pos_weight = block.pos_weight;
   }
-  const Block<F> block{loss, grad, p.pos_weight != nullptr ? static_cast<F*>(repeated) : nullptr};
-  for (int64_t row = begin; row < end; row += rows) {
-    const int64_t here = end - row < rows ? end - row : rows, count = here * p.L;
-    elements<kind>(p, row * p.L, count, block);
+  for (int64_t row = chunk.begin; row < chunk.end; row += rows) {
+    const int64_t here = chunk.end - row < rows ? chunk.end - row : rows, count = here * p.L;
+    elements<kind>(p, row * p.L, count, pos_weight, block);
     for (int64_t r = 0; r < here; ++r) {
-      finish_row(p, row + r, block.loss + r * p.L, block.grad + r * p.L, column_sum);
+      F* const grad = block.grad + r * p.L;
+      Norm<F> norm;
+      const F sum = sum_terms<F>(block.loss + r * p.L, grad, p.L, norm);
+      p.losses[row + r] = sum * p.inverse_divisor;
+      p.score[row + r] = norm.value() * p.inverse_divisor;
+      scale_terms(p, row + r, p.L, grad, chunk.column_sum);
     }
-    if (p.grad == nullptr) continue;
-    auto* out = p.grad + row * p.L;
-    int64_t i = 0;
-    for (; i + V <= count; i += V) store(out + i, load(block.grad + i));
-    if (i < count) store_some(out + i, load(block.grad + i), static_cast<int>(count - i));
+    write_grad<S>(p, row * p.L, count, block.grad);
+  }
+}
+
+template <Kind kind, class S, class F = Compute<S>>
+void wide_row(const Labels<S>& p, int64_t row, F* column_sum, Block<F>& block) {
+  double sum = 0;
+  typename Norm<F>::Blocks norm;
+  for (int64_t at = 0; at < p.L; at += kBlock) {
+    const int64_t count = p.L - at < kBlock ? p.L - at : kBlock, offset = row * p.L + at;
+    const F* pos_weight = p.pos_weight != nullptr ? p.pos_weight + at : nullptr;
+    elements<kind>(p, offset, count, pos_weight, block);
+    Norm<F> of_block;
+    sum += static_cast<double>(sum_terms<F>(block.loss, block.grad, count, of_block));
+    norm.add(of_block);
+    scale_terms(p, row, count, block.grad, column_sum != nullptr ? column_sum + at : nullptr);
+    write_grad<S>(p, offset, count, block.grad);
+  }
+  p.losses[row] = static_cast<F>(sum) * p.inverse_divisor;
+  p.score[row] = norm.value() * p.inverse_divisor;
+}
+
+template <Kind kind, class S, class F = Compute<S>>
+void label_rows(const Labels<S>& p, const Chunk<F>& chunk) {
+  Block<F> block;
+  if (p.L == 0) {
+    for (int64_t row = chunk.begin; row < chunk.end; ++row)
+      p.losses[row] = p.score[row] = 0 * p.inverse_divisor;
+  } else if (p.L <= kBlock) {
+    narrow_rows<kind>(p, chunk, block);
+  } else {
+    for (int64_t row = chunk.begin; row < chunk.end; ++row)
+      wide_row<kind>(p, row, chunk.column_sum, block);
   }
 }
 
@@ -143,12 +185,12 @@ void labels_as(Kind kind, const void* logits, const void* target, const void* we
                     static_cast<typename Format<S>::Grad*>(grad),
                     static_cast<F*>(losses),
                     static_cast<F*>(score)};
-  for_chunks<F>(B, L, threads, static_cast<F*>(mean_grad), denominator / static_cast<double>(B),
-                [&](int64_t begin, int64_t end, F* column_sum) {
+  for_chunks<F>(B, L, 0, threads, static_cast<F*>(mean_grad), denominator / static_cast<double>(B),
+                [&](const Chunk<F>& chunk) {
                   if (kind == Kind::squared_error) {
-                    label_rows<Kind::squared_error>(p, begin, end, column_sum);
+                    label_rows<Kind::squared_error>(p, chunk);
                   } else {
-                    label_rows<Kind::binary_cross_entropy>(p, begin, end, column_sum);
+                    label_rows<Kind::binary_cross_entropy>(p, chunk);
                   }
                 });
   reduce_losses<F>(p.losses, p.weights, B, 1 / denominator, reduce, static_cast<F*>(loss));

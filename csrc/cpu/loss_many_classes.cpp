@@ -68,11 +68,6 @@ inline Sums<F> exponentials(const S* z, int64_t C, int64_t y, F m, F* e) {
   return sums;
 }
 
-// Rows solved together: their closed forms share one vector, their column sums one pass.
-constexpr int kGroup = 4;
-// Above it the exponentials of a group would leave the second-level cache.
-constexpr int64_t kGroupedClasses = 16384;
-
 template <class F>
 struct Group {
   F m[kLanes<F> + kGroup], s[kLanes<F> + kGroup], q[kLanes<F> + kGroup];
@@ -172,22 +167,21 @@ inline void finish_row(const Problem<S>& p, int64_t row, int i, const Group<F>& 
 }  // namespace
 
 template <class S>
-void rows_of_many_classes(const Problem<S>& p, int64_t begin, int64_t end, Compute<S>* column_sum) {
+void rows_of_many_classes(const Problem<S>& p, const Chunk<Compute<S>>& chunk) {
   using F = Compute<S>;
   using G = typename Format<S>::Grad;
-  constexpr int V = kLanes<F>;
-  const int64_t stride = (p.C + V - 1) / V * V;
-  const int together = p.C <= kGroupedClasses ? kGroup : 1;
-  const Scratch<F> e(stride * together);
+  const int64_t stride = padded<F>(p.C);
+  const int together = rows_together(p.C);
+  F* const e = chunk.scratch;
   Group<F> group{};
-  GradRows<G, F> out{e, stride, p.C, nullptr, column_sum, {}, {}, {}};
-  for (int64_t row = begin; row < end;) {
-    const int count = end - row >= together ? together : 1;
+  GradRows<G, F> out{e, stride, p.C, nullptr, chunk.column_sum, {}, {}, {}};
+  for (int64_t row = chunk.begin; row < chunk.end;) {
+    const int count = chunk.end - row >= together ? together : 1;
     for (int i = 0; i < count; ++i) sum_row(p, row + i, i, e + i * stride, group, out);
     finish_group(group, count);
     for (int i = 0; i < count; ++i) finish_row(p, row + i, i, group, out);
     if (p.grad != nullptr) out.grad = p.grad + row * p.C;
-    if (p.grad != nullptr || column_sum != nullptr) {
+    if (p.grad != nullptr || chunk.column_sum != nullptr) {
       if (count == kGroup) {
         write_rows<kGroup>(out);
       } else {
@@ -198,9 +192,9 @@ void rows_of_many_classes(const Problem<S>& p, int64_t begin, int64_t end, Compu
   }
 }
 
-template void rows_of_many_classes(const Problem<float>&, int64_t, int64_t, float*);
-template void rows_of_many_classes(const Problem<double>&, int64_t, int64_t, double*);
-template void rows_of_many_classes(const Problem<BFloat16>&, int64_t, int64_t, float*);
-template void rows_of_many_classes(const Problem<Float16>&, int64_t, int64_t, float*);
+template void rows_of_many_classes(const Problem<float>&, const Chunk<float>&);
+template void rows_of_many_classes(const Problem<double>&, const Chunk<double>&);
+template void rows_of_many_classes(const Problem<BFloat16>&, const Chunk<float>&);
+template void rows_of_many_classes(const Problem<Float16>&, const Chunk<float>&);
 
 }  // namespace fastis::FASTIS_ISA

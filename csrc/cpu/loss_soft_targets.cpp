@@ -69,13 +69,17 @@ struct SoftSums {
   F s, t, cross;  // sum exp(z_j - m), sum t_j, sum t_j (m - z_j)
 };
 
+// Added up in blocks of classes: sums of millions of floats would lose their last digits.
+constexpr int64_t kBlock = 4096;
+
+// Over the classes [begin, end).
 template <class S, class F = Compute<S>>
-inline SoftSums<F> soft_sums(const S* z, int64_t C, Largest<F> top, const Targets<F>& targets,
-                             F* e) {
+inline SoftSums<F> sum_block(const S* z, int64_t begin, int64_t end, int64_t C, Largest<F> top,
+                             const Targets<F>& targets, F* e) {
   using Int = typename Simd<F>::Int;
   constexpr int V = kLanes<F>;
   Vec<F> s{}, t{}, cross{};
-  for (int64_t c = 0; c < C; c += V) {
+  for (int64_t c = begin; c < end; c += V) {
     const int count = static_cast<int>(C - c < V ? C - c : V);
     const Vec<F> x = read_block(z, c, count, top.value) - top.value;
     const auto classes = iota<F>() + static_cast<Int>(c);
@@ -87,8 +91,22 @@ inline SoftSums<F> soft_sums(const S* z, int64_t C, Largest<F> top, const Target
     cross += select<F>(classes < static_cast<Int>(C), share * -x, zero);
     store(e + c, term);
   }
+  return {reduce_add<F>(s), reduce_add<F>(t), reduce_add<F>(cross)};
+}
+
+template <class S, class F = Compute<S>>
+inline SoftSums<F> soft_sums(const S* z, int64_t C, Largest<F> top, const Targets<F>& targets,
+                             F* e) {
+  double s = 0, t = 0, cross = 0;
+  for (int64_t begin = 0; begin < C; begin += kBlock) {
+    const int64_t end = C - begin < kBlock ? C : begin + kBlock;
+    const SoftSums<F> block = sum_block(z, begin, end, C, top, targets, e);
+    s += static_cast<double>(block.s);
+    t += static_cast<double>(block.t);
+    cross += static_cast<double>(block.cross);
+  }
   // inf - inf: a maximum that is not finite leaves nothing but NaN, as in torch.
-  return {reduce_add<F>(s) + (top.value - top.value), reduce_add<F>(t), reduce_add<F>(cross)};
+  return {static_cast<F>(s) + (top.value - top.value), static_cast<F>(t), static_cast<F>(cross)};
 }
 
 template <class G, class V>
@@ -111,42 +129,46 @@ inline F soft_gradient(const F* e, int64_t C, Largest<F> top, const SoftSums<F>&
   const F p_scale = (sums.t + top_share) * inverse;
   // p_a sum(t) - t_a without the difference of two numbers near 1.
   const F at_top = (sums.t - top_share * sums.s) * inverse;
-  Norm<F> norm;
-  for (int64_t c = 0; c < C; c += V) {
-    const int count = static_cast<int>(C - c < V ? C - c : V);
-    const auto classes = iota<F>() + static_cast<Int>(c);
-    Vec<F> g = load(e + c) * p_scale - targets(c, count);
-    g = select<F>(classes == static_cast<Int>(top.at), splat<F>(at_top), g);
-    g = select<F>(classes < static_cast<Int>(C), g, Vec<F>{});
-    norm.add(g);
-    g *= scale;
-    if (grad != nullptr) write_block(grad + c, g, count);
-    if (column_sum != nullptr) {
-      write_block(column_sum + c, g + read_block(column_sum, c, count, F(0)), count);
+  typename Norm<F>::Blocks norm;
+  for (int64_t begin = 0; begin < C; begin += kBlock) {
+    const int64_t end = C - begin < kBlock ? C : begin + kBlock;
+    Norm<F> block;
+    for (int64_t c = begin; c < end; c += V) {
+      const int count = static_cast<int>(C - c < V ? C - c : V);
+      const auto classes = iota<F>() + static_cast<Int>(c);
+      Vec<F> g = load(e + c) * p_scale - targets(c, count);
+      g = select<F>(classes == static_cast<Int>(top.at), splat<F>(at_top), g);
+      g = select<F>(classes < static_cast<Int>(C), g, Vec<F>{});
+      block.add(g);
+      g *= scale;
+      if (grad != nullptr) write_block(grad + c, g, count);
+      if (column_sum != nullptr) {
+        write_block(column_sum + c, g + read_block(column_sum, c, count, F(0)), count);
+      }
     }
+    norm.add(block);
   }
   return norm.value();
 }
 
 template <class S, class F = Compute<S>>
 inline Targets<F> targets_of(const Problem<S>& p, int64_t row) {
-  const F keep = 1 - p.smoothing, spread = p.smoothing / static_cast<F>(p.C);
   if (p.soft != nullptr) {
-    return {p.soft + row * p.C, p.class_weights, -1, 0, keep, spread};
+    return {p.soft + row * p.C, p.class_weights, -1, 0, p.keep, p.spread};
   }
   const int64_t y = p.target[row];
-  return {nullptr, p.class_weights, static_cast<typename Simd<F>::Int>(y), keep * p.class_weight(y),
-          keep,    spread};
+  return {
+      nullptr, p.class_weights, static_cast<typename Simd<F>::Int>(y), p.keep * p.class_weight(y),
+      p.keep,  p.spread};
 }
 
 }  // namespace
 
 template <class S>
-void rows_of_soft_targets(const Problem<S>& p, int64_t begin, int64_t end, Compute<S>* column_sum) {
+void rows_of_soft_targets(const Problem<S>& p, const Chunk<Compute<S>>& chunk) {
   using F = Compute<S>;
-  constexpr int V = kLanes<F>;
-  const Scratch<F> e((p.C + V - 1) / V * V);
-  for (int64_t row = begin; row < end; ++row) {
+  F* const e = chunk.scratch;  // [C] in whole vectors
+  for (int64_t row = chunk.begin; row < chunk.end; ++row) {
     auto* grad = p.grad != nullptr ? p.grad + row * p.C : nullptr;
     if (p.ignored(row)) {
       zero_row(grad, p.C);
@@ -156,18 +178,17 @@ void rows_of_soft_targets(const Problem<S>& p, int64_t begin, int64_t end, Compu
     const S* z = p.logits + row * p.row_stride;
     const Targets<F> targets = targets_of(p, row);
     const Largest<F> top = find_largest(z, p.C);
-    const SoftSums<F> sums = soft_sums(z, p.C, top, targets, static_cast<F*>(e));
+    const SoftSums<F> sums = soft_sums(z, p.C, top, targets, e);
     const F total = sums.t + targets(top.at, 1)[0];
     p.row_loss[row] = sums.cross + total * log1p(splat<F>(sums.s), splat<F>(1 / (1 + sums.s)))[0];
     const F scale = p.coefficient(row) * p.inverse_denominator;
-    p.row_norm[row] =
-        soft_gradient(static_cast<F*>(e), p.C, top, sums, targets, scale, grad, column_sum);
+    p.row_norm[row] = soft_gradient(e, p.C, top, sums, targets, scale, grad, chunk.column_sum);
   }
 }
 
-template void rows_of_soft_targets(const Problem<float>&, int64_t, int64_t, float*);
-template void rows_of_soft_targets(const Problem<double>&, int64_t, int64_t, double*);
-template void rows_of_soft_targets(const Problem<BFloat16>&, int64_t, int64_t, float*);
-template void rows_of_soft_targets(const Problem<Float16>&, int64_t, int64_t, float*);
+template void rows_of_soft_targets(const Problem<float>&, const Chunk<float>&);
+template void rows_of_soft_targets(const Problem<double>&, const Chunk<double>&);
+template void rows_of_soft_targets(const Problem<BFloat16>&, const Chunk<float>&);
+template void rows_of_soft_targets(const Problem<Float16>&, const Chunk<float>&);
 
 }  // namespace fastis::FASTIS_ISA

@@ -7,6 +7,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "fastis.h"
+
 #if defined(__AVX2__)
 // GCC 12 warns of its own AVX-512 intrinsics.
 #pragma GCC diagnostic push
@@ -248,14 +250,15 @@ inline void store_some(S* p, V x, int count) {
   for (int i = 0; i < count; ++i) p[i] = buffer[i];
 }
 
-// Memory of a call, freed when it returns.
+// Memory of a call, freed when it returns; null for a count of 0. Must be made before a parallel
+// region, not in it: an exception can't leave one.
 template <class F>
 class Scratch {
  public:
-  explicit Scratch(int64_t count)
-      : data_(
-            static_cast<F*>(std::malloc(static_cast<size_t>(count > 0 ? count : 1) * sizeof(F)))) {
-    if (data_ == nullptr) std::abort();
+  explicit Scratch(int64_t count) {
+    if (count == 0) return;
+    data_ = static_cast<F*>(std::malloc(static_cast<size_t>(count) * sizeof(F)));
+    if (data_ == nullptr) out_of_memory();
   }
   ~Scratch() { std::free(data_); }
   Scratch(const Scratch&) = delete;
@@ -263,7 +266,7 @@ class Scratch {
   operator F*() const { return data_; }
 
  private:
-  F* data_;
+  F* data_ = nullptr;
 };
 
 }  // namespace fastis::FASTIS_ISA

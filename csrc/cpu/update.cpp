@@ -23,7 +23,7 @@ struct Block {
   float mean[kBlock], var[kBlock], x[kBlock];
   int32_t dt[kBlock];
   uint32_t old_code[kBlock], code[kBlock];  // with the flags of capped items
-  uint64_t delta[kBlock];                   // of the integer weight
+  uint64_t weight[kBlock], delta[kBlock];   // the new integer weight, less the old one
   bool near_cap;                 // may items be capped, or near that? else light_delta is not set
   uint64_t light_delta[kBlock];  // the same with capped items weighing nothing
 };
@@ -93,8 +93,9 @@ bool compute(Block& block, const Weighing& w) {
   block.near_cap = near_cap < 0;
   if (outside < 0) return false;
   for (int at = 0; at < block.size; ++at) {
-    const uint64_t weight = weight_of(block.code[at], w.exponent);
-    block.delta[at] = weight - light_weight(block.old_code[at] & ~kCappedFlag, w.exponent);
+    block.weight[at] = weight_of(block.code[at], w.exponent);
+    block.delta[at] =
+        block.weight[at] - light_weight(block.old_code[at] & ~kCappedFlag, w.exponent);
   }
   return true;
 }
@@ -102,9 +103,9 @@ bool compute(Block& block, const Weighing& w) {
 // For a block in which items are capped, or were, or are near the cap.
 void mark_capped(Block& block, const Weighing& w) {
   for (int at = 0; at < block.size; ++at) {
-    const uint64_t weight = weight_of(block.code[at], w.exponent);
-    const bool capped = weight > w.theta;
-    block.light_delta[at] = (capped ? 0 : weight) - light_weight(block.old_code[at], w.exponent);
+    const uint64_t weight = block.weight[at], old_weight = weight - block.delta[at];
+    const bool capped = weight > w.theta, was_capped = (block.old_code[at] & kCappedFlag) != 0;
+    block.light_delta[at] = (capped ? 0 : weight) - (was_capped ? 0 : old_weight);
     block.code[at] |= capped ? kCappedFlag : 0;
   }
 }
@@ -119,12 +120,12 @@ void write_back(const Table& t, const Block& block) {
 }
 
 // An item of a block near the cap: whether it is capped, and near.
-void follow_cap(const Table& t, const Block& block, int at, int exponent) {
+void follow_cap(const Table& t, const Block& block, int at) {
   const uint32_t code = block.code[at], old_code = block.old_code[at];
   if ((code ^ old_code) & kCappedFlag) {
     count_capped(t, block.index[at], (code & kCappedFlag) != 0);
   }
-  const uint64_t weight = weight_of(code & ~kCappedFlag, exponent);
+  const uint64_t weight = block.weight[at];
   const Scalars& s = *t.scalars;
   if (is_near(s, weight) && !is_near(s, weight - block.delta[at])) add_near(t, block.index[at]);
 }
@@ -142,7 +143,7 @@ void add_to_tree(const Table& t, const Block& block, int exponent, Spread& sprea
     const int64_t index = block.index[at];
     const uint64_t delta = kNearCap ? block.light_delta[at] : block.delta[at];
     if (at < ahead) prefetch_nodes(t, next[at], end);
-    if (kNearCap) follow_cap(t, block, at, exponent);
+    if (kNearCap) follow_cap(t, block, at);
     largest = std::max(largest, block.code[at] & ~kCappedFlag);
     light += delta;
     add_to_sums(t, index, delta, end);

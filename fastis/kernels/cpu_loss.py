@@ -152,8 +152,11 @@ def scale_grad(grad: Tensor, grad_output: Tensor, dtype: torch.dtype | None = No
     """``grad`` times ``grad_output``: ``grad`` itself where that is exactly 1."""
     if dtype is None and grad_output.dim() == 0:
         if grad_output.dtype is _float32:
-            if _is_one(grad_output.data_ptr()):
-                return grad
+            try:
+                if _is_one(grad_output.data_ptr()) and not grad_output.is_neg():
+                    return grad
+            except RuntimeError:  # within torch.func.vmap there is no memory to look at
+                pass
         elif grad_output.item() == 1:
             return grad
     return _multiply(grad, grad_output, dtype)

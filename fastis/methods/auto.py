@@ -10,9 +10,10 @@ from torch import Tensor
 
 from fastis import check
 from fastis.kernels import kernels_for
-from fastis.methods.base import Observation
+from fastis.methods.base import FOREVER, Observation
 from fastis.methods.emais import EMAIS
 from fastis.methods.weighted import usable_positions
+from fastis.saved import FINITE, Range
 from fastis.table import CODE, DRAWS, EXPONENT, FLATTEN, SEEN, TOTAL, Table
 
 
@@ -41,6 +42,10 @@ class Auto(EMAIS):
     """
 
     name: ClassVar[str] = "auto"
+    memory_ranges: ClassVar[dict[str, Range]] = {
+        "moments": FINITE,
+        "level": Range(0.0, float("inf"), nan=True),  # NaN: drawn before anything was seen
+    }
 
     least_gain: float = 1.0
 
@@ -70,7 +75,8 @@ class Auto(EMAIS):
         if first >= constants.warmup_draws and self._prefers_uniform(table):
             kernels = kernels_for("sample", table.device.type)
             n, b = constants.num_samples, constants.batch_size
-            indices.copy_(kernels.draw_points(n, constants.seed, first * b, b, table.device))
+            start = first * b % FOREVER  # the counters are 64 bits wide
+            indices.copy_(kernels.draw_points(n, constants.seed, start, b, table.device))
             weights.fill_(1.0)
 
     def update(self, table: Table, seen: Observation) -> bool:

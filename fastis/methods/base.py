@@ -8,7 +8,7 @@ with the tree over them, variance averages, and the tensors that the method asks
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from fastis import check
 from fastis.kernels import kernels_for
 from fastis.kernels.reference_weights import distribution
+from fastis.saved import Range
 from fastis.table import DRAWS, FACTOR, UPDATES, Table
 
 ESTIMATORS = ("unbiased", "plugin")
@@ -66,6 +67,9 @@ class Method:
     name: ClassVar[str]
     # Does the table keep a state and a weight for every sample?
     has_records: ClassVar[bool] = False
+    # What the tensors of :meth:`memory` can hold: a state with other values is not loaded. A tensor
+    # that is not named here may hold anything.
+    memory_ranges: ClassVar[Mapping[str, Range]] = {}
     # Does the learning rate follow N_ems (:meth:`lr_factor`)? If not, the factor is 1.
     adjusts_lr: ClassVar[bool] = False
 

@@ -11,8 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fastis.kernels.reference_update import LARGEST_SCORE
 from fastis.methods.base import Observation, Scored
 from fastis.methods.weighted import WithoutCoefficients, assign, usable_positions
+from fastis.saved import FINITE, Range
 from fastis.table import UPDATES, Table
 
 
@@ -38,6 +40,11 @@ class Confidence(WithoutCoefficients):
     """
 
     name: ClassVar[str] = "confidence"
+    memory_ranges: ClassVar[dict[str, Range]] = {
+        "visits": Range(0, 2**30),
+        "mean": Range(-LARGEST_SCORE, LARGEST_SCORE),
+        "squares": FINITE,
+    }
 
     def memory(self, table: Table) -> dict[str, Tensor]:
         n, device = table.constants.num_samples, table.device

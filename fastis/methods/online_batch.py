@@ -19,6 +19,7 @@ from fastis.methods.weighted import (
     usable,
     usable_positions,
 )
+from fastis.saved import Range
 from fastis.table import MEAN, Table
 
 
@@ -53,6 +54,7 @@ class OnlineBatch(WithoutCoefficients):
     """
 
     name: ClassVar[str] = "online_batch"
+    memory_ranges: ClassVar[dict[str, Range]] = {"losses": Range(-float("inf"), float("inf"))}
 
     warmup_epochs: int = 1
     pressure: float = 100.0

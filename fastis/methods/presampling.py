@@ -14,8 +14,9 @@ from fastis.kernels import kernels_for
 from fastis.kernels.reference_update import smooth
 from fastis.kernels.reference_variance import minibatch_moments, of_two_stages
 from fastis.methods import scoring
-from fastis.methods.base import Method, Observation, Scored, ScoreFn
+from fastis.methods.base import FOREVER, Method, Observation, Scored, ScoreFn
 from fastis.methods.weighted import usable, usable_positions
+from fastis.saved import Range
 from fastis.table import DRAWS, SKIPPED, UPDATES, Table
 
 SCORES = ("upper_bound", "loss", "gradient_norm")
@@ -61,6 +62,7 @@ class Presampling(Method):
     """
 
     name: ClassVar[str] = "presampling"
+    memory_ranges: ClassVar[dict[str, Range]] = {"tau": Range(0.0, 2.0**32)}  # sqrt(scores)
 
     score_fn: ScoreFn = field(compare=False)
     score: str = "upper_bound"
@@ -106,7 +108,7 @@ class Presampling(Method):
         m, threshold = self._sizes(table)
         kernels = kernels_for("sample", table.device.type)
         # A stretch of the counters for every iteration: m candidates, then b choices.
-        first = int(table.scalars[DRAWS]) * (max(m, b) + b)
+        first = int(table.scalars[DRAWS]) * (max(m, b) + b) % FOREVER  # they are 64 bits wide
         if float(table.memory["tau"]) <= threshold:
             indices.copy_(kernels.draw_points(n, seed, first, b, table.device))
             weights.fill_(1.0)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from fastis import check
+from fastis.kernels.reference_update import LARGEST_SCORE
 from fastis.methods.base import Observation, Scored
 from fastis.methods.weighted import Weighted, assign, usable_positions
+from fastis.saved import Range
 from fastis.table import DRAWS, Table
 
 _EPSILON = 1e-8
@@ -42,6 +44,10 @@ class Prioritized(Weighted):
     """
 
     name: ClassVar[str] = "prioritized"
+    memory_ranges: ClassVar[dict[str, Range]] = {
+        "known": Range(0, 1),
+        "largest": Range(0.0, LARGEST_SCORE),
+    }
 
     warmup_epochs: int = 0
     alpha: float = 0.6

@@ -11,14 +11,17 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.methods.base import Observation
+from fastis.kernels.reference_update import LARGEST_SCORE
+from fastis.methods.base import FOREVER, Observation
 from fastis.methods.weighted import Weighted, assign, usable, usable_positions
+from fastis.saved import FINITE, NOT_NEGATIVE, POSITIVE, Range
 from fastis.table import LAST, UPDATES, Table
 
 _DECAYS = (0.0, 0.5, 0.9)  # of the averages h_1, h_2, h_3
 _FEATURES = len(_DECAYS) + 1
 _SQUARE, _COEFFICIENT = _FEATURES, _FEATURES + 1  # columns of the buffer, after the features
 _GAIN_SMOOTHING = 0.99
+LARGEST_SQUARE = LARGEST_SCORE**2
 LARGEST = 1e9  # of an option: finite, and no product of it overflows
 
 
@@ -64,6 +67,17 @@ class RAIS(Weighted):
     """
 
     name: ClassVar[str] = "rais"
+    memory_ranges: ClassVar[dict[str, Range]] = {
+        "history": Range(0.0, 2 * LARGEST_SQUARE),
+        "first": FINITE,
+        "buffer": FINITE,
+        "buffered": Range(0, FOREVER),
+        "c": Range(0.0, 1e200),  # a ratio of two float32 is far below; no product overflows
+        "d": Range(0.0, 1e200),
+        "moments": FINITE,
+        "gain": POSITIVE,
+        "effective_iterations": NOT_NEGATIVE,
+    }
 
     uncertainty: float = 1.0
     refit_epochs: float = 0.1
@@ -129,7 +143,8 @@ class RAIS(Weighted):
     def _features(self, table: Table, i: Tensor) -> Tensor:
         """s, float32 [n, 4], of the samples ``i`` as they stand."""
         total, seen = table.memory["first"].unbind()
-        mean_first = (total / seen.clamp(min=1)).float()
+        # The running sum is rounded: a mean of squares may come out below 0.
+        mean_first = (total / seen.clamp(min=1)).clamp(0.0, LARGEST_SQUARE).float()
         return torch.cat([table.memory["history"][i], mean_first.expand(len(i), 1)], dim=1)
 
     def weights(self, table: Table, features: Tensor) -> Tensor:
@@ -177,8 +192,8 @@ class RAIS(Weighted):
         memory = table.memory
         rows = memory["buffer"][: min(int(memory["buffered"]), self.buffer_size)].double()
         s, square, r = rows[:, :_FEATURES], rows[:, _SQUARE], rows[:, _COEFFICIENT]
-        e = 0.01 * square.mean() + torch.finfo(torch.float32).tiny
-        trust = r / (s @ memory["c"] + e).square()
+        e = 0.01 * square.mean().clamp(min=0.0) + torch.finfo(torch.float32).tiny
+        trust = r / ((s @ memory["c"]).clamp(min=0.0) + e).square()
         memory["c"].copy_(non_negative_least_squares(s, square, trust))
         error = (square - s @ memory["c"]).abs()
         memory["d"].copy_(non_negative_least_squares(s, error, trust))

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from fastis import check
+from fastis.kernels.reference_update import LARGEST_SCORE
 from fastis.methods.base import FOREVER, Method, Observation, Scored
 from fastis.methods.weighted import epoch_ended, usable_positions
+from fastis.saved import Range
 from fastis.table import Table
 
 
@@ -38,6 +40,10 @@ class SelfPaced(Method):
     """
 
     name: ClassVar[str] = "self_paced"
+    memory_ranges: ClassVar[dict[str, Range]] = {
+        "losses": Range(-LARGEST_SCORE, LARGEST_SCORE, nan=True),
+        "threshold": Range(-2 * LARGEST_SCORE, float("inf")),
+    }
 
     quantile: float = 0.6
     growth: float = 1.3

@@ -82,6 +82,7 @@ def assign(table: Table, weights: Tensor, which: Tensor | None = None) -> None:
     O(N). Weights of 0 become the least that the table can hold. Samples keep the iteration of their
     last observation; those without one get the present, since without they would have no weight.
     """
+    weights = weights.clamp(-LARGEST_SCORE, LARGEST_SCORE)  # as those of a minibatch are
     now = ((table.scalars[UPDATES] - 1).clamp(min=0) & LATEST).int()
     last = torch.where(table.column(LAST) < 0, now, table.column(LAST))
     for at, values in ((MEAN, weights), (VAR, torch.zeros_like(weights)), (LAST, last)):

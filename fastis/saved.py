@@ -1,0 +1,289 @@
+"""What a saved state must be to be loaded: no number of it is believed before it was checked.
+
+The kernels trust their table: a total that isn't that of the records, a clock below 0 or an item
+that weighs more than its table has room for would lead them out of its memory. So :func:`checked`
+accepts the states that updates can have written and no others, before anything has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastis import check
+from fastis.kernels import _C, reference_update
+from fastis.kernels.reference_update import LARGEST_SCORE, importance_of
+from fastis.kernels.reference_weights import code_of, exponent_of, weight_of
+from fastis.table import (
+    CODE,
+    DURABLE_SCALARS,
+    EXPONENT,
+    FACTOR,
+    LAST,
+    MEAN,
+    NO_EXPONENT,
+    SECOND,
+    SEEN,
+    TOTAL,
+    TRACE_IS,
+    UPDATES,
+    VAR,
+    WEIGHT,
+    Table,
+)
+
+_SCALARS = ("draws", "updates", "skipped", "exponent", "total", "seen")
+_MOST = 2**62  # of a clock, a count or a total
+_EXPONENTS = (-200, 64)  # of e0; importance itself is within 2^-100 and 2^62
+# What an update can write, with a factor of 2 to spare (csrc/cpu/saved.cpp has the same numbers).
+_MOST_MEAN = 2 * LARGEST_SCORE
+_MOST_VAR = 8 * LARGEST_SCORE**2
+_MOST_SHIFT = 46
+_CHUNK = 1 << 18  # rows at a time: what is computed of them stays in the cache
+
+
+class Range(NamedTuple):
+    """The values that a tensor of a method's memory can have."""
+
+    least: float
+    most: float
+    nan: bool = False
+
+
+_LARGEST = torch.finfo(torch.float64).max
+FINITE = Range(-_LARGEST, _LARGEST)
+POSITIVE = Range(5e-324, _LARGEST)
+NOT_NEGATIVE = Range(0.0, _LARGEST)
+
+
+def checked_seed(state: Mapping[str, Any], version: int, settings: dict[str, Any]) -> int:
+    """The seed of a state of this version, when its other settings are the sampler's."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state_dict must be a dict, got {type(state).__name__}")
+    if not _is_same(state.get("version"), version):
+        raise ValueError(f"state_dict must have version {version}, got {state.get('version')!r}")
+    theirs = state.get("settings")
+    if not isinstance(theirs, Mapping):
+        raise ValueError(f"state_dict must have a dict of settings, got {type(theirs).__name__}")
+    for name, value in settings.items():
+        if name != "seed" and not _is_same(theirs.get(name), value):
+            raise ValueError(f"state_dict must have {name}={value!r}, got {theirs.get(name)!r}")
+    return check.integer("state_dict's seed", theirs.get("seed"), 0, 2**64 - 1)
+
+
+def _is_same(theirs: Any, ours: Any) -> bool:
+    """Are two settings equal? Never by the ``==`` of a foreign type."""
+    if isinstance(ours, dict):
+        same_keys = isinstance(theirs, Mapping) and set(theirs) == set(ours)
+        return same_keys and all(_is_same(theirs[name], ours[name]) for name in ours)
+    if isinstance(ours, (int, float)) and not isinstance(ours, bool):
+        return type(theirs) in (int, float) and bool(theirs == ours)
+    return type(theirs) is type(ours) and bool(theirs == ours)
+
+
+def checked(
+    table: Table, state: Mapping[str, Any], ranges: Mapping[str, Range]
+) -> dict[str, Tensor]:
+    """The tensors of ``state`` that the table takes over, on its device, ready to be copied.
+
+    ``ranges`` are those of the method's memory. A state of a version whose totals had less room to
+    spare is rescaled.
+
+    Raises
+    ------
+    TypeError, ValueError
+        naming the tensor, what was expected, what came, and the row where there is one.
+    """
+    durable = table.durable()
+    tensors = {name: _plain(name, state, like) for name, like in durable.items()}
+    scalars = _check_scalars(table, tensors["scalars"])
+    _check_variance(tensors["variance"])
+    for name, values in ranges.items():
+        _check_range(f"memory.{name}", tensors[f"memory.{name}"], values)
+    if table.records is None:
+        return tensors
+    seen, total = check_records(table, tensors["records"], scalars[UPDATES], scalars[EXPONENT])
+    for at, found in ((SEEN, seen), (TOTAL, total)):
+        if scalars[at] != found:
+            raise ValueError(
+                f"state_dict['scalars'] must have {_SCALARS[at]}={found}, as its records have, "
+                f"got {scalars[at]}"
+            )
+    unseen = table.constants.num_samples - seen
+    if seen and total + unseen * (total // seen) > table.constants.total_limit:
+        return {**tensors, **_rescaled(table, tensors)}
+    return tensors
+
+
+def _plain(name: str, state: Mapping[str, Any], like: Tensor) -> Tensor:
+    """``state[name]`` as a dense tensor of its own memory on the device of ``like``."""
+    label = f"state_dict[{name!r}]"
+    if name not in state:
+        raise ValueError(f"state_dict must have {name!r}, got {', '.join(map(repr, state))}")
+    value = state[name]
+    if type(value) is not Tensor:  # a subclass may have no memory, or mean something else by it
+        raise TypeError(f"{label} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized or value.is_meta:
+        kind = "nested" if value.is_nested else str(value.layout)
+        raise TypeError(f"{label} must be a dense tensor, got {kind} on {value.device}")
+    if value.shape != like.shape:
+        raise ValueError(f"{label} must have shape {list(like.shape)}, got {list(value.shape)}")
+    if value.dtype != like.dtype:
+        raise TypeError(f"{label} must have dtype {like.dtype}, got {value.dtype}")
+    try:
+        if not _has_memory(value):
+            raise ValueError(f"{label} must have memory for its {value.numel()} elements")
+        return value.detach().resolve_neg().to(like.device).contiguous()
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"{label} can't be read: {error}") from error
+
+
+def _has_memory(value: Tensor) -> bool:
+    """Does the storage reach as far as the tensor? One may have been resized since."""
+    if value.numel() == 0:
+        return True
+    last = sum((n - 1) * stride for n, stride in zip(value.shape, value.stride(), strict=True))
+    bytes_needed = (value.storage_offset() + last + 1) * value.element_size()
+    return value.data_ptr() != 0 and value.untyped_storage().nbytes() >= bytes_needed
+
+
+def _check_scalars(table: Table, scalars: Tensor) -> list[int]:
+    values: list[int] = scalars.tolist()
+    limits = [(0, _MOST - 1)] * DURABLE_SCALARS
+    limits[SEEN] = (0, table.constants.num_samples if table.records is not None else 0)
+    if values[SEEN] > 0:
+        limits[EXPONENT] = _EXPONENTS
+    else:
+        limits[EXPONENT], limits[TOTAL] = (NO_EXPONENT, NO_EXPONENT), (0, 0)
+    for name, value, (least, most) in zip(_SCALARS, values, limits, strict=True):
+        if not least <= value <= most:
+            raise ValueError(
+                f"state_dict['scalars'] must have {name} in [{least}, {most}], got {value}"
+            )
+    return values
+
+
+def _check_variance(variance: Tensor) -> None:
+    """The averages and the factor; the rest follows from them anew in every update."""
+    for begin, end, values in (
+        (WEIGHT, SECOND, Range(0.0, 1 + 1e-9)),
+        (SECOND, TRACE_IS, FINITE),
+        (FACTOR, FACTOR + 1, POSITIVE),
+    ):
+        _check_range("variance", variance[begin:end], values, begin)
+
+
+def _check_range(name: str, values: Tensor, legal: Range, first: int = 0) -> None:
+    for start, chunk in _chunks(values.reshape(-1)):
+        # A bool may be any byte in a file; integers are compared as such, floats exactly.
+        if chunk.dtype is torch.bool:
+            chunk = chunk.view(torch.uint8)
+        elif chunk.dtype.is_floating_point:
+            chunk = chunk.double()
+        good = (chunk >= legal.least) & (chunk <= legal.most)
+        if legal.nan:
+            good |= chunk.isnan()
+        if not bool(good.all()):
+            at = int((~good).int().argmax())
+            raise ValueError(
+                f"state_dict[{name!r}] must be in [{legal.least:g}, {legal.most:g}]"
+                f"{' or NaN' if legal.nan else ''}, got {chunk[at].item()!r} "
+                f"at position {first + start + at}"
+            )
+
+
+def _chunks(values: Tensor) -> Iterator[tuple[int, Tensor]]:
+    for start in range(0, len(values), _CHUNK):
+        yield start, values[start : start + _CHUNK]
+
+
+# Pickles -----------------------------------------------------------------------------------------
+
+
+def as_arrays(state: dict[str, Any]) -> dict[str, Any]:
+    """A state for other processes: torch would share its tensors with a spawned one by file
+    descriptors, which close with the tensors, before the process has opened them."""
+    return {k: v.numpy(force=True) if isinstance(v, Tensor) else v for k, v in state.items()}
+
+
+def as_tensors(state: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`as_arrays`."""
+    return {
+        k: torch.from_numpy(v.copy()) if isinstance(v, np.ndarray) else v for k, v in state.items()
+    }
+
+
+# Records -----------------------------------------------------------------------------------------
+
+
+def check_records(table: Table, records: Tensor, updates: int, e0: int) -> tuple[int, int]:
+    """How many of the ``records`` int32 [N, 4] are seen, and the sum of their integer weights."""
+    kind = table.constants.importance
+    compiled = _C is not None and records.device.type == "cpu"
+    first_bad = compiled_first_bad if compiled else reference_first_bad
+    row, seen, total = first_bad(records, updates, e0, kind)
+    if row >= 0:
+        for expected, good in _conditions(records[row : row + 1], updates, e0, kind).items():
+            if not bool(good):
+                mean, var = records[row].view(torch.float32)[:2].tolist()
+                last, code = records[row, 2:].tolist()
+                raise ValueError(
+                    f"state_dict['records'] must have {expected}, got mean={mean!r}, var={var!r}, "
+                    f"last={last}, code={code & 0xFFFFFFFF:#x} in row {row}"
+                )
+    return seen, total
+
+
+def compiled_first_bad(records: Tensor, updates: int, e0: int, kind: int) -> tuple[int, int, int]:
+    """:func:`reference_first_bad` by csrc/cpu/saved.cpp, in one pass."""
+    found = torch.zeros(2, dtype=torch.int64, device="cpu")
+    arguments = len(records), updates, e0, kind
+    row = _C.check_records(records.data_ptr(), *arguments, found.data_ptr())
+    seen, total = found.tolist()
+    return row, seen, total
+
+
+def reference_first_bad(records: Tensor, updates: int, e0: int, kind: int) -> tuple[int, int, int]:
+    """The first row that no update can have written, or -1; then also their number and sum."""
+    seen = total = 0
+    for start, chunk in _chunks(records):
+        good = torch.stack(list(_conditions(chunk, updates, e0, kind).values())).all(0)
+        if not bool(good.all()):
+            return start + int((~good).int().argmax()), 0, 0
+        weights = weight_of(chunk[:, CODE], e0)
+        seen += int((chunk[:, CODE] != 0).sum())
+        # In two halves, since the sum of a chunk may have more than 64 bits.
+        total += (int((weights >> 32).sum()) << 32) + int((weights & 0xFFFFFFFF).sum())
+    return -1, seen, total if total < 2**63 else -1
+
+
+def _conditions(records: Tensor, updates: int, e0: int, kind: int) -> dict[str, Tensor]:
+    """What must hold of every record, bool [n] each."""
+    mean, var = (records.view(torch.float32)[:, at] for at in (MEAN, VAR))
+    last, code = records[:, LAST], records[:, CODE]
+    unseen = last == -1
+    shift = exponent_of(code) - e0
+    least = code_of(importance_of(mean, var, kind), 0.0)
+    latest = min(updates - 1, 2**31 - 1)  # the clock in a record is modulo 2^31
+    return {
+        f"last in [-1, {latest}]": (last >= -1) & (last <= latest),
+        "zeros where nothing was seen": ~unseen | (records[:, (MEAN, VAR, CODE)] == 0).all(1),
+        f"means within {_MOST_MEAN:g}": unseen | (mean.abs() <= _MOST_MEAN),
+        f"variances in [0, {_MOST_VAR:g}]": unseen | ((var >= 0) & (var <= _MOST_VAR)),
+        "codes of 16 significant bits": unseen | ((code > 0) & (code & 0xFF == 0)),
+        f"exponents of codes in [{e0}, {e0 + _MOST_SHIFT}]": unseen
+        | ((shift >= 0) & (shift <= _MOST_SHIFT)),
+        "codes no less than mean and var give": unseen | (code >= least),
+    }
+
+
+def _rescaled(table: Table, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Codes and totals with room for the unseen samples: in a table of their own, O(N)."""
+    other = Table(table.constants, table.device)
+    other.load(tensors, table.constants.seed)
+    reference_update.rescale(other)
+    return other.state()
