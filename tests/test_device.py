@@ -242,7 +242,7 @@ def test_every_cap(emulated, duplicates):
     )
     run(samplers, emulated, SCRAMBLED, steps=60, batch_size=40, spread=3.0)
     table = samplers[1]._table
-    assert int(table.scalars[8]) <= table.constants.max_heavy
+    assert int(table.scalars[8]) <= table.constants.max_capped
 
 
 @pytest.mark.parametrize("stride", [FORWARDS, SCRAMBLED])
@@ -340,7 +340,7 @@ def test_update_and_draw_in_one_launch(emulated, stride, method):
     assert_equal_tables(*samplers)
 
 
-def test_many_levels_and_many_heavy_items(emulated):
+def test_many_levels_and_many_capped_items(emulated):
     n, batch_size = 2**17 + 3, 512
     samplers = pair(num_samples=n, batch_size=batch_size, method=EMAIS(warmup_epochs=0))
     generator = torch.Generator().manual_seed(1)
