@@ -10,6 +10,7 @@ import platform
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
+# Those that this nvcc knows are compiled, and PTX of the oldest and the newest of them besides:
+# devices between and beyond them compile that when it is loaded.
 CUDA_ARCHITECTURES = ("80", "90", "100", "120")
 X86_ISA_FLAGS = {
     "baseline": [],
@@ -56,6 +59,30 @@ def find_nvcc() -> str | None:
     if nvcc is None and wanted == "1":
         raise RuntimeError("FASTIS_CUDA=1, but nvcc was found neither in CUDA_HOME nor on PATH")
     return nvcc
+
+
+def cuda_targets(nvcc: str) -> list[str]:
+    """What to compile for, as ``sm_90`` or ``compute_90`` (PTX): FASTIS_CUDA_ARCHS, or the default.
+
+    FASTIS_CUDA_ARCHS="80 90" names compute capabilities, for a build that is over sooner.
+    """
+    listing = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True)
+    known = re.findall(r"^sm_(\w+)$", listing.stdout, re.MULTILINE)
+    wanted = re.findall(r"[^\s,;]+", os.environ.get("FASTIS_CUDA_ARCHS", "").replace(".", ""))
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise ValueError(
+            f"FASTIS_CUDA_ARCHS must name targets of {nvcc} ({', '.join(known)}), "
+            f"got {', '.join(unknown)}"
+        )
+    chosen = wanted or [name for name in CUDA_ARCHITECTURES if name in known]
+    if not chosen:
+        raise RuntimeError(
+            f"{nvcc} knows none of {', '.join(CUDA_ARCHITECTURES)}; name others in "
+            "FASTIS_CUDA_ARCHS, or leave CUDA out by FASTIS_CUDA=0"
+        )
+    oldest, newest = (f(chosen, key=lambda n: int(re.sub(r"\D", "", n))) for f in (min, max))
+    return [f"sm_{name}" for name in chosen] + sorted({f"compute_{oldest}", f"compute_{newest}"})
 
 
 def find_cudart(nvcc: str) -> str:
@@ -98,8 +125,10 @@ class BuildExtension(build_ext):
             )
         nvcc = find_nvcc()
         if nvcc:
-            objects += self.compile_cuda(nvcc)
-            macros.append(("FASTIS_CUDA", "1"))
+            targets = cuda_targets(nvcc)
+            objects += self.compile_cuda(nvcc, targets)
+            named = " ".join(targets)
+            macros += [("FASTIS_CUDA", "1"), ("FASTIS_CUDA_TARGETS", f'"{named}"')]
         objects += self.compiler.compile(
             relative("csrc/*.cpp"),
             output_dir=str(Path(self.build_temp) / "host"),
@@ -119,19 +148,19 @@ class BuildExtension(build_ext):
             target_lang="c++",
         )
 
-    def compile_cuda(self, nvcc: str) -> list[str]:
-        objects = []
-        targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
-        newest = CUDA_ARCHITECTURES[-1]
-        targets.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
-        for source in relative("csrc/cuda/*.cu"):
-            target = Path(self.build_temp) / "cuda" / (Path(source).stem + ".o")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            flags = ["-std=c++17", "-O3", "--fmad=false", "-Icsrc", "-DFASTIS_CUDA=1"]
-            flags += ["-Xcompiler", "-fPIC"]
-            self.spawn([nvcc, "-c", source, "-o", str(target), *flags, "--threads", "2", *targets])
-            objects.append(str(target))
-        return objects
+    def compile_cuda(self, nvcc: str, targets: list[str]) -> list[str]:
+        flags = ["-std=c++17", "-O3", "--fmad=false", "-Icsrc", "-DFASTIS_CUDA=1"]
+        flags += ["-Xcompiler", "-fPIC", "--threads", "2"]
+        for target in targets:
+            virtual = target.replace("sm_", "compute_")
+            flags.append(f"-gencode=arch={virtual},code={target}")
+        folder = Path(self.build_temp) / "cuda"
+        folder.mkdir(parents=True, exist_ok=True)
+        objects = {s: str(folder / (Path(s).stem + ".o")) for s in relative("csrc/cuda/*.cu")}
+        with ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+            commands = [[nvcc, "-c", source, "-o", o, *flags] for source, o in objects.items()]
+            list(pool.map(self.spawn, commands))
+        return list(objects.values())
 
 
 setup(

@@ -1,6 +1,6 @@
 """Time of the Triton losses on a GPU against PyTorch's and against what its memory allows.
 
-    python bench/bench_gpu_loss.py [--json FILE] [--quick] [--tune]
+    python bench/bench_gpu_loss.py [--json FILE] [--quick] [--tune] [--shape 8192x128256xbfloat16]
 
 Checks the values first, measures the copy and read ceilings in the same run, then times. Device
 time is that of a replayed CUDA graph of calls on different data, together much larger than the
@@ -14,16 +14,20 @@ cache; the time of a call with its work on the host is the column "eager". What 
 
 Targets: ``score`` at 92 % of the read ceiling for [8192 x 128256] and 80 % for [32768 x 1000], and
 at most 0.5 of its peer; ``grad`` at 90 % of the copy ceiling, at most 1.0 of its peer and 0.4 of
-forward and backward together. ``--tune`` times other launch geometries instead and stores nothing.
+forward and backward together. ``--tune`` times other launch geometries instead; ``--winner FILE``
+takes the fastest of those that FILE has.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -34,7 +38,7 @@ from torch import Tensor
 
 import fastis
 from bench.provenance import provenance
-from bench.report import aligned, append_row
+from bench.report import Row, aligned, append_row, read_rows
 
 Shape = tuple[int, int, torch.dtype]
 SHAPES: tuple[Shape, ...] = (
@@ -77,11 +81,10 @@ def data_of(shape: Shape) -> Data:
 
 def raw(data: Data, with_grad: bool) -> tuple[Tensor | None, ...]:
     """The backend's function alone, without mean gradient and without autograd."""
-    from fastis.kernels import triton_loss
-
     logits, target, weights = data
     rest = (None, -100, 0.0, float(len(target)), True, with_grad, False)
-    return triton_loss.cross_entropy(logits.detach(), target, weights, *rest)
+    kernels = fastis.kernels.kernels_for("loss", "cuda")
+    return kernels.cross_entropy(logits.detach(), target, weights, *rest)
 
 
 def stepping(loss_of: Callable[[Data], Tensor]) -> Callable[[Data], None]:
@@ -213,7 +216,7 @@ def line_of(row: dict[str, object]) -> tuple[str, ...]:
 HEADER = ("shape", "what", "us", "eager", "ceiling", "/forward", "/step", "target")
 
 
-def tune(shape: Shape, repeats: int) -> None:
+def tune(shape: Shape, repeats: int) -> Iterator[dict[str, object]]:
     """Times of ``score`` and ``grad`` under other launch geometries."""
     from bench.gpu_ceilings import microseconds
     from fastis.kernels import triton_geometry, triton_loss
@@ -231,6 +234,43 @@ def tune(shape: Shape, repeats: int) -> None:
                 us = microseconds([lambda d=d, g=with_grad: raw(d, g) for d in sets], repeats)
             speed = bytes_moved("grad" if with_grad else "score", shape) / us / 1e6
             print(f"{rows}x{classes} grad={with_grad} {us:9.1f} us {speed:6.2f} TB/s {other}")
+            yield {"what": "grad" if with_grad else "score", "shape": (rows, classes), "us": us,
+                   "kind": type(other).__name__, "plan": other._asdict()}  # fmt: skip
+
+
+@contextlib.contextmanager
+def winners(path: Path | None) -> Iterator[None]:
+    """Launches by the fastest geometry that ``path`` has of a shape, where it has any."""
+    from fastis.kernels import triton_geometry, triton_loss
+
+    rows: list[Row] = []
+    if path is not None:  # a call's record (bench/gpu_check.py), or rows alone
+        is_record = path.suffix == ".json"
+        rows = json.loads(path.read_text())["rows"] if is_record else read_rows(path)
+    rows = [row for row in rows if row.get("benchmark") == "gpu loss tuned"]
+    best: dict[tuple[object, ...], Row] = {}
+    for row in sorted(rows, key=lambda r: -r["us"]):
+        rows_and_classes = tuple(row["shape"])
+        best[(*rows_and_classes, row["what"] == "grad")] = row
+
+    def row_launch(
+        rows: int, classes: int, *, with_grad: bool, with_mean_grad: bool, **rest: Any
+    ) -> Any:
+        row = best.get((rows, classes, with_grad))
+        if row is None or with_mean_grad:
+            options = {"with_grad": with_grad, "with_mean_grad": with_mean_grad}
+            return triton_geometry.row_launch(rows, classes, **options, **rest)
+        return getattr(triton_geometry, row["kind"])(**row["plan"])
+
+    for (*shape, _), row in best.items():
+        print(f"{'x'.join(map(str, shape))} {row['what']}: {row['us']:.1f} us by {row['plan']}")
+    with mock.patch.object(triton_loss, "row_launch", row_launch):
+        yield
+
+
+def shape_of(text: str) -> Shape:
+    rows, classes, dtype = text.split("x")
+    return int(rows), int(classes), getattr(torch, dtype)
 
 
 def alternatives(plan: tuple) -> Iterator[tuple]:
@@ -259,14 +299,24 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="file to append a row a measurement to")
     parser.add_argument("--quick", action="store_true", help="a few repeats only")
     parser.add_argument("--tune", action="store_true", help="compare launch geometries instead")
+    parser.add_argument("--winner", type=Path, help="file with rows of --tune, to launch by")
+    parser.add_argument("--shape", type=shape_of, nargs="+", help="rows x classes x dtype")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("bench_gpu_loss.py measures a GPU, and torch finds none here", file=sys.stderr)
         return 2
     repeats = 5 if args.quick else 30
+    shapes = args.shape or (SHAPES[:2] if args.tune else SHAPES)
+    where = provenance(torch.device("cuda"))
+
+    def store(benchmark: str, row: Row) -> None:
+        if args.json:
+            append_row(args.json, {"benchmark": benchmark, **row, **where})
+
     if args.tune:
-        for shape in SHAPES[:2]:
-            tune(shape, repeats)
+        for shape in shapes:
+            for row in tune(shape, repeats):
+                store("gpu loss tuned", row)
         return 0
     from bench.gpu_ceilings import ceilings
 
@@ -274,13 +324,12 @@ def main(argv: list[str] | None = None) -> int:
     for name, speed in ceiling.items():
         print(f"{name} ceiling: {speed / 1e12:.2f} TB/s")
     lines = [HEADER]
-    for shape in SHAPES:
-        for row in measure(shape, ceiling, repeats):
-            lines.append(line_of(row))
-            if args.json:
-                where = provenance(torch.device("cuda"))
-                append_row(args.json, {"benchmark": "gpu loss", "ceiling": ceiling, **row, **where})
-        torch.cuda.empty_cache()
+    with winners(args.winner):
+        for shape in shapes:
+            for row in measure(shape, ceiling, repeats):
+                lines.append(line_of(row))
+                store("gpu loss", {"ceiling": ceiling, **row})
+            torch.cuda.empty_cache()
     print(aligned(lines))
     return 0
 

@@ -1,12 +1,15 @@
 """Sampling on a GPU: the sampler's launches in graphs, alias tables, ceilings of the same run.
 
-    python bench/bench_gpu_sample.py [--json FILE] [--quick]
+    python bench/bench_gpu_sample.py [--json FILE] [--quick] [--size N ...] [--sigma S ...]
 
 Checks first that the device draws what the CPU draws, then times. What is timed:
 
 - ``update``, ``draw``, ``update, draw`` (two launches) and ``update + draw``
   (``Sampler.update_and_sample``, one launch), each many times in one CUDA graph on minibatches that
   change, at B = 128 and 4096, N = 1e6 and 1e8; beside them an empty kernel as a node of a graph.
+  Scores are lognormal with sigma 1, 2 and 3: the wider, the more samples stand above the cap and
+  the more draws have to bring that set up to date. ``..., no cap`` leaves that out, and ``update,
+  mean gradient`` adds the mean gradient of 1000 classes.
 - ``alias build``: ``AliasTable(weights)`` of float32 weights with its checks and what the host
   reads, by events around eager calls. Bytes an item: csrc/cuda/alias.cu.
 - ``alias draw``: draws in bulk, in a graph, as a share of what a kernel gets that only reads 16
@@ -83,7 +86,19 @@ def ratios(row: Row, node_us: float, others: dict[str, float | None]) -> Row:
     return row
 
 
-HEADER = ("what", "N", "B", "us", "nodes", "/torchrl", "/N=1e6", "of gather", "aims", "met")
+HEADER = (
+    "what",
+    "N",
+    "B",
+    "sigma",
+    "us",
+    "nodes",
+    "/torchrl",
+    "/N=1e6",
+    "of gather",
+    "aims",
+    "met",
+)
 
 
 def line_of(row: Row) -> tuple[str, ...]:
@@ -101,7 +116,8 @@ def line_of(row: Row) -> tuple[str, ...]:
     size = "" if row["batch_size"] is None else str(row["batch_size"])
     cells = [cell("us"), cell("nodes"), cell("of_torchrl", "{:.3f}"), cell("of_million")]
     return (
-        str(row["case"]), f"{row['num_samples']:.0e}", size, *cells, cell("of_gather"), aims, met
+        str(row["case"]), f"{row['num_samples']:.0e}", size, cell("sigma", "{:g}"), *cells,
+        cell("of_gather"), aims, met,
     )  # fmt: skip
 
 
@@ -130,14 +146,14 @@ def torchrl_tree(n: int) -> tuple[object | None, str]:
     return tree, ""
 
 
-def minibatches(n: int, batch_size: int) -> list[tuple[fastis.Batch, Tensor]]:
+def minibatches(n: int, batch_size: int, sigma: float = 1.0) -> list[tuple[fastis.Batch, Tensor]]:
     """Indices with weights of 1, and scores, that differ from each other."""
     generator = torch.Generator(device="cuda").manual_seed(1)
     ones = torch.ones(batch_size, device="cuda")
     made = []
     for _ in range(NUM_BATCHES):
         indices = torch.randint(n, (batch_size,), device="cuda", generator=generator)
-        score = torch.empty(batch_size, device="cuda").log_normal_(0, 1, generator=generator)
+        score = torch.empty(batch_size, device="cuda").log_normal_(0, sigma, generator=generator)
         made.append((fastis.Batch(indices, ones), score))
     return made
 
@@ -165,15 +181,12 @@ def torchrl_microseconds(n: int, batch_size: int, repeats: int) -> tuple[float |
     return eager_microseconds(lambda: [f() for f in calls], repeats) / NUM_BATCHES, note
 
 
-def measure_sampler(
-    n: int, batch_size: int, node_us: float, torchrl_us: float | None, repeats: int
-) -> Iterator[Row]:
-    from bench.gpu_ceilings import microseconds
+def cases_of(n: int, batch_size: int, sigma: float) -> dict[str, Callable[..., object]]:
+    """The sampler's launches, together and apart, and with a stage left out."""
+    sampler = make_sampler(n, batch_size, sigma)
+    mean_grad = torch.rand(1000, device="cuda")
 
-    sampler = make_sampler(n, batch_size)
-    data = [(batch, scored(score)) for batch, score in minibatches(n, batch_size)]
-
-    def both(batch: fastis.Batch, out: object) -> None:
+    def both(batch: fastis.Batch, out: fastis.ScoredLoss) -> None:
         sampler.update(batch, out)
         sampler.sample()
 
@@ -182,10 +195,31 @@ def measure_sampler(
         "draw": lambda *_: sampler.sample(),
         "update, draw": both,
         "update + draw": sampler.update_and_sample,
+        "update, mean gradient": lambda batch, out: sampler.update(
+            batch, out._replace(mean_grad=mean_grad)
+        ),
     }
-    for case, function in cases.items():
+    if n <= MILLION:  # the larger ones fill the memory once
+        uncapped = make_sampler(n, batch_size, sigma, max_duplicates=float(batch_size))
+        cases["draw, no cap"] = lambda *_: uncapped.sample()
+        cases["update + draw, no cap"] = uncapped.update_and_sample
+    return cases
+
+
+def measure_sampler(
+    n: int,
+    batch_size: int,
+    sigma: float,
+    node_us: float,
+    torchrl_us: float | None,
+    repeats: int,
+) -> Iterator[Row]:
+    from bench.gpu_ceilings import microseconds
+
+    data = [(batch, scored(score)) for batch, score in minibatches(n, batch_size, sigma)]
+    for case, function in cases_of(n, batch_size, sigma).items():
         calls = [lambda f=function, d=d: f(*d) for d in data]
-        row: Row = {"case": case, "num_samples": n, "batch_size": batch_size}
+        row: Row = {"case": case, "num_samples": n, "batch_size": batch_size, "sigma": sigma}
         row["us"] = microseconds(calls, repeats)
         peer = torchrl_us if case == "update + draw" else None
         yield ratios(row, node_us, {"of_torchrl": peer})
@@ -227,24 +261,28 @@ def check_alias(n: int = 100_003) -> None:
         assert torch.equal(a, b.cpu()), "draws differ"
 
 
-def measure(repeats: int, largest: int, node_us: float) -> Iterator[Row]:
+def measure(
+    repeats: int, sizes: list[int], sigmas: list[float], node_us: float, count: int
+) -> Iterator[Row]:
+    smallest = min(sizes)
     for batch_size in (128, 4096):
-        torchrl_us, note = torchrl_microseconds(MILLION, batch_size, repeats)
+        torchrl_us, note = torchrl_microseconds(smallest, batch_size, repeats)
         if note:
             print(note)
-        at_million: dict[object, float] = {}
-        for n in sorted({MILLION, largest}):
-            peer = torchrl_us if n == MILLION else None
-            for row in measure_sampler(n, batch_size, node_us, peer, repeats):
-                us = float(row["us"])  # type: ignore[arg-type]
-                if n == MILLION:
-                    at_million[row["case"]] = us
-                else:
-                    row["of_million"] = us / at_million[row["case"]]
-                yield row
-            torch.cuda.empty_cache()
-    for n in sorted({MILLION, largest}):
-        yield from measure_alias(n, 1 << 24, node_us, repeats)
+        at_smallest: dict[object, float] = {}
+        for n in sorted(sizes):
+            peer = torchrl_us if n == smallest else None
+            for sigma in sigmas:
+                for row in measure_sampler(n, batch_size, sigma, node_us, peer, repeats):
+                    us = float(row["us"])  # type: ignore[arg-type]
+                    if n == smallest:
+                        at_smallest[row["case"], sigma] = us
+                    else:
+                        row["of_million"] = us / at_smallest[row["case"], sigma]
+                    yield row
+                torch.cuda.empty_cache()
+    for n in sorted(sizes):
+        yield from measure_alias(n, count, node_us, repeats)
         torch.cuda.empty_cache()
 
 
@@ -254,6 +292,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, help="file to append a row a measurement to")
     parser.add_argument("--quick", action="store_true", help="N = 1e6 and a few repeats only")
+    parser.add_argument("--size", type=float, nargs="+", help="N (1e6 and 1e8)")
+    parser.add_argument("--sigma", type=float, nargs="+", help="of the scores (1, 2 and 3)")
+    parser.add_argument("--alias-draws", type=float, default=1 << 24, help="draws in bulk")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("bench_gpu_sample.py measures a GPU, and torch finds none here", file=sys.stderr)
@@ -269,7 +310,9 @@ def main(argv: list[str] | None = None) -> int:
     for name, speed in ceiling.items():
         print(f"{name} ceiling: {speed / 1e12:.2f} TB/s")
     lines = [HEADER]
-    for row in measure(repeats, MILLION if args.quick else LARGEST, node_us):
+    sizes = [int(n) for n in args.size or ([MILLION] if args.quick else [MILLION, LARGEST])]
+    sigmas = args.sigma or ([1.0] if args.quick else [1.0, 2.0, 3.0])
+    for row in measure(repeats, sizes, sigmas, node_us, int(args.alias_draws)):
         lines.append(line_of(row))
         if args.json:
             where = provenance(torch.device("cuda"))

@@ -30,6 +30,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
@@ -174,14 +175,14 @@ def hold(held: fastis.Batch, batch: fastis.Batch) -> fastis.Batch:
     return held
 
 
-def make_sampler(n: int, batch_size: int) -> fastis.Sampler:
-    """A sampler on the device that has seen every sample once."""
+def make_sampler(n: int, batch_size: int, sigma: float = 1.0, **options: Any) -> fastis.Sampler:
+    """A sampler on the device that has seen every sample once, with lognormal(sigma) scores."""
     method = fastis.methods.EMAIS(warmup_epochs=0)
-    sampler = fastis.Sampler(n, batch_size, method=method, device="cuda", seed=0)
+    sampler = fastis.Sampler(n, batch_size, method=method, device="cuda", seed=0, **options)
     generator = torch.Generator(device="cuda").manual_seed(0)
     for begin in range(0, n, 1 << 24):
         indices = torch.arange(begin, min(begin + (1 << 24), n), device="cuda")
-        score = torch.empty(len(indices), device="cuda").log_normal_(0, 1, generator=generator)
+        score = torch.empty(len(indices), device="cuda").log_normal_(0, sigma, generator=generator)
         sampler.update(fastis.Batch(indices, torch.ones_like(score)), scored(score))
     sampler.sample()
     return sampler
@@ -202,9 +203,10 @@ def validate() -> None:
         held = kept[0]
         twin = fastis.Sampler(5000, 64, method=sampler.method, device="cpu")
         twin.load_state_dict(sampler.state_dict())
-        present = fastis.Batch(held.indices.cpu(), held.weights.cpu())
+        present = fastis.Batch(*(t.cpu().clone() for t in held))
         for _ in range(20):
             graph.replay()
+            held = kept[0]
             present = follow(name, twin, present, scored(out.score.cpu()))
             message = f"a replay of {name} drew other "
             assert torch.equal(held.indices.cpu(), present.indices), message + "indices"
@@ -270,6 +272,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--model", nargs="*", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--turns", type=int, default=40)
+    parser.add_argument("--size", type=float, nargs="+", default=[1e6, 1e8], help="N of the parts")
     parser.add_argument("--json", type=Path, help="file to append a row a case to")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -288,7 +291,7 @@ def main(argv: list[str] | None = None) -> int:
             append_row(args.json, {**case, **row, **provenance(device)})
     print(aligned(lines))
     lines = [("N", "B", "node us", "update", "draw", "update, draw", "update + draw")]
-    for n in (1_000_000, 100_000_000):
+    for n in map(int, args.size):
         for batch_size in (128, 4096):
             parts = measure_parts(n, batch_size, args.turns)
             lines.append((f"{n:.0e}", str(batch_size), *(f"{v:.2f}" for v in parts.values())))

@@ -126,3 +126,29 @@ def check_read(source: Tensor) -> None:
         lanes ^= block
     if int(out) != int(lanes.sum(dtype=torch.int32)):
         raise AssertionError("the read that the ceiling is measured with is wrong")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the ceilings, and appends them to the file of ``--json``."""
+    import argparse
+    import sys
+    from pathlib import Path
+
+    sys.path.append(str(Path(__file__).resolve().parents[1]))
+    from bench.provenance import provenance
+    from bench.report import append_row
+
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--megabytes", type=int, default=2048)
+    args = parser.parse_args(argv)
+    found = {"node_us": node_microseconds(30), **ceilings(30, args.megabytes)}
+    print(", ".join(f"{name}: {value:.4g}" for name, value in found.items()))
+    if args.json:
+        where = provenance(torch.device("cuda"))
+        append_row(args.json, {"benchmark": "gpu ceilings", **found, **where})
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -80,7 +80,7 @@ bool is_one(fastis::Pointer<const float> x) { return x != nullptr && *x == 1.0f;
 std::string build_info() {
   std::string info = std::string("C++ by ") + __VERSION__;
 #ifdef FASTIS_CUDA
-  info += ", with CUDA";
+  info += std::string(", with CUDA for ") + FASTIS_CUDA_TARGETS;
 #else
   info += ", without CUDA (no nvcc at build time, or FASTIS_CUDA=0)";
 #endif
@@ -206,6 +206,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("emulate_alias_draw", &fastis::emulated::alias_draw);
   m.def("emulate_alias_resolve", &fastis::emulated::alias_resolve);
   m.def("emulate_draw_points", &fastis::emulated::draw_points);
+  m.def("emulate_scale_grad", &fastis::emulated::scale_grad);
   m.def("emulate_share", &fastis::emulated::share);
   m.def("emulate_blocks_for", &fastis::emulated::blocks_for);
   m.def("rescale", FASTIS_CPU(rescale));
@@ -220,6 +221,8 @@ PYBIND11_MODULE(_C, m) {
   // On the step's path.
 #ifdef FASTIS_CUDA
   m.def("cuda_error_string", &fastis::cuda::error_string);
+  m.attr("cuda_targets") = FASTIS_CUDA_TARGETS;
+  m.def("cuda_missing", &fastis::cuda::missing);
   fastis::define_fast<struct CudaUpdate>(m, "cuda_update", &fastis::cuda::update);
   fastis::define_fast<struct CudaDraw>(m, "cuda_draw", &fastis::cuda::draw);
   m.def("cuda_rescale", &fastis::cuda::rescale);
@@ -235,6 +238,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_alias_draw", &fastis::cuda::alias_draw);
   m.def("cuda_alias_resolve", &fastis::cuda::alias_resolve);
   m.def("cuda_draw_points", &fastis::cuda::draw_points);
+  fastis::define_fast<struct CudaScaleGrad>(m, "cuda_scale_grad", &fastis::cuda::scale_grad);
 #endif
   fastis::define_fast<struct Weigh>(m, "weigh", FASTIS_CPU(weigh));
   fastis::define_fast<struct Search>(m, "search", FASTIS_CPU(search));

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "device/device_table.h"
 #include "table.h"
@@ -60,6 +61,9 @@ int64_t alias_resolve(Pointer<const uint64_t> table, int64_t n, uint64_t total,
                       Pointer<float> coefficients, uint64_t stride);
 int64_t draw_points(uint64_t total, uint64_t seed, int64_t first, int64_t count,
                     Pointer<uint64_t> points, uint64_t stride);
+int64_t scale_grad(int64_t from, int64_t to, Pointer<const void> grad, Pointer<void> out,
+                   Pointer<const void> scale, int64_t rows, int64_t columns, int64_t scale_stride,
+                   uint64_t stride);
 // What thread number `thread` of block `block` of `blocks` does of n items: the first, the step to
 // the next, and how many.
 void share(unsigned block, unsigned thread, unsigned blocks, int64_t n, Pointer<int64_t> found);
@@ -72,6 +76,8 @@ unsigned blocks_for(int64_t items, int64_t most);
 namespace fastis::cuda {
 
 const char* error_string(int64_t error);
+// Why the kernels can't run on a device; empty when they can. Creates the device's context.
+std::string missing(int64_t device);
 int64_t update(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
                Pointer<const float> observed, Pointer<const float> weights,
                Pointer<const float> score, int64_t n, Pointer<const float> mean_grad,
@@ -88,7 +94,8 @@ int64_t update_and_draw(Pointer<const DeviceTable> table, Pointer<const int64_t>
                         Pointer<float> next_weights, int64_t device, uint64_t stream);
 
 // Given weights: what cpu/entry_points.h says of them, in pieces. `values` are aligned to 16 bytes;
-// `memory` is for the launch alone, as many bytes as ..._bytes(n) says.
+// `memory` is for the launch alone, as many bytes as ..._bytes(n) says (an error, negated, if it
+// can't say).
 int64_t survey(
     int64_t format, Pointer<const void> values /* [N] */, int64_t n,
     Pointer<int64_t> found /* [3], zeros: the largest and the sum, as doubles; unusable */,
@@ -118,6 +125,16 @@ int64_t alias_resolve(Pointer<const uint64_t> table /* [N, 2] */, int64_t n, uin
                       uint64_t stream);
 int64_t draw_points(uint64_t total, uint64_t seed, int64_t first, int64_t count,
                     Pointer<uint64_t> points /* [count] */, int64_t device, uint64_t stream);
+
+// out = grad * scale. Formats as above; `to` differs from `from` for float32 to float16 alone.
+// In place (grad == out) nothing happens where a single scale is 1.
+int64_t scale_grad(int64_t from, int64_t to, Pointer<const void> grad /* [rows, columns] */,
+                   Pointer<void> out /* [rows, columns] */,
+                   Pointer<const void> scale /* [rows], scale_stride apart; float64 for float64,
+                                                else float32 */
+                   ,
+                   int64_t rows, int64_t columns, int64_t scale_stride, int64_t device,
+                   uint64_t stream);
 
 }  // namespace fastis::cuda
 #endif

@@ -51,7 +51,23 @@ def emulate_update_and_draw(
 # The kernels for given weights, cuda_NAME(..., device, stream) and emulate_NAME(..., stride), are
 # called by name: fastis/kernels/cuda_weights.py. Their arguments: csrc/fastis.h.
 
+cuda_targets: str
+
+def cuda_missing(device: int) -> str: ...
 def cuda_error_string(error: int) -> str: ...
+def cuda_scale_grad(
+    before: int,
+    after: int,
+    grad: int,
+    out: int,
+    scale: int,
+    rows: int,
+    columns: int,
+    scale_stride: int,
+    device: int,
+    stream: int,
+    /,
+) -> int: ...
 def cuda_update(
     table: int,
     indices: int,

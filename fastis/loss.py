@@ -132,7 +132,7 @@ def cross_entropy(
         type(target) is not Tensor
         or target.dtype is not _int64
         or target.shape != ((shape[0],) if len(shape) == 2 else (shape[0], shape[1]))
-        or not (on_cpu and target.is_cpu)
+        or not (target.is_cpu if on_cpu else _on_one_gpu(logits, target))
     ):
         target = class_target(logits, target)
     if class_weights is not None or label_smoothing != 0.0 or ignore_index != -100:
@@ -146,8 +146,7 @@ def cross_entropy(
             and weights.dtype is _float32
             and logits.dtype is not _float64
             and weights.shape == (shape[0],)
-            and on_cpu
-            and weights.is_cpu
+            and (weights.is_cpu if on_cpu else _on_one_gpu(logits, weights))
             and weights.is_contiguous()
             and not weights.requires_grad
         ):
@@ -274,6 +273,10 @@ def mse_loss(
     return _label_loss(
         "mse_loss", prediction, target, weights, (), label_reduction, reduction, denominator
     )
+
+
+def _on_one_gpu(logits: Tensor, other: Tensor) -> bool:
+    return logits.is_cuda and other.is_cuda and logits.get_device() == other.get_device()
 
 
 def _weighting(

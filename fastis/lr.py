@@ -54,8 +54,11 @@ class EffectiveBatchLR:
         for an optimizer whose rule is not known (name it), or a bad argument.
 
     The factor is renewed at every :meth:`step`: once an epoch for a scheduler that steps once an
-    epoch. It is read on the host, or, where a parameter group's lr is a tensor (capturable
-    optimizers), applied on the device without synchronisation.
+    epoch. A rate that is a float needs the factor on the host: with a sampler on a GPU every step
+    then waits until the device has done all that came before. Where that counts, make the rate a
+    tensor on the sampler's device, as for capturable optimizers
+    (``Adam(..., lr=torch.tensor(1e-3, device="cuda"))``): it is changed where it lies, and nothing
+    is read.
 
     Equivalent to::
 

@@ -164,6 +164,9 @@ class Table:
         self.variance[:TRACE_IS] = 0.0
         self.variance[FACTOR] = 1.0
         self.memory: dict[str, Tensor] = {}
+        # The clocks as methods follow them without waiting for the device (methods/weighted.py);
+        # none: not known.
+        self.counts_on_host = {DRAWS: 0, UPDATES: 0}
         self.records: Tensor | None = None
         if constants.has_records:
             padded = -(-constants.num_samples // LEAF) * LEAF  # whole leaves for the kernels
@@ -295,6 +298,7 @@ class Table:
 
     def _take(self, state: dict[str, Tensor], seed: int) -> None:
         self._copy(state, {**self.durable(), "scalars": self.scalars})
+        self.counts_on_host.clear()
         self.constants = replace(self.constants, seed=seed)
         if self._view is not None:
             self._view.seed = seed

@@ -74,3 +74,29 @@ def test_alternatives_start_with_the_plan_and_keep_a_lane_a_thread():
         assert others[0] == plan
         assert len(set(others)) > 10
         assert all(o.lanes == 32 * o.num_warps for o in others if isinstance(o, Sweeps))
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "bench.json"])
+def test_the_fastest_geometry_is_taken(tmp_path, name):
+    import json
+
+    pytest.importorskip("triton")
+    from fastis.kernels import triton_geometry, triton_loss
+
+    options = {"aligned": 8, "itemsize": 2, "with_mean_grad": False}
+    plan = triton_geometry.row_launch(*MIDDLE[:2], with_grad=True, **options)
+    slow, fast = list(bench.alternatives(plan))[:2]
+    rows = [
+        {"benchmark": "gpu loss tuned", "what": "grad", "shape": MIDDLE[:2], "us": us,
+         "kind": type(other).__name__, "plan": other._asdict()}
+        for us, other in ((9.0, slow), (8.0, fast), (9.5, slow))
+    ]  # fmt: skip
+    path = tmp_path / name
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(lines if name == "rows.jsonl" else json.dumps({"rows": rows}))
+    with bench.winners(path):
+        assert triton_loss.row_launch(*MIDDLE[:2], with_grad=True, **options) == fast
+        other = triton_geometry.row_launch(*MIDDLE[:2], with_grad=False, **options)
+        assert triton_loss.row_launch(*MIDDLE[:2], with_grad=False, **options) == other
+    with bench.winners(None):
+        assert triton_loss.row_launch(*MIDDLE[:2], with_grad=True, **options) == plan

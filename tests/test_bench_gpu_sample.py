@@ -50,11 +50,11 @@ def test_aims(row, met):
 
 
 def test_ratios_and_lines():
-    made = bench.ratios(row("update + draw", us=8.0), 2.0, {"of_torchrl": 400.0})
+    made = bench.ratios(row("update + draw", us=8.0, sigma=1.0), 2.0, {"of_torchrl": 400.0})
     assert made["nodes"] == 4
     assert made["of_torchrl"] == pytest.approx(0.02)
     line = bench.line_of(made)
     assert len(line) == len(bench.HEADER)
-    assert line[:6] == ("update + draw", "1e+06", "4096", "8.00", "4.00", "0.020")
+    assert line[:7] == ("update + draw", "1e+06", "4096", "1", "8.00", "4.00", "0.020")
     assert line[-2:] == ("us <= 10, of_torchrl <= 0.03", "yes")
     assert bench.ratios(row("draw", us=8.0), 2.0, {"of_torchrl": None})["of_torchrl"] is None

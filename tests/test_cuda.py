@@ -7,8 +7,9 @@ import torch
 from conftest import observe
 
 import fastis
-from fastis.kernels import cpu_sample, cuda_sample
-from fastis.methods import BY_NAME, EMAIS, Presampling
+from fastis import _C, kernels
+from fastis.kernels import cpu_sample, cuda_sample, cuda_scale, reference_loss
+from fastis.methods import BY_NAME, EMAIS, RAIS, Presampling
 
 pytestmark = [
     pytest.mark.cuda,
@@ -364,10 +365,15 @@ def test_update_and_sample_equals_the_cpus_two_calls(batch_size, flatten):
         assert torch.equal(expected.weights, batch.weights.cpu())
 
 
-def test_no_step_waits_for_the_device():
-    sampler = fastis.Sampler(3000, 64, method=EMAIS(warmup_epochs=0), device="cuda")
+@pytest.mark.parametrize("name", sorted(set(BY_NAME) - {"presampling"}))
+@pytest.mark.parametrize("steps_before", [3, 100])  # in the warm-up, and behind it
+def test_no_step_waits_for_the_device(name, steps_before):
+    """Of an epoch of 46 minibatches; RAIS fits at the end of one here."""
+    method = RAIS(refit_epochs=1.0) if name == "rais" else name
+    sampler = fastis.Sampler(3000, 64, method=method, device="cuda")
     score = torch.rand(64, device="cuda")
-    sampler.update(sampler.sample(), observe(score))
+    for _ in range(steps_before):
+        sampler.update(sampler.sample(), observe(score))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(5):
@@ -375,3 +381,50 @@ def test_no_step_waits_for_the_device():
             sampler.lr_factor()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", sorted(set(BY_NAME) - {"presampling"}))
+def test_rows_out_of_range_are_left_out_on_the_device(name):
+    samplers = [fastis.Sampler(300, 16, method=name, seed=3, device="cuda") for _ in range(2)]
+    for _ in range(40):
+        batch = samplers[0].sample()
+        assert torch.equal(batch.indices, samplers[1].sample().indices)
+        score = 1.0 + (batch.indices % 7).float()
+        samplers[0].update(batch, observe(score))
+        outside = torch.tensor([300, -1, 2**40], device="cuda")
+        more = fastis.Batch(
+            torch.cat([batch.indices, outside]),
+            torch.cat([batch.weights, batch.weights.new_ones(3)]),
+        )
+        samplers[1].update(more, observe(torch.cat([score, score.new_ones(3)])))
+        assert samplers[0].step == samplers[1].step
+
+
+def test_the_device_is_served():
+    assert kernels.missing("cuda", "update", "cuda") == ""
+    assert kernels.kernels_for("sample", "cuda") is cuda_sample
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(128, 10), (300, 1001), (5, 8, 33)])
+@pytest.mark.parametrize("rows", [False, True])
+def test_scaling_of_gradients_on_the_device(dtype, shape, rows):
+    grad = torch.randn(shape, generator=seeded()).to(dtype)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    scale = torch.rand(shape[0] if rows else (), dtype=wide, generator=seeded(1))
+    outs = [dtype, torch.float16] if dtype == torch.float32 else [dtype]
+    for after in outs:
+        out = torch.empty(shape, dtype=after, device="cuda")
+        cuda_scale.scale(grad.cuda(), scale.cuda(), out)
+        assert torch.equal(out.cpu(), reference_loss.scale_grad(grad, scale, after))
+    here = grad.cuda()
+    assert cuda_scale.scale(here, torch.ones((), dtype=wide, device="cuda"), here) is here
+    assert torch.equal(here.cpu(), grad)
+
+
+def test_a_refused_launch_does_not_spoil_the_next():
+    sampler = fastis.Sampler(300, 16, device="cuda")
+    launch = (sampler._table.device_handle, *(t.data_ptr() for t in sampler.sample()))
+    assert _C.cuda_draw(*launch, 10_000, 0) != 0  # no such device
+    weights = torch.rand(10_000, device="cuda")
+    assert len(fastis.AliasTable(weights)) == 10_000

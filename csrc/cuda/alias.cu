@@ -77,8 +77,9 @@ int64_t alias_build(int64_t format, Pointer<const void> values, int64_t n, int64
   TileSums* const sums = reinterpret_cast<TileSums*>(before.address);  // [0] is 0 already
   const AliasJob job(weights, total, sums, reinterpret_cast<Bucket*>(table.address));
   const OnDevice on(device);
-  int64_t error = launch<tile_sums_kernel>(device, stream, weights.tiles() * kWarp, weights,
-                                           job.buckets, sums + 1);
+  if (on.error() != cudaSuccess) return on.error();
+  cudaError_t error = launch<tile_sums_kernel>(device, stream, weights.tiles() * kWarp, weights,
+                                               job.buckets, sums + 1);
   if (error != cudaSuccess) return error;
   const auto on_stream = reinterpret_cast<cudaStream_t>(stream);
   // The places of the parts, then what the scan needs.
@@ -86,11 +87,14 @@ int64_t alias_build(int64_t format, Pointer<const void> values, int64_t n, int64
   size_t size = static_cast<size_t>(bytes - bytes_of_places(job.parts()));
   error = cub::DeviceScan::InclusiveScan(places + job.parts() + 1, size, sums + 1, sums + 1, Plus(),
                                          weights.tiles(), on_stream);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess) return cleared(error);
   error = launch<alias_places_kernel>(device, stream, job.parts() + 1, job, places);
   if (error != cudaSuccess) return error;
-  alias_parts_kernel<<<static_cast<unsigned>(job.parts()), kThreads, 0, on_stream>>>(job, places);
-  return cudaGetLastError();
+  const Place* from = places;
+  void* arguments[] = {const_cast<AliasJob*>(&job), &from};
+  return cleared(cudaLaunchKernel(reinterpret_cast<const void*>(alias_parts_kernel),
+                                  dim3(static_cast<unsigned>(job.parts())), dim3(kThreads),
+                                  arguments, 0, on_stream));
 }
 
 int64_t alias_build_bytes(int64_t n, int64_t device) {
@@ -98,7 +102,11 @@ int64_t alias_build_bytes(int64_t n, int64_t device) {
   size_t bytes = 0;
   TileSums* const none = nullptr;
   const GivenWeights weights{{}, {}, n, 0};
-  cub::DeviceScan::InclusiveScan(nullptr, bytes, none, none, Plus(), weights.tiles());
+  cudaError_t error = on.error();
+  if (error == cudaSuccess) {
+    error = cub::DeviceScan::InclusiveScan(nullptr, bytes, none, none, Plus(), weights.tiles());
+  }
+  if (error != cudaSuccess) return -int64_t{cleared(error)};
   return bytes_of_places(device::parts_of(weights)) + static_cast<int64_t>(bytes);
 }
 

@@ -70,21 +70,27 @@ int64_t running_sums(int64_t format, Pointer<const void> values, int64_t n, int6
                      Pointer<uint64_t> ends, Pointer<void> memory, int64_t bytes, int64_t device,
                      uint64_t stream) {
   const GivenWeights weights{static_cast<Format>(format), values, n, static_cast<int>(shift)};
-  const int64_t error =
+  const OnDevice on(device);
+  if (on.error() != cudaSuccess) return on.error();
+  const cudaError_t error =
       launch<sums_kernel>(device, stream, weights.tiles() * kWarp, weights, ends.address);
   if (error != cudaSuccess) return error;
-  const OnDevice on(device);
   size_t size = static_cast<size_t>(bytes);
-  return cub::DeviceScan::InclusiveSum(memory.address, size, ends.address, ends.address,
-                                       weights.tiles(), reinterpret_cast<cudaStream_t>(stream));
+  return cleared(cub::DeviceScan::InclusiveSum(memory.address, size, ends.address, ends.address,
+                                               weights.tiles(),
+                                               reinterpret_cast<cudaStream_t>(stream)));
 }
 
 int64_t running_sums_bytes(int64_t n, int64_t device) {
   const OnDevice on(device);
   size_t bytes = 0;
   uint64_t* const none = nullptr;
-  cub::DeviceScan::InclusiveSum(nullptr, bytes, none, none, GivenWeights{{}, {}, n, 0}.tiles());
-  return static_cast<int64_t>(bytes);
+  cudaError_t error = on.error();
+  if (error == cudaSuccess) {
+    error = cub::DeviceScan::InclusiveSum(nullptr, bytes, none, none,
+                                          GivenWeights{{}, {}, n, 0}.tiles());
+  }
+  return error == cudaSuccess ? static_cast<int64_t>(bytes) : -int64_t{cleared(error)};
 }
 
 int64_t integers(int64_t format, Pointer<const void> values, int64_t n, int64_t shift,

@@ -11,12 +11,19 @@
 
 namespace fastis::cuda {
 
+// `error`, no longer the last one that the runtime remembers: libraries (CUB) that ask for the last
+// error after a launch of theirs would report ours as their own.
+inline cudaError_t cleared(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
 // Makes `device` current for as long as this lives.
 class OnDevice {
  public:
   explicit OnDevice(int64_t device) : device_(static_cast<int>(device)) {
-    error_ = cudaGetDevice(&before_);
-    if (error_ == cudaSuccess && before_ != device_) error_ = cudaSetDevice(device_);
+    error_ = cleared(cudaGetDevice(&before_));
+    if (error_ == cudaSuccess && before_ != device_) error_ = cleared(cudaSetDevice(device_));
   }
   ~OnDevice() {
     if (before_ != device_ && before_ >= 0) cudaSetDevice(before_);
@@ -41,12 +48,10 @@ class Remembered {
     value = remembered ? known_[device].load(std::memory_order_relaxed) : 0;
     if (value > 0) return cudaSuccess;
     const cudaError_t error = ask(value);
-    if (error != cudaSuccess) {
-      cudaGetLastError();
-    } else if (remembered) {
+    if (error == cudaSuccess && remembered) {
       known_[device].store(value, std::memory_order_relaxed);
     }
-    return error;
+    return cleared(error);
   }
 
  private:
@@ -86,42 +91,39 @@ constexpr bool takes() {
          std::is_same_v<decltype(kernel), void (*)(A...)>;
 }
 
-// Launches as many blocks as `items` ask for and the device holds at once. What a launch reports is
-// returned and not left for others to find.
+// Launches as many blocks as `items` ask for and the device holds at once.
 template <auto kernel, class... A>
 cudaError_t launch(int64_t device, uint64_t stream, int64_t items, A... a) {
   static_assert(takes<kernel, A...>());
   const OnDevice on(device);
   if (on.error() != cudaSuccess) return on.error();
   int64_t most = 0;
-  cudaError_t error = most_blocks<kernel>(on.device(), most);
+  const cudaError_t error = most_blocks<kernel>(on.device(), most);
   if (error != cudaSuccess) return error;
   void* arguments[] = {&a...};
-  error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel),
-                           dim3(device::blocks_for(items, most)), dim3(device::kThreads), arguments,
-                           0, reinterpret_cast<cudaStream_t>(stream));
-  if (error != cudaSuccess) cudaGetLastError();
-  return error;
+  return cleared(cudaLaunchKernel(reinterpret_cast<const void*>(kernel),
+                                  dim3(device::blocks_for(items, most)), dim3(device::kThreads),
+                                  arguments, 0, reinterpret_cast<cudaStream_t>(stream)));
 }
 
-// ... of a kernel whose blocks wait for each other, with one of them to a multiprocessor.
+// ... of a kernel whose blocks wait for each other: at most one for each multiprocessor, since
+// instrumented code (compute-sanitizer) and shared devices (MPS) hold fewer than the driver
+// promises.
 template <auto kernel, class... A>
 cudaError_t launch_cooperative(int64_t device, uint64_t stream, int64_t items, A... a) {
   static_assert(takes<kernel, A...>());
   const OnDevice on(device);
   if (on.error() != cudaSuccess) return on.error();
   int64_t most = 0;
-  cudaError_t error = multiprocessors(on.device(), most);
+  const cudaError_t error = multiprocessors(on.device(), most);
   if (error != cudaSuccess) return error;
   void* arguments[] = {&a...};
   const unsigned blocks = device::cooperating_blocks(items, most);
   using Start = cudaError_t(const void*, dim3, dim3, void**, size_t, cudaStream_t);
   Start* start = cudaLaunchCooperativeKernel;
   if (blocks == 1) start = cudaLaunchKernel;
-  error = start(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(device::kThreads),
-                arguments, 0, reinterpret_cast<cudaStream_t>(stream));
-  if (error != cudaSuccess) cudaGetLastError();
-  return error;
+  return cleared(start(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(device::kThreads),
+                       arguments, 0, reinterpret_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace fastis::cuda

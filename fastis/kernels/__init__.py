@@ -76,9 +76,46 @@ def _not_installed(name: str) -> str:
     """Why backend ``name`` is not there for any device; empty when it is."""
     if name == "triton":
         return _triton_missing()
-    if name == "cuda" and _C is not None and not hasattr(_C, "cuda_update"):
-        return "fastis._C was built without CUDA (no nvcc at build time, or FASTIS_CUDA=0)"
+    if name == "cuda" and _C is not None:
+        return _cuda_missing()
     return "" if name == "reference" else _C_MISSING
+
+
+def _cuda_missing() -> str:
+    """Why the CUDA kernels can't run here; empty when they can, or when there is no device to ask.
+
+    The choice is made for all devices at once: one that is visible and can't run them rules them
+    out. The others are asked by their compute capability alone, because loading a kernel takes
+    memory on each of them (a context).
+    """
+    if not hasattr(_C, "cuda_update"):
+        return "fastis._C was built without CUDA (no nvcc at build time, or FASTIS_CUDA=0)"
+    if not torch.cuda.is_available():
+        return ""
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not _has_code_for(capability, _C.cuda_targets):
+            return (
+                f"fastis._C, built for {_C.cuda_targets}, has no code for cuda:{index} (compute "
+                f"capability {capability[0]}.{capability[1]}): build with FASTIS_CUDA_ARCHS="
+                f"{capability[0]}{capability[1]}, or hide the device (CUDA_VISIBLE_DEVICES)"
+            )
+    return str(_C.cuda_missing(torch.cuda.current_device()))
+
+
+def _has_code_for(capability: tuple[int, int], targets: str) -> bool:
+    """Machine code serves its own generation from its release on, PTX whatever came later."""
+    for target in targets.split():
+        kind, _, name = target.partition("_")
+        if not name.isdigit():  # sm_90a serves that one release
+            if kind == "sm" and divmod(int(name[:-1]), 10) == capability:
+                return True
+            continue
+        major, minor = divmod(int(name), 10)
+        newer = capability >= (major, minor)
+        if newer and (kind == "compute" or major == capability[0]):
+            return True
+    return False
 
 
 def _triton_missing() -> str:

@@ -17,7 +17,12 @@ def launch(entry_point: Callable[..., int], device: torch.device, *arguments: in
     stream = torch._C._cuda_getCurrentRawStream(index)
     error = entry_point(*arguments, index, stream)
     if error:
-        raise RuntimeError(f"a CUDA launch of fastis failed: {_C.cuda_error_string(error)}")
+        raise failure(error)
+
+
+def failure(error: int) -> RuntimeError:
+    """What a launch that reported ``error`` raises."""
+    return RuntimeError(f"a CUDA launch of fastis failed: {_C.cuda_error_string(error)}")
 
 
 def minibatch(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastis.kernels import _C
-from fastis.kernels.cuda_launch import launch
+from fastis.kernels.cuda_launch import failure, launch
 from fastis.kernels.reference_weights import Weights
 from fastis.table import SUM_BITS
 
@@ -35,6 +35,8 @@ def _call(name: str, device: torch.device, *arguments: int) -> None:
 def _scratch(name: str, n: int, device: torch.device) -> Tensor:
     """uint8: what the launch of that name needs besides its arguments, for n weights."""
     size = getattr(_C, f"cuda_{name}_bytes")(n, device.index)
+    if size < 0:
+        raise failure(-size)
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 

@@ -16,13 +16,15 @@ where there is no GPU.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastis.kernels import reference_loss
+from fastis import kernels
+from fastis.kernels import cuda_scale, reference_loss
 from fastis.kernels.reference_loss import Scored, compute_dtype, grad_dtype
 from fastis.kernels.triton_cross_entropy import label_sweeps_kernel, label_tiles_kernel
 from fastis.kernels.triton_distribution import (
@@ -65,6 +67,7 @@ __all__ = [
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 _functorch_active = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_is_compiling = torch.compiler.is_compiling
 _SCALE_BLOCK = 4096
 _SCALE_PROGRAMS = 1024
 
@@ -225,15 +228,19 @@ def scale_grad(grad: Tensor, grad_output: Tensor, dtype: torch.dtype | None = No
     where it lies, by a kernel that leaves at once where the device finds a 1. torch itself reuses
     the buffers of compiled graphs under the same condition (donated buffers). Before torch 2.6,
     which can't tell, the tensor is always new.
+
+    The compiled kernel of csrc/cuda/scale.cu does it where it was built, Triton's otherwise.
     """
     dtype = grad.dtype if dtype is None else dtype
     # Under vmap and in tracers a tensor has no memory that a kernel could read.
-    watched = _functorch_active() or _dispatch_modes() or torch.compiler.is_compiling()
+    watched = _functorch_active() or _dispatch_modes() or _is_compiling()
     if grad.dtype == torch.float64 or grad.numel() == 0 or watched:
         return reference_loss.scale_grad(grad, grad_output, dtype)
     in_place = dtype == grad.dtype and grad.is_contiguous() and not _keeps_graph()
     grad = grad.contiguous()
     out = grad if in_place else torch.empty_like(grad, dtype=dtype)
+    if kernels._forced is None and _compiled_scales(grad.device.type):
+        return cuda_scale.scale(grad, grad_output, out)
     scale = grad_output.detach().to(torch.float32)
     if scale.dim() == 0:
         programs = min(cdiv(grad.numel(), _SCALE_BLOCK), _SCALE_PROGRAMS)
@@ -250,6 +257,12 @@ def scale_grad(grad: Tensor, grad_output: Tensor, dtype: torch.dtype | None = No
             BLOCK_R=plan.block_rows, BLOCK_C=plan.block_columns,
         )  # fmt: skip
     return out
+
+
+@functools.cache
+def _compiled_scales(device_type: str) -> bool:
+    """Whether the compiled kernel does the scaling: a launch of it takes the host a third."""
+    return device_type == "cuda" and not kernels.missing("cuda", "update", "cuda")
 
 
 def _serves(logits: Tensor) -> bool:

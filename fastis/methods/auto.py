@@ -12,7 +12,7 @@ from fastis import check
 from fastis.kernels import kernels_for
 from fastis.methods.base import FOREVER, Observation
 from fastis.methods.emais import EMAIS
-from fastis.methods.weighted import usable_positions
+from fastis.methods.weighted import clamped, count_on_host, counted, in_range, may_read
 from fastis.saved import FINITE, Range
 from fastis.table import CODE, DRAWS, EXPONENT, FLATTEN, SEEN, TOTAL, Table
 
@@ -30,8 +30,8 @@ class Auto(EMAIS):
     Both are averaged over iterations; draws are uniform (with replacement, coefficients 1) while
     gain = uniform / table is below ``least_gain``. That keeps a base rate that is too high for
     EMAIS from diverging. q takes the cap of ``flatten="cap"`` into account, as the table's last
-    draw had it; for "mix" it is that of the plain weights. The choice is made on the
-    host: not for CUDA graphs.
+    draw had it; for "mix" it is that of the plain weights. The choice is made on the device, the
+    places of the uniform draws follow from the host's count of them: not for CUDA graphs.
 
     Parameters
     ----------
@@ -60,36 +60,44 @@ class Auto(EMAIS):
             "level": torch.tensor(torch.inf, dtype=torch.float64, device=table.device),
         }
 
-    def _prefers_uniform(self, table: Table) -> bool:
-        uniform, by_table = table.memory["moments"].tolist()
-        return bool(uniform < self.least_gain * by_table)
+    def _prefers_uniform(self, table: Table) -> Tensor:
+        uniform, by_table = table.memory["moments"].unbind()
+        return uniform < self.least_gain * by_table
 
     def draw(self, table: Table, indices: Tensor, weights: Tensor) -> None:
         constants = table.constants
-        first = int(table.scalars[DRAWS])
+        first = count_on_host(table, DRAWS)
         super().draw(table, indices, weights)
-        if first >= constants.warmup_draws and constants.flatten == FLATTEN["cap"]:
+        counted(table, DRAWS)
+        if first < constants.warmup_draws:
+            return
+        if constants.flatten == FLATTEN["cap"]:
             # r w is the mean of the capped weights for an item below the cap, and more above it.
             level = (weights.double() * self._weights_of(table, indices)).min()
             table.memory["level"].copy_(level)
-        if first >= constants.warmup_draws and self._prefers_uniform(table):
-            kernels = kernels_for("sample", table.device.type)
-            n, b = constants.num_samples, constants.batch_size
-            start = first * b % FOREVER  # the counters are 64 bits wide
-            indices.copy_(kernels.draw_points(n, constants.seed, start, b, table.device))
-            weights.fill_(1.0)
+        uniform = self._prefers_uniform(table)
+        if may_read(table.device) and not bool(uniform):
+            return
+        kernels = kernels_for("sample", table.device.type)
+        n, b = constants.num_samples, constants.batch_size
+        start = first * b % FOREVER  # the counters are 64 bits wide
+        points = kernels.draw_points(n, constants.seed, start, b, table.device)
+        indices.copy_(torch.where(uniform, points, indices))
+        weights.masked_fill_(uniform, 1.0)
 
     def update(self, table: Table, seen: Observation) -> bool:
-        if usable_positions(table, seen) is None:
+        inside = in_range(table, seen.indices)
+        if may_read(table.device) and not bool(inside.all()):
             return False
-        now = None
-        if int(table.scalars[SEEN]) > 0 and len(seen.indices) > 0:
-            r, g2 = seen.weights.double(), seen.score.double().square()
-            q = self._coefficients(table, seen.indices)
-            now = torch.stack([(r * g2).mean(), (r * q * g2).mean()])
+        r, g2 = seen.weights.double(), seen.score.double().square()
+        # Not a number while no sample has been seen: nothing is learnt then.
+        q = self._coefficients(table, clamped(table, seen.indices))
+        both = torch.stack([r * g2, r * q * g2])
+        now = torch.where(inside, both, 0.0).sum(1) / inside.sum()
         super().update(table, seen)  # which may raise, then with nothing changed
-        if now is not None and bool(now.isfinite().all()):
-            table.memory["moments"].lerp_(now, 1 - self.smoothing)
+        moments = table.memory["moments"]
+        learnt = moments.lerp(now, 1 - self.smoothing)
+        moments.copy_(torch.where(now.isfinite().all(), learnt, moments))
         return True
 
     def _mean_weight(self, table: Table) -> Tensor:
@@ -114,4 +122,4 @@ class Auto(EMAIS):
     def probabilities(self, table: Table) -> Tensor:
         by_table = super().probabilities(table)
         uniform = torch.full_like(by_table, 1 / table.constants.num_samples)
-        return uniform if self._prefers_uniform(table) else by_table
+        return torch.where(self._prefers_uniform(table), uniform, by_table)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastis.kernels.reference_update import LARGEST_SCORE
 from fastis.methods.base import Observation, Scored
-from fastis.methods.weighted import WithoutCoefficients, assign, usable_positions
+from fastis.methods.weighted import WithoutCoefficients, assign, count_on_host, counted, kept
 from fastis.saved import FINITE, Range
 from fastis.table import UPDATES, Table
 
@@ -59,17 +59,23 @@ class Confidence(WithoutCoefficients):
         return out.losses.neg().exp()
 
     def update(self, table: Table, seen: Observation) -> bool:
-        keep = usable_positions(table, seen)
+        keep = kept(table, seen)
         if keep is None:
             return False
+        if len(seen.indices) == 0:
+            return True
         visits, mean, squares = (table.memory[name] for name in ("visits", "mean", "squares"))
-        i, p = seen.indices[keep], seen.observed[keep]
-        visits[i] += 1
-        d = p - mean[i]
-        mean[i] += d / visits[i]
-        squares[i] += d * (p - mean[i])
+        i, p = keep.indices, keep.observed
+        number, before = visits[i] + 1, mean[i]
+        d = p - before
+        after = before + d / number
+        keep.write(squares, squares[i] + d * (p - after))
+        keep.write(mean, after)
+        keep.write(visits, number)
+        updates = count_on_host(table, UPDATES) + 1
         super().update(table, seen)
-        if int(table.scalars[UPDATES]) >= table.constants.warmup_draws:
+        counted(table, UPDATES)
+        if updates >= table.constants.warmup_draws:
             a = self.uncertainty(visits, mean, squares)
             visited = visits > 0
             mean_a = (a * visited).sum() / visited.sum().clamp(min=1)

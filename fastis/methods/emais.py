@@ -12,6 +12,7 @@ from fastis.kernels import kernels_for
 from fastis.kernels.reference_update import observe_all
 from fastis.methods.base import Method, Observation, Scored, ScoreFn
 from fastis.methods.scoring import score_all
+from fastis.methods.weighted import count_on_host, counted
 from fastis.table import IMPORTANCE, UPDATES, Table
 
 
@@ -102,14 +103,15 @@ class EMAIS(Method):
         return own and self.score_fn is None
 
     def update(self, table: Table, seen: Observation) -> bool:
-        scores = None
-        if self.score_fn is not None and len(seen.indices) > 0:
-            iteration = int(table.scalars[UPDATES])
-            if (iteration + 1) % self.refresh_every == 0:
-                # Before anything changes: the user's function may fail.
-                scores = score_all(self.score_fn, table, self.observed)
+        if self.score_fn is None or len(seen.indices) == 0:
+            return super().update(table, seen)
+        scores, iteration = None, count_on_host(table, UPDATES)
+        if (iteration + 1) % self.refresh_every == 0:
+            # Before anything changes: the user's function may fail.
+            scores = score_all(self.score_fn, table, self.observed)
         if not super().update(table, seen):
             return False
+        counted(table, UPDATES)
         if scores is not None:
             observe_all(table, scores, iteration)
             kernels_for("update", table.device.type).rescale(table)

@@ -15,12 +15,14 @@ from fastis.methods.scoring import score_all
 from fastis.methods.weighted import (
     WithoutCoefficients,
     assign,
+    clamped,
+    counted,
     epoch_ended,
+    kept,
     usable,
-    usable_positions,
 )
 from fastis.saved import Range
-from fastis.table import MEAN, Table
+from fastis.table import MEAN, UPDATES, Table
 
 
 @dataclass(frozen=True)
@@ -81,10 +83,12 @@ class OnlineBatch(WithoutCoefficients):
         return out.losses
 
     def update(self, table: Table, seen: Observation) -> bool:
-        keep = usable_positions(table, seen)
+        keep = kept(table, seen)
         if keep is None:
             return False
-        epoch = epoch_ended(table, updates=1) if len(seen.indices) else 0
+        if len(seen.indices) == 0:
+            return True
+        epoch = epoch_ended(table, updates=1)
         ranks = epoch >= max(1, self.warmup_epochs)
         fresh = None
         recomputes = ranks and (epoch - self.warmup_epochs) % self.recompute_every == 0
@@ -92,10 +96,12 @@ class OnlineBatch(WithoutCoefficients):
             # Before anything changes: the user's function may fail.
             fresh = score_all(self.score_fn, table, self.observed)
         losses = table.memory["losses"]
-        losses[seen.indices[keep]] = seen.observed[keep]
+        keep.write(losses, keep.observed)
         # The weights in force stay until the next ranking; what is not usable is skipped.
-        same = torch.where(usable(seen.observed), table.column(MEAN)[seen.indices], seen.observed)
+        in_force = table.column(MEAN)[clamped(table, seen.indices)]
+        same = torch.where(usable(seen.observed), in_force, seen.observed)
         super().update(table, seen._replace(observed=same))
+        counted(table, UPDATES)
         if fresh is not None:
             losses.copy_(torch.where(fresh.isnan(), losses, fresh))
         if ranks:

@@ -15,7 +15,7 @@ from fastis.kernels.reference_update import smooth
 from fastis.kernels.reference_variance import minibatch_moments, of_two_stages
 from fastis.methods import scoring
 from fastis.methods.base import FOREVER, Method, Observation, Scored, ScoreFn
-from fastis.methods.weighted import usable, usable_positions
+from fastis.methods.weighted import in_range, usable
 from fastis.saved import Range
 from fastis.table import DRAWS, SKIPPED, UPDATES, Table
 
@@ -139,7 +139,7 @@ class Presampling(Method):
 
     def _update_after_scoring(self, table: Table, seen: Observation) -> bool:
         """The reference's update, but for the moments: those of draws in two stages."""
-        if usable_positions(table, seen) is None:
+        if not bool(in_range(table, seen.indices).all()):
             return False
         n = len(seen.indices)
         if n == 0:

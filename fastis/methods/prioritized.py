@@ -11,7 +11,7 @@ from torch import Tensor
 from fastis import check
 from fastis.kernels.reference_update import LARGEST_SCORE
 from fastis.methods.base import Observation, Scored
-from fastis.methods.weighted import Weighted, assign, usable_positions
+from fastis.methods.weighted import Weighted, assign, kept, may_read
 from fastis.saved import Range
 from fastis.table import DRAWS, Table
 
@@ -26,8 +26,9 @@ class Prioritized(Weighted):
 
         p_i ~ (l_i + 1e-8)^alpha;   weights = (1/(N p))^beta / (their maximum in the minibatch)
 
-    Samples without a loss so far have the largest priority so far. The estimate is biased until
-    beta reaches 1, and then unbiased up to the minibatch's scale.
+    Samples without a loss so far have the largest priority so far; on a GPU every update sets it
+    anew, which costs O(N) and waits for nothing. The estimate is biased until beta reaches 1, and
+    then unbiased up to the minibatch's scale.
 
     Parameters
     ----------
@@ -81,14 +82,18 @@ class Prioritized(Weighted):
         return (losses.abs() + _EPSILON) ** self.alpha + 0 * losses
 
     def update(self, table: Table, seen: Observation) -> bool:
-        keep = usable_positions(table, seen)
+        keep = kept(table, seen)
         if keep is None:
             return False
+        if len(seen.indices) == 0:
+            return True
         super().update(table, seen)
         known, largest = table.memory["known"], table.memory["largest"]
-        known[seen.indices[keep]] = True
+        keep.write(known, torch.ones_like(keep.counts))
         before = largest.clone()
-        largest.copy_(torch.cat([seen.observed[keep], largest[None]]).max())
-        if bool(largest > before) and not bool(known.all()):
+        counts = torch.where(keep.counts, keep.observed, 0.0)
+        largest.copy_(torch.cat([counts, largest[None]]).max())
+        # Whether that changes anything only the device knows: there it is done every time.
+        if not may_read(table.device) or (bool(largest > before) and not bool(known.all())):
             assign(table, largest.expand(len(known)), which=~known)
         return True

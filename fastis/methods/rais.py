@@ -13,7 +13,16 @@ from torch import Tensor
 from fastis import check
 from fastis.kernels.reference_update import LARGEST_SCORE
 from fastis.methods.base import FOREVER, Observation
-from fastis.methods.weighted import Weighted, assign, usable, usable_positions
+from fastis.methods.weighted import (
+    Kept,
+    Weighted,
+    assign,
+    clamped,
+    count_on_host,
+    counted,
+    kept,
+    usable,
+)
 from fastis.saved import FINITE, NOT_NEGATIVE, POSITIVE, Range
 from fastis.table import LAST, UPDATES, Table
 
@@ -115,20 +124,20 @@ class RAIS(Weighted):
     # The step ------------------------------------------------------------------------------------
 
     def update(self, table: Table, seen: Observation) -> bool:
-        keep = usable_positions(table, seen)
+        keep = kept(table, seen)
         if keep is None:
             return False
         if len(seen.indices) == 0:
             return True
-        i, square = seen.indices[keep], seen.observed[keep].square()
-        fresh = table.column(LAST)[i] < 0
-        self._remember(table, i, square, seen.weights[keep], fresh)
-        self._observe(table, i, square, fresh)
+        fresh = table.column(LAST)[keep.indices] < 0
+        self._remember(table, keep, fresh)
+        self._observe(table, keep, fresh)
         # What is not usable stays so: the table counts and skips it.
-        new_weights = self.weights(table, self._features(table, seen.indices))
+        new_weights = self.weights(table, self._features(table, clamped(table, seen.indices)))
         new_weights = torch.where(usable(seen.observed), new_weights, seen.observed)
+        updates, constants = count_on_host(table, UPDATES) + 1, table.constants
         super().update(table, seen._replace(observed=new_weights))
-        updates, constants = int(table.scalars[UPDATES]), table.constants
+        counted(table, UPDATES)
         if updates > constants.warmup_draws:
             self._measure_gain(table, seen)
         table.memory["effective_iterations"] += table.memory["gain"]
@@ -152,24 +161,37 @@ class RAIS(Weighted):
         slopes = table.memory["c"] + self.uncertainty * table.memory["d"]
         return (features.double() @ slopes).clamp(min=0).sqrt().float()
 
-    def _remember(self, table: Table, i: Tensor, square: Tensor, r: Tensor, fresh: Tensor) -> None:
-        """Into the ring buffer: what was known before, what came, and the coefficient."""
-        known = ~fresh
-        columns = (self._features(table, i[known]), square[known, None], r[known, None])
-        rows = torch.cat(columns, dim=1)[-self.buffer_size :]
-        buffered = table.memory["buffered"]
-        places = torch.arange(len(rows), device=rows.device).add_(buffered) % self.buffer_size
-        table.memory["buffer"][places] = rows
-        buffered += len(rows)
+    def _remember(self, table: Table, keep: Kept, fresh: Tensor) -> None:
+        """Into the ring buffer: what was known before, what came, and the coefficient.
 
-    def _observe(self, table: Table, i: Tensor, square: Tensor, fresh: Tensor) -> None:
+        Row k of the known ones goes to place ``buffered + k``. How many there are the host does not
+        know: each of the places that a minibatch can fill takes its row, or stays as it is.
+        """
+        buffer, buffered = table.memory["buffer"], table.memory["buffered"]
+        known = keep.counts & ~fresh
+        features = self._features(table, keep.indices)
+        square = keep.observed.square()
+        rows = torch.cat([features, square[:, None], keep.weights[:, None]], dim=1)
+        in_order = known.logical_not().to(torch.uint8).argsort(stable=True)
+        number = known.sum()
+        # Of more rows than the buffer holds the last ones.
+        begin = (number - self.buffer_size).clamp(min=0)
+        offset = torch.arange(min(len(rows), self.buffer_size), device=rows.device) + begin
+        places = (offset - begin + buffered) % self.buffer_size
+        taken = rows[in_order[offset.clamp(max=len(rows) - 1)]]
+        buffer[places] = torch.where((offset < number)[:, None], taken, buffer[places])
+        buffered += number - begin
+
+    def _observe(self, table: Table, keep: Kept, fresh: Tensor) -> None:
         history, first = table.memory["history"], table.memory["first"]
-        before = history[i]
-        decays = torch.tensor(_DECAYS, dtype=torch.float32, device=i.device)
-        after = before + (1 - decays) * (square[:, None] - before)
-        after = torch.where(fresh[:, None], square[:, None], after)
-        history[i] = after
-        first += torch.stack([(after - before)[:, 0].double().sum(), fresh.sum().double()])
+        before, square = history[keep.indices], keep.observed.square()[:, None]
+        # Numbers of the host's: a tensor of them would have to be copied to the device.
+        columns = zip(before.split(1, 1), _DECAYS, strict=True)
+        after = torch.cat([h + (1 - decay) * (square - h) for h, decay in columns], 1)
+        learnt = torch.where(fresh[:, None], square, after)
+        keep.write(history, learnt)
+        gained = torch.where(keep.counts, (learnt - before)[:, 0], 0.0).double().sum()
+        first += torch.stack([gained, (fresh & keep.counts).sum().double()])
 
     def _measure_gain(self, table: Table, seen: Observation) -> None:
         r, g2 = seen.weights.double(), seen.score.double().square()
@@ -180,8 +202,8 @@ class RAIS(Weighted):
             minibatch = seen.mean_grad.double().square().sum()
         now = torch.stack([minibatch, ((r - r * r) * g2).mean() / n])
         moments = table.memory["moments"]
-        if bool(now.isfinite().all()):
-            moments.lerp_(now, 1 - _GAIN_SMOOTHING)
+        learnt = moments.lerp(now, 1 - _GAIN_SMOOTHING)
+        moments.copy_(torch.where(now.isfinite().all(), learnt, moments))
         gain = 1 + moments[1] / moments[0]
         good = gain.isfinite() & (gain > 0)
         table.memory["gain"].copy_(torch.where(good, gain, 1.0))

@@ -11,9 +11,9 @@ from torch import Tensor
 from fastis import check
 from fastis.kernels.reference_update import LARGEST_SCORE
 from fastis.methods.base import FOREVER, Method, Observation, Scored
-from fastis.methods.weighted import epoch_ended, usable_positions
+from fastis.methods.weighted import counted, epoch_ended, kept
 from fastis.saved import Range
-from fastis.table import Table
+from fastis.table import UPDATES, Table
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,16 @@ class SelfPaced(Method):
         return out.losses
 
     def update(self, table: Table, seen: Observation) -> bool:
-        keep = usable_positions(table, seen)
+        keep = kept(table, seen)
         if keep is None:
             return False
-        table.memory["losses"][seen.indices[keep]] = seen.observed[keep]
+        if len(seen.indices) == 0:
+            return True
+        keep.write(table.memory["losses"], keep.observed)
+        epoch = epoch_ended(table, updates=1)
         super().update(table, seen)
-        if len(seen.indices) and (epoch := epoch_ended(table)):
+        counted(table, UPDATES)
+        if epoch:
             self._raise_threshold(table.memory["losses"], table.memory["threshold"], epoch)
         return True
 

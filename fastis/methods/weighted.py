@@ -7,7 +7,7 @@ Their table keeps the last weight it was given: ``update`` hands over those of a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,18 +60,93 @@ def usable(observed: Tensor) -> Tensor:
     return observed.abs() < LARGEST_SCORE
 
 
-def usable_positions(table: Table, seen: Observation) -> Tensor | None:
-    """First positions of the distinct indices with finite observations; None: one out of range."""
-    indices, observed = seen.indices, seen.observed
-    if bool(((indices < 0) | (indices >= table.constants.num_samples)).any()):
-        return None
-    return first_positions(indices, usable(observed))
+def may_read(device: torch.device) -> bool:
+    """Whether the host knows what is in a tensor there without waiting for the device."""
+    return device.type == "cpu"
+
+
+class Kept(NamedTuple):
+    """What counts of a minibatch: the first usable observation of every distinct sample.
+
+    On the CPU m is their number. A device would have to be waited for to know it; there m is n, and
+    what is left over repeats the last of them, so that writing it again changes nothing.
+    """
+
+    indices: Tensor  # int64 [m], in range
+    observed: Tensor  # float32 [m]
+    weights: Tensor  # float32 [m]
+    counts: Tensor  # bool [m]: false for the repeats
+
+    def write(self, memory: Tensor, values: Tensor) -> None:
+        """``memory[indices] = values``; nothing where no observation counts."""
+        if not may_read(memory.device):
+            condition = self.counts[0]  # false: there is none to be repeated
+            values = torch.where(condition, values, memory[self.indices])
+        memory[self.indices] = values
+
+
+def in_range(table: Table, indices: Tensor) -> Tensor:
+    """bool [n]: which indices are those of samples."""
+    return (indices >= 0) & (indices < table.constants.num_samples)
+
+
+def clamped(table: Table, indices: Tensor) -> Tensor:
+    """``indices`` to gather with: on a device, where nobody has looked, kept in range."""
+    if may_read(indices.device):
+        return indices
+    return indices.clamp(0, table.constants.num_samples - 1)
+
+
+def kept(table: Table, seen: Observation) -> Kept | None:
+    """What counts of a minibatch; None on the CPU when an index is out of range.
+
+    A device leaves such rows out, as its kernels do: nothing here waits for it.
+    """
+    indices, good = seen.indices, usable(seen.observed)
+    inside = in_range(table, indices)
+    if may_read(indices.device) or len(indices) == 0:
+        if not bool(inside.all()):
+            return None
+        at = first_positions(indices, good)
+        counts = torch.ones_like(at, dtype=torch.bool)
+    else:
+        first = is_first(torch.where(inside & good, indices, -1))
+        number, place = first.sum(), torch.arange(len(first), device=first.device)
+        in_order = first.logical_not().to(torch.uint8).argsort(stable=True)
+        at, counts = in_order[place.minimum((number - 1).clamp(min=0))], place < number
+    return Kept(clamped(table, indices[at]), seen.observed[at], seen.weights[at], counts)
+
+
+def is_first(indices: Tensor) -> Tensor:
+    """bool [n]: which of the indices that are not negative occur for the first time."""
+    ordered, order = indices.sort(stable=True)
+    starts = torch.ones_like(ordered, dtype=torch.bool)
+    starts[1:] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(starts).scatter_(0, order, starts & (ordered >= 0))
+
+
+def count_on_host(table: Table, clock: int) -> int:
+    """``table.scalars[clock]``, DRAWS or UPDATES: on a device read after a load, else counted here.
+
+    A method that asks for a clock tells every tick of it, by :func:`counted`.
+    """
+    if may_read(table.device):
+        return int(table.scalars[clock])
+    if clock not in table.counts_on_host:
+        table.counts_on_host[clock] = int(table.scalars[clock])
+    return table.counts_on_host[clock]
+
+
+def counted(table: Table, clock: int) -> None:
+    """One more draw or update went to the device."""
+    if clock in table.counts_on_host:
+        table.counts_on_host[clock] += 1
 
 
 def epoch_ended(table: Table, updates: int = 0) -> int:
     """How many epochs of updates have just been completed, or will be after so many more; 0 inside
     of one."""
-    done = int(table.scalars[UPDATES]) + updates
+    done = count_on_host(table, UPDATES) + updates
     epoch, rest = divmod(done, table.constants.batches_per_epoch)
     return epoch if rest == 0 else 0
 

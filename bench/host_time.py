@@ -1,0 +1,142 @@
+"""Time that a training step's calls take on the host beside a GPU; measured without one.
+
+    python bench/host_time.py [--seconds S]
+
+Launches start nothing: Triton's end at a driver that isn't there, those of the extension at a
+function that returns 0. Tensors lie in the host's memory, so allocating one is cheaper than the
+device's by some tenths of a microsecond, and the drivers' part of a launch (2 to 4 us) comes on
+top. Medians of interleaved rounds, batch 128, 10 classes, float32, one thread.
+
+Target: sample, cross_entropy, update and backward at most 40 us in all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from unittest import mock
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+
+import fastis
+from bench.report import aligned
+from fastis import kernels
+
+TARGET_US = 40.0
+BATCH_SIZE, NUM_CLASSES, NUM_SAMPLES = 128, 10, 60_000
+
+
+def zero(*_: object) -> int:
+    return 0
+
+
+def true(*_: object) -> bool:
+    return True
+
+
+class NoEntryPoints:
+    """fastis._C's launches for CUDA, without the launch."""
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        setattr(self, name, zero)
+        return zero
+
+
+@contextlib.contextmanager
+def without_a_device() -> Iterator[None]:
+    """Lets the GPU's Python serve the CPU's tensors, up to where something would be launched."""
+    from bench import fake_triton
+    from fastis.kernels import cuda_sample, cuda_scale, cuda_update, triton_loss
+
+    fake_triton.pretend()
+    nothing = NoEntryPoints()
+    with contextlib.ExitStack() as stack:
+        for module in (cuda_sample, cuda_scale, cuda_update):
+            stack.enter_context(mock.patch.object(module, "_C", nothing))
+        stream = mock.patch.object(torch._C, "_cuda_getCurrentRawStream", zero, create=True)
+        stack.enter_context(stream)
+        stack.enter_context(mock.patch.object(triton_loss, "_compiled_scales", true))
+        served = {"update": cuda_update, "sample": cuda_sample, "loss": triton_loss}
+        chosen = {(operation, "cpu"): module for operation, module in served.items()}
+        stack.enter_context(mock.patch.dict(kernels._chosen, chosen))
+        yield
+
+
+def calls() -> dict[str, Callable[[], object]]:
+    sampler = fastis.Sampler(NUM_SAMPLES, BATCH_SIZE, method=fastis.methods.EMAIS(warmup_epochs=0))
+    logits = torch.randn(BATCH_SIZE, NUM_CLASSES, requires_grad=True)
+    target = torch.randint(NUM_CLASSES, (BATCH_SIZE,))
+    batch = sampler.sample()
+    out = fastis.cross_entropy(logits, target, batch.weights)
+    one, grad = torch.ones(()), torch.empty(BATCH_SIZE, NUM_CLASSES)
+
+    def loss() -> fastis.ScoredLoss:
+        return fastis.cross_entropy(logits, target, batch.weights)
+
+    def step(with_backward: bool = True) -> None:
+        drawn = sampler.sample()
+        scored = fastis.cross_entropy(logits, target, drawn.weights)
+        sampler.update(drawn, scored)
+        if with_backward:
+            scored.loss.backward()
+            logits.grad = None
+
+    def peer() -> None:
+        F.cross_entropy(logits, target).backward()
+        logits.grad = None
+
+    scale = kernels.kernels_for("loss", "cpu").scale_grad
+    return {
+        "sample": sampler.sample,
+        "cross_entropy": loss,
+        "update": lambda: sampler.update(batch, out),
+        "update_and_sample": lambda: sampler.update_and_sample(batch, out),
+        "scale_grad": lambda: scale(grad, one),
+        "step without backward": lambda: step(False),
+        "step": step,
+        "F.cross_entropy + backward on the CPU, with its arithmetic": peer,
+    }
+
+
+def microseconds(functions: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    """Median over rounds of each call's time; the calls take turns."""
+    repeats, times = 200, {name: [] for name in functions}
+    for function in functions.values():
+        for _ in range(50):
+            function()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or not all(len(t) > 4 for t in times.values()):
+        for name, function in functions.items():
+            start = time.thread_time()
+            for _ in range(repeats):
+                function()
+            times[name].append((time.thread_time() - start) / repeats * 1e6)
+    return {name: median(values) for name, values in times.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=5.0)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    with without_a_device():
+        found = microseconds(calls(), args.seconds)
+    lines = [("call", "us")] + [(name, f"{us:.1f}") for name, us in found.items()]
+    print(aligned(lines))
+    met = "met" if found["step"] <= TARGET_US else "NOT met"
+    print(f"a step takes {found['step']:.1f} us of at most {TARGET_US:.0f}: {met}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
