@@ -136,12 +136,12 @@ fastis::DeviceTable make_device_table(const py::dict& tensors, const py::dict& c
   fastis::DeviceTable t;
   fill_table(t, tensors, constants);
   t.sums = address<uint64_t>(tensors, "sums");
-  t.heavy = address<int64_t>(tensors, "heavy");
   t.unseen = address<uint32_t>(tensors, "unseen");
+  t.capped = address<uint32_t>(tensors, "capped");
   t.claims = address<uint32_t>(tensors, "claims");
-  t.work = address<int64_t>(tensors, "work");
+  t.work = address<fastis::Work>(tensors, "work");
   t.arrivals = address<unsigned>(tensors, "arrivals");
-  t.room = constants["room"].cast<int64_t>();
+  t.derive();
   t.levels = fastis::Levels(t.num_samples, fastis::kDeviceTop);
   return t;
 }
@@ -191,6 +191,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("structure_nodes", [](int64_t n) { return fastis::Levels(n).total(); });
   m.def("device_structure_nodes",
         [](int64_t n) { return fastis::Levels(n, fastis::kDeviceTop).total(); });
+  m.attr("DEVICE_WORK") = sizeof(fastis::Work) / sizeof(int64_t);
   m.def("emulate_update", &fastis::emulated::update);
   m.def("emulate_draw", &fastis::emulated::draw);
   m.def("emulate_rescale", &fastis::emulated::rescale);

@@ -1,5 +1,4 @@
 #include "device/draw.h"
-#include "device/update.h"
 #include "fastis.h"
 
 namespace fastis::emulated {
@@ -29,9 +28,9 @@ void update_and_draw(Pointer<const DeviceTable> table, Pointer<const int64_t> in
                      int64_t num_classes, Pointer<int64_t> next_indices,
                      Pointer<float> next_weights, uint64_t stride) {
   device::HostGrid grid(stride);
-  device::update(grid, *table.address,
-                 {indices, observed, weights, score, n, mean_grad, num_classes});
-  device::draw(grid, *table.address, next_indices.address, next_weights.address);
+  device::update_and_draw(grid, *table.address,
+                          {indices, observed, weights, score, n, mean_grad, num_classes},
+                          next_indices.address, next_weights.address);
 }
 
 }  // namespace fastis::emulated

@@ -108,7 +108,10 @@ int64_t alias_build(int64_t format, Pointer<const void> values, int64_t n, int64
   add_up(sums, weights.tiles() + 1);
   HostBlock block(stride);
   const auto memory = std::make_unique<device::PartMemory>();
-  block.each(job.parts(), [&](int64_t part) { device::build_part(block, *memory, job, part); });
+  block.each(job.parts(), [&](int64_t part) {
+    device::build_part(block, *memory, job, place_after(job, part * device::kSteps),
+                       place_after(job, (part + 1) * device::kSteps));
+  });
   return 0;
 }
 

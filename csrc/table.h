@@ -84,7 +84,6 @@ struct Table {
   int64_t* listed = nullptr;          // [2 x list_capacity] the capped items, ascending
   int64_t* flipped = nullptr;         // [list_capacity] items that were capped since, or no longer
   int64_t near_capacity = 0, list_capacity = 0;  // list_capacity 0: capped items are not listed
-  int64_t* heavy = nullptr;                      // [ceil(B/D) - 1] indices, ascending (on a device)
 
   // Constants.
   int64_t num_samples = 0, batch_size = 0, warmup_draws = 0, batches_per_epoch = 0;

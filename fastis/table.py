@@ -113,7 +113,7 @@ class Constants:
         return 61 - _bits(batch) - _bits(ceil(self.cap_numerator * self.num_samples / room))
 
     @property
-    def max_heavy(self) -> int:
+    def max_capped(self) -> int:
         """How many items can be above the cap at once: ceil(B/D) - 1."""
         ratio = Fraction(self.batch_size * self.cap_denominator, self.cap_numerator)
         return max(0, ceil(ratio) - 1)
@@ -192,7 +192,7 @@ class Table:
         n, b = self.constants.num_samples, self.constants.batch_size
         near = min(n, 8 * b) + 1024
         # Where a capped item is drawn at least once a minibatch, a list of them saves time.
-        listed = max(self.constants.max_heavy, b) + 64 if self.constants.max_heavy < b else 0
+        listed = max(self.constants.max_capped, b) + 64 if self.constants.max_capped < b else 0
         return self._view_of(
             _C.Table,
             {
@@ -212,18 +212,16 @@ class Table:
         """Address (on the host) of the device kernels' view; allocates on first use."""
         n = self.constants.num_samples
         nodes = _C.device_structure_nodes(n)
-        room = 2 * (self.constants.max_heavy + 1) + 16
         return self._view_of(
             _C.DeviceTable,
             {
                 "sums": (nodes, torch.int64, 0),
                 "unseen": (nodes, torch.int32, 0),
+                "capped": (nodes, torch.int32, 0),
                 "claims": (n, torch.int32, -1),
-                "heavy": (room, torch.int64, 0),
-                "work": (5 * room, torch.int64, 0),
+                "work": (_C.DEVICE_WORK, torch.int64, 0),
                 "arrivals": (1, torch.int32, 0),
             },
-            room=room,
         )
 
     def _view_of(
@@ -269,7 +267,7 @@ class Table:
         return torch.where(last < 0, last, latest - ((latest - last) & LATEST))
 
     def codes(self) -> Tensor:
-        """int32 [N]: the codes without the flag of heavy items; 0 for unseen samples."""
+        """int32 [N]: the codes without the flag of capped items; 0 for unseen samples."""
         return self.column(CODE) & 0x7FFFFFFF
 
     def durable(self) -> dict[str, Tensor]:

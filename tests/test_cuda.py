@@ -222,6 +222,30 @@ def test_flattening_and_heavy_tails(flatten):
     assert torch.equal(states[0]["scalars"], states[1]["scalars"].cpu())
 
 
+@pytest.mark.parametrize(("n", "batch_size"), [(5000, 60), (200_000, 128), (200_000, 4096)])
+def test_caps_close_to_uniform(n, batch_size):
+    samplers = [
+        fastis.Sampler(
+            n, batch_size, method=EMAIS(warmup_epochs=0, tau=5.0), seed=4, device=device,
+            max_duplicates=1.01 * batch_size / n,
+        )
+        for device in ("cpu", "cuda")
+    ]  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    everything = torch.empty(n).log_normal_(0, 2, generator=generator)
+    for sampler in samplers:
+        indices = torch.arange(n, device=sampler.device)
+        batch = fastis.Batch(indices, torch.ones(n, device=sampler.device))
+        sampler.update(batch, observe(everything.to(sampler.device)))
+    for _ in range(20):
+        score = torch.empty(batch_size).log_normal_(0, 2, generator=generator)
+        batches = [sampler.sample() for sampler in samplers]
+        assert torch.equal(batches[0].indices, batches[1].indices.cpu())
+        assert torch.equal(batches[0].weights, batches[1].weights.cpu())
+        samplers[0].update(batches[0], observe(score))
+        samplers[1].update(batches[1], observe(score.cuda()))
+
+
 @pytest.mark.parametrize("batch_size", [128, 4096])
 def test_large_tables(batch_size):
     n = 2**22 + 5

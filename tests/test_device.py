@@ -6,6 +6,11 @@ the other, forwards, backwards and scrambled, so that a dependence on the order 
 
 from __future__ import annotations
 
+import contextlib
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
 from conftest import observe, sweep
@@ -15,9 +20,10 @@ from fastis import _C, kernels
 from fastis.kernels import cuda_launch
 from fastis.kernels.reference_weights import distribution
 from fastis.methods import EMAIS
-from fastis.table import LAST
+from fastis.table import CODE, LAST, MEAN, SEEN, TOTAL, UPDATES
 
 FORWARDS, BACKWARDS, SCRAMBLED = 1, 0, 7919
+LIGHT, NUM_CAPPED, CEILING = 7, 8, 12  # of csrc/table.h's Scalars
 
 
 class Emulator:
@@ -72,6 +78,38 @@ def assert_equal_tables(reference: fastis.Sampler, device: fastis.Sampler) -> No
         assert torch.equal(ours["records"], theirs["records"])
     assert torch.equal(ours["scalars"], theirs["scalars"])
     torch.testing.assert_close(ours["variance"], theirs["variance"], equal_nan=True)
+
+
+def levels_of(leaves, most=1024):
+    """The sums of leaves of 4, level by level of 16, each padded to a multiple of 16."""
+    nodes, levels = torch.nn.functional.pad(leaves, (0, -len(leaves) % 4)).view(-1, 4).sum(1), []
+    while True:
+        padded = torch.nn.functional.pad(nodes, (0, -len(nodes) % 16))
+        levels.append(padded)
+        if len(nodes) <= most:
+            return torch.cat(levels)
+        nodes = padded.view(-1, 16).sum(1)
+
+
+def assert_exact_structure(sampler):
+    """After a draw: flags, tree and totals say what the reference says. The capped items."""
+    table = sampler._table
+    structure, scalars = table._structure, table.scalars
+    drawn = distribution(table)
+    seen = table.column(LAST) >= 0
+    capped = torch.zeros_like(seen)
+    capped[drawn.capped] = True
+    light = torch.where(seen & ~capped, drawn.weights, 0)
+    assert torch.equal(table.column(CODE) < 0, capped)
+    assert torch.equal(structure["sums"], levels_of(light))
+    assert torch.equal(structure["unseen"].long(), levels_of((~seen).long()))
+    assert torch.equal(structure["capped"].long(), levels_of(capped.long()))
+    assert bool((structure["claims"] == -1).all())
+    assert int(structure["arrivals"]) == 0
+    assert int(scalars[LIGHT]) == int(light.sum())
+    assert int(scalars[NUM_CAPPED]) == len(drawn.capped)
+    assert int(scalars[CEILING]) >= int(light.max())
+    return drawn.capped
 
 
 def run(samplers, emulated, stride, steps, batch_size, spread=2.0, trend=0.0, size=None):
@@ -136,6 +174,67 @@ def test_rescaling_when_scores_move_by_decades(emulated, trend, flatten):
     run(samplers, emulated, SCRAMBLED, steps=200, batch_size=24, trend=trend)
 
 
+def effective_total(table) -> int:
+    """The sum of the weights with the mean for every unseen sample, in Python's integers."""
+    total, seen = int(table.scalars[TOTAL]), int(table.scalars[SEEN])
+    return total + (table.constants.num_samples - seen) * (total // max(seen, 1))
+
+
+@pytest.mark.parametrize("ratio", [1e3, 1e4, 1e5, 1e6])
+@pytest.mark.parametrize("flatten", ["cap", "mix"])
+def test_sums_hold_the_weights_of_all_unseen_samples(emulated, flatten, ratio):
+    n, batch_size = 2**16, 128
+    method = EMAIS(warmup_epochs=0)
+    samplers = pair(num_samples=n, batch_size=batch_size, method=method, flatten=flatten)
+    generator = torch.Generator().manual_seed(0)
+    limit = samplers[0]._table.constants.total_limit
+    for step in range(4):
+        first = torch.arange(batch_size) + step * batch_size
+        batch = fastis.Batch(first, torch.ones(batch_size))
+        score = torch.empty(batch_size).log_normal_(0, 0.5, generator=generator)
+        score *= 1e-5 * ratio**step
+        kernels._chosen.clear()
+        with fastis.backend("reference"):
+            samplers[0].update(batch, observe(score))
+            expected = samplers[0].sample()
+        emulated(SCRAMBLED)
+        samplers[1].update(batch, observe(score))
+        assert effective_total(samplers[1]._table) <= limit
+        drawn = samplers[1].sample()
+        assert torch.equal(drawn.indices, expected.indices)
+        assert torch.equal(drawn.weights, expected.weights)
+        assert float(samplers[0].probabilities().sum()) == pytest.approx(1, abs=1e-9)
+    assert_equal_tables(*samplers)
+
+
+@pytest.mark.parametrize("updates", [2**31 - 3, 2**31 - 1, 2**32 - 2, 2**40 + 2**31 - 2])
+@pytest.mark.parametrize("tau", ["linear", 3.0])
+def test_samples_learn_on_when_the_clock_of_last_wraps(emulated, updates, tau):
+    samplers = pair(num_samples=60, batch_size=24, method=EMAIS(warmup_epochs=0, tau=tau))
+    for sampler in samplers:
+        sampler._table.scalars[UPDATES] = updates
+    run(samplers, emulated, SCRAMBLED, steps=8, batch_size=24)
+    table = samplers[1]._table
+    seen = table.column(LAST) >= 0
+    ages = ((updates + 7) - table.column(LAST)[seen].long()) & (2**31 - 1)
+    assert int(ages.max()) <= 7
+    if tau == "linear":
+        return  # the last 10 of 2^31 iterations: less than the mean's last bit
+    before = table.column(MEAN).clone()
+    kernels._chosen.clear()
+    emulated(SCRAMBLED)
+    sweep(samplers[1], torch.full((60,), 1000.0))
+    assert bool((table.column(MEAN) > before).all())
+
+
+def test_late_updates_leave_younger_records(emulated):
+    samplers = pair(num_samples=60, batch_size=24, method=EMAIS(warmup_epochs=0, tau=3.0))
+    run(samplers, emulated, SCRAMBLED, steps=8, batch_size=24)
+    for sampler in samplers:
+        sampler._table.scalars[UPDATES] -= 5
+    run(samplers, emulated, SCRAMBLED, steps=4, batch_size=24)
+
+
 @pytest.mark.parametrize("duplicates", [0.2, 1, 1.5, 5, 40])
 def test_every_cap(emulated, duplicates):
     samplers = pair(
@@ -143,7 +242,78 @@ def test_every_cap(emulated, duplicates):
     )
     run(samplers, emulated, SCRAMBLED, steps=60, batch_size=40, spread=3.0)
     table = samplers[1]._table
-    assert int(table.scalars[8]) <= table.constants.max_heavy
+    assert int(table.scalars[8]) <= table.constants.max_capped
+
+
+@pytest.mark.parametrize("stride", [FORWARDS, SCRAMBLED])
+@pytest.mark.parametrize("trend", [-0.4, 0.0, 0.4])
+@pytest.mark.parametrize("over", [1.0, 1.0001, 1.01, 1.3, 3.0])
+def test_caps_close_to_uniform(emulated, over, trend, stride):
+    n, batch_size = 1500, 60
+    samplers = pair(
+        num_samples=n, batch_size=batch_size, method=EMAIS(warmup_epochs=0, tau=5.0),
+        max_duplicates=over * batch_size / n,
+    )  # fmt: skip
+    score = torch.empty(n).log_normal_(0, 2, generator=torch.Generator().manual_seed(1))
+    # A third of the samples is unseen at first.
+    with fastis.backend("reference"):
+        samplers[0].update(
+            fastis.Batch(torch.arange(1000), torch.ones(1000)), observe(score[:1000])
+        )
+    emulated(stride)
+    samplers[1].update(fastis.Batch(torch.arange(1000), torch.ones(1000)), observe(score[:1000]))
+    for _ in range(8):
+        run(samplers, emulated, stride, steps=3, batch_size=batch_size, trend=trend)
+        with fastis.backend("reference"):
+            samplers[0].sample()
+        emulated(stride)
+        samplers[1].sample()
+        assert_exact_structure(samplers[1])
+
+
+@pytest.mark.parametrize("factor", [1e-3, 1e3])
+def test_many_items_cross_the_cap_at_once(emulated, factor):
+    # Far more items lie above the old cap than can be capped, or all the capped ones below it.
+    n, batch_size = 3000, 64
+    samplers = pair(num_samples=n, batch_size=batch_size, method=EMAIS(warmup_epochs=0, tau=1.0))
+    generator = torch.Generator().manual_seed(1)
+    score = torch.empty(n).log_normal_(0, 2, generator=generator)
+    many = torch.randperm(n, generator=generator)[: n // 2]
+    changed = score[many] * factor * torch.empty(n // 2).log_normal_(0, 1, generator=generator)
+    for step in range(3):
+        drawn = []
+        for sampler in samplers:
+            kernels._chosen.clear()
+            if drawn:
+                emulated(SCRAMBLED)
+            reference = contextlib.nullcontext() if drawn else fastis.backend("reference")
+            with reference:
+                if step == 0:
+                    sweep(sampler, score)
+                elif step == 1:
+                    sampler.update(fastis.Batch(many, torch.ones(len(many))), observe(changed))
+                drawn.append(sampler.sample())
+        assert torch.equal(drawn[0].indices, drawn[1].indices)
+        assert torch.equal(drawn[0].weights, drawn[1].weights)
+        assert_exact_structure(samplers[1])
+
+
+def test_hundred_thousand_capped_items_take_no_time(emulated):
+    n, batch_size = 100_000, 256
+    samplers = pair(
+        num_samples=n, batch_size=batch_size, method=EMAIS(warmup_epochs=0, tau=5.0),
+        max_duplicates=1.01 * batch_size / n,
+    )  # fmt: skip
+    score = torch.empty(n).log_normal_(0, 2, generator=torch.Generator().manual_seed(1))
+    with fastis.backend("reference"):
+        sweep(samplers[0], score)
+    emulated(FORWARDS)
+    sweep(samplers[1], score)
+    start = time.perf_counter()
+    run(samplers, emulated, FORWARDS, steps=5, batch_size=batch_size)
+    assert time.perf_counter() - start < 5
+    samplers[1].sample()
+    assert len(assert_exact_structure(samplers[1])) > 95_000
 
 
 @pytest.mark.parametrize("stride", [FORWARDS, BACKWARDS, SCRAMBLED])
@@ -170,7 +340,7 @@ def test_update_and_draw_in_one_launch(emulated, stride, method):
     assert_equal_tables(*samplers)
 
 
-def test_many_levels_and_many_heavy_items(emulated):
+def test_many_levels_and_many_capped_items(emulated):
     n, batch_size = 2**17 + 3, 512
     samplers = pair(num_samples=n, batch_size=batch_size, method=EMAIS(warmup_epochs=0))
     generator = torch.Generator().manual_seed(1)
@@ -181,10 +351,8 @@ def test_many_levels_and_many_heavy_items(emulated):
     sweep(samplers[1], score)
     assert_equal_tables(*samplers)
     run(samplers, emulated, SCRAMBLED, steps=8, batch_size=batch_size, spread=3.0)
-    structure, scalars = samplers[1]._table._structure, samplers[1]._table.scalars
-    drawn = distribution(samplers[1]._table)
     samplers[1].sample()
-    assert torch.equal(structure["heavy"][: int(scalars[8])], drawn.capped)
+    assert len(assert_exact_structure(samplers[1])) > 10
 
 
 def test_sums_hold_every_integer(emulated):
@@ -197,16 +365,39 @@ def test_sums_hold_every_integer(emulated):
         score = torch.empty(32).log_normal_(0, 2.5, generator=generator)
         sampler.update(batch, observe(score))
     sampler.sample()
-    table = sampler._table
-    drawn = distribution(table)
-    seen = table.column(LAST) >= 0
-    light = torch.where(seen, drawn.weights, 0)
-    light[drawn.capped] = 0
-    sums = torch.nn.functional.pad(light, (0, -n % 4)).view(-1, 4).sum(1)
-    assert torch.equal(table._structure["sums"][: len(sums)], sums)
-    unseen = torch.nn.functional.pad((~seen).int(), (0, -n % 4)).view(-1, 4).sum(1)
-    assert torch.equal(table._structure["unseen"][: len(unseen)].long(), unseen)
-    assert (table._structure["claims"] == -1).all()
+    assert_exact_structure(sampler)
+
+
+WRONG_TREE = """
+import torch, fastis
+from fastis import _C
+from fastis.methods import EMAIS
+sampler = fastis.Sampler(5001, 64, method=EMAIS(warmup_epochs=0))
+table = sampler._table
+indices, weights = torch.empty(64, dtype=torch.int64), torch.empty(64)
+score = torch.rand(5001)
+arguments = (torch.arange(5001), score, torch.ones(5001), score)
+_C.emulate_update(table.device_handle, *(a.data_ptr() for a in arguments), 5001, 0, 0, 1)
+generator = torch.Generator().manual_seed(0)
+for name in ("sums", "unseen", "capped"):
+    for most in (1, 2**20):
+        _C.emulate_draw(table.device_handle, indices.data_ptr(), weights.data_ptr(), 1)
+        nodes = table._structure[name]
+        kept = nodes.clone()
+        nodes.random_(0, most, generator=generator)
+        table.scalars[8] = 5  # capped items
+        _C.emulate_draw(table.device_handle, indices.data_ptr(), weights.data_ptr(), 1)
+        assert ((indices >= 0) & (indices < 5001)).all(), indices
+        nodes.copy_(kept)
+        table.scalars[6] = 0  # rebuilt
+"""
+
+
+def test_a_draw_stays_in_range_whatever_the_tree_holds():
+    done = subprocess.run(
+        [sys.executable, "-c", WRONG_TREE], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_sample_drawn_many_times_is_observed_once(emulated):

@@ -21,6 +21,7 @@ using device::Format;
 using device::GivenPoints;
 using device::GivenWeights;
 using device::kThreads;
+using device::Place;
 using device::RandomPoints;
 using device::TileSums;
 
@@ -38,12 +39,19 @@ constexpr int kPartsAtOnce = 3;
 constexpr int kPartsAtOnce = 4;
 #endif
 
+// A thread a part, and one for the end of the last.
+__global__ void __launch_bounds__(kThreads)
+    alias_places_kernel(const __grid_constant__ AliasJob job, Place* places) {
+  threads().each(job.parts() + 1,
+                 [&](int64_t part) { places[part] = place_after(job, part * device::kSteps); });
+}
+
 // A block a part.
 __global__ void __launch_bounds__(kThreads, kPartsAtOnce)
-    alias_parts_kernel(const __grid_constant__ AliasJob job) {
+    alias_parts_kernel(const __grid_constant__ AliasJob job, const Place* places) {
   __shared__ device::PartMemory memory;
-  device::CudaBlock block(nullptr);
-  device::build_part(block, memory, job, blockIdx.x);
+  const device::CudaBlock block;
+  device::build_part(block, memory, job, places[blockIdx.x], places[blockIdx.x + 1]);
 }
 
 template <class Points>
@@ -57,6 +65,8 @@ __global__ void __launch_bounds__(kThreads)
     draw_points_kernel(const RandomPoints points, int64_t count, uint64_t* out) {
   threads().each(count, [&](int64_t b) { out[b] = points(b); });
 }
+
+int64_t bytes_of_places(int64_t parts) { return (parts + 1) * int64_t{sizeof(Place)}; }
 
 }  // namespace
 
@@ -72,11 +82,16 @@ int64_t alias_build(int64_t format, Pointer<const void> values, int64_t n, int64
                                                job.buckets, sums + 1);
   if (error != cudaSuccess) return error;
   const auto on_stream = reinterpret_cast<cudaStream_t>(stream);
-  size_t size = static_cast<size_t>(bytes);
-  error = cub::DeviceScan::InclusiveScan(memory.address, size, sums + 1, sums + 1, Plus(),
+  // The places of the parts, then what the scan needs.
+  Place* const places = reinterpret_cast<Place*>(memory.address);
+  size_t size = static_cast<size_t>(bytes - bytes_of_places(job.parts()));
+  error = cub::DeviceScan::InclusiveScan(places + job.parts() + 1, size, sums + 1, sums + 1, Plus(),
                                          weights.tiles(), on_stream);
   if (error != cudaSuccess) return cleared(error);
-  void* arguments[] = {const_cast<AliasJob*>(&job)};
+  error = launch<alias_places_kernel>(device, stream, job.parts() + 1, job, places);
+  if (error != cudaSuccess) return error;
+  const Place* from = places;
+  void* arguments[] = {const_cast<AliasJob*>(&job), &from};
   return cleared(cudaLaunchKernel(reinterpret_cast<const void*>(alias_parts_kernel),
                                   dim3(static_cast<unsigned>(job.parts())), dim3(kThreads),
                                   arguments, 0, on_stream));
@@ -86,12 +101,13 @@ int64_t alias_build_bytes(int64_t n, int64_t device) {
   const OnDevice on(device);
   size_t bytes = 0;
   TileSums* const none = nullptr;
+  const GivenWeights weights{{}, {}, n, 0};
   cudaError_t error = on.error();
   if (error == cudaSuccess) {
-    error = cub::DeviceScan::InclusiveScan(nullptr, bytes, none, none, Plus(),
-                                           GivenWeights{{}, {}, n, 0}.tiles());
+    error = cub::DeviceScan::InclusiveScan(nullptr, bytes, none, none, Plus(), weights.tiles());
   }
-  return error == cudaSuccess ? static_cast<int64_t>(bytes) : -int64_t{cleared(error)};
+  if (error != cudaSuccess) return -int64_t{cleared(error)};
+  return bytes_of_places(device::parts_of(weights)) + static_cast<int64_t>(bytes);
 }
 
 int64_t alias_draw(Pointer<const uint64_t> table, int64_t n, uint64_t total, uint64_t seed,

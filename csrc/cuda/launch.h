@@ -38,69 +38,92 @@ class OnDevice {
   cudaError_t error_;
 };
 
-// Blocks of `kernel` that the current device, number `device`, holds at once. Asked of the driver
-// once a kernel and device: asking costs more than a launch. Several threads may ask at once and
-// get the same answer.
-template <auto kernel>
-cudaError_t most_blocks(int device, int64_t& most) {
-  constexpr int kRemembered = 64;
-  static std::atomic<int64_t> known[kRemembered];  // 0: not asked yet
-  const bool remembered = device >= 0 && device < kRemembered;
-  most = remembered ? known[device].load(std::memory_order_relaxed) : 0;
-  if (most > 0) return cudaSuccess;
-  int of_one = 0, multiprocessors = 0;
-  cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-      &of_one, reinterpret_cast<const void*>(kernel), device::kThreads, 0);
-  if (error != cudaSuccess) return cleared(error);
-  error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return cleared(error);
-  most = int64_t{of_one} * multiprocessors;
-  if (remembered) known[device].store(most, std::memory_order_relaxed);
-  return cudaSuccess;
+// A number of the device's that costs more than a launch to ask for, so it is asked for once.
+// Several threads may ask at once and get the same answer.
+class Remembered {
+ public:
+  template <class Ask>
+  cudaError_t operator()(int device, int64_t& value, const Ask& ask) {
+    const bool remembered = device >= 0 && device < kDevices;
+    value = remembered ? known_[device].load(std::memory_order_relaxed) : 0;
+    if (value > 0) return cudaSuccess;
+    const cudaError_t error = ask(value);
+    if (error == cudaSuccess && remembered) {
+      known_[device].store(value, std::memory_order_relaxed);
+    }
+    return cleared(error);
+  }
+
+ private:
+  static constexpr int kDevices = 64;
+  std::atomic<int64_t> known_[kDevices] = {};  // 0: not asked yet
+};
+
+inline cudaError_t multiprocessors(int device, int64_t& number) {
+  static Remembered remembered;
+  return remembered(device, number, [&](int64_t& value) {
+    int asked = 0;
+    const cudaError_t error =
+        cudaDeviceGetAttribute(&asked, cudaDevAttrMultiProcessorCount, device);
+    value = asked;
+    return error;
+  });
 }
 
-// Launches as many blocks as `items` ask for and the device holds at once; `start` is
-// cudaLaunchKernel, or cudaLaunchCooperativeKernel for kernels whose blocks wait for each other.
-template <auto kernel, class Start, class... A>
-cudaError_t launch_by(const Start& start, int64_t device, uint64_t stream, int64_t items, A... a) {
-  static_assert(std::is_same_v<decltype(kernel), void (*const)(A...)> ||
-                std::is_same_v<decltype(kernel), void (*)(A...)>);
+// Blocks of `kernel` that the current device, number `device`, holds at once.
+template <auto kernel>
+cudaError_t most_blocks(int device, int64_t& most) {
+  static Remembered remembered;
+  return remembered(device, most, [&](int64_t& value) {
+    int of_one = 0;
+    cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        &of_one, reinterpret_cast<const void*>(kernel), device::kThreads, 0);
+    if (error != cudaSuccess) return error;
+    error = multiprocessors(device, value);
+    value *= of_one;
+    return error;
+  });
+}
+
+template <auto kernel, class... A>
+constexpr bool takes() {
+  return std::is_same_v<decltype(kernel), void (*const)(A...)> ||
+         std::is_same_v<decltype(kernel), void (*)(A...)>;
+}
+
+// Launches as many blocks as `items` ask for and the device holds at once.
+template <auto kernel, class... A>
+cudaError_t launch(int64_t device, uint64_t stream, int64_t items, A... a) {
+  static_assert(takes<kernel, A...>());
   const OnDevice on(device);
   if (on.error() != cudaSuccess) return on.error();
   int64_t most = 0;
   const cudaError_t error = most_blocks<kernel>(on.device(), most);
   if (error != cudaSuccess) return error;
   void* arguments[] = {&a...};
-  return cleared(start(reinterpret_cast<const void*>(kernel), dim3(device::blocks_for(items, most)),
-                       dim3(device::kThreads), arguments, size_t{0},
-                       reinterpret_cast<cudaStream_t>(stream)));
+  return cleared(cudaLaunchKernel(reinterpret_cast<const void*>(kernel),
+                                  dim3(device::blocks_for(items, most)), dim3(device::kThreads),
+                                  arguments, 0, reinterpret_cast<cudaStream_t>(stream)));
 }
 
-template <auto kernel, class... A>
-cudaError_t launch(int64_t device, uint64_t stream, int64_t items, A... a) {
-  const auto start = [](const void* function, dim3 grid, dim3 block, void** arguments, size_t bytes,
-                        cudaStream_t on) {
-    return cudaLaunchKernel(function, grid, block, arguments, bytes, on);
-  };
-  return launch_by<kernel>(start, device, stream, items, a...);
-}
-
+// ... of a kernel whose blocks wait for each other: at most one for each multiprocessor, since
+// instrumented code (compute-sanitizer) and shared devices (MPS) hold fewer than the driver
+// promises.
 template <auto kernel, class... A>
 cudaError_t launch_cooperative(int64_t device, uint64_t stream, int64_t items, A... a) {
-  const auto start = [](const void* function, dim3 grid, dim3 block, void** arguments, size_t bytes,
-                        cudaStream_t on) {
-    return cudaLaunchCooperativeKernel(function, grid, block, arguments, bytes, on);
-  };
-  const cudaError_t error = launch_by<kernel>(start, device, stream, items, a...);
-  if (error != cudaErrorCooperativeLaunchTooLarge) return error;
-  // Instrumented code (compute-sanitizer) and shared devices (MPS) hold fewer blocks than the
-  // driver promised: once more with one for each multiprocessor.
-  int multiprocessors = 0;
-  const cudaError_t asked = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount,
-                                                   static_cast<int>(device));
-  if (asked != cudaSuccess) return cleared(asked);
-  const int64_t fewer = int64_t{multiprocessors} * device::kThreads;
-  return launch_by<kernel>(start, device, stream, fewer < items ? fewer : items, a...);
+  static_assert(takes<kernel, A...>());
+  const OnDevice on(device);
+  if (on.error() != cudaSuccess) return on.error();
+  int64_t most = 0;
+  const cudaError_t error = multiprocessors(on.device(), most);
+  if (error != cudaSuccess) return error;
+  void* arguments[] = {&a...};
+  const unsigned blocks = device::cooperating_blocks(items, most);
+  using Start = cudaError_t(const void*, dim3, dim3, void**, size_t, cudaStream_t);
+  Start* start = cudaLaunchCooperativeKernel;
+  if (blocks == 1) start = cudaLaunchKernel;
+  return cleared(start(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(device::kThreads),
+                       arguments, 0, reinterpret_cast<cudaStream_t>(stream)));
 }
 
 }  // namespace fastis::cuda

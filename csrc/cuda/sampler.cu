@@ -1,11 +1,10 @@
-// The sampler's launches: update, draw, both in one, and rescale. Cooperative, since a launch's
-// phases wait for each other; a minibatch of up to 256 is one block, which waits without the rest
-// of the device. Bytes touched a sample: an update 64 (record, claim) and 8 a level, a draw 128 a
-// level and 64.
+// The sampler's launches: update, draw, both in one, and rescale. A minibatch of up to 256 is one
+// block, launched like any kernel; more blocks are launched cooperatively, since a launch's phases
+// wait for each other. Bytes touched a sample: an update 64 (record, claim) and 8 a level, a draw
+// 128 a level (192 while samples are unseen) and 64.
 #include "cuda/grid.cuh"
 #include "cuda/launch.h"
 #include "device/draw.h"
-#include "device/update.h"
 #include "fastis.h"
 
 namespace fastis::cuda {
@@ -17,32 +16,34 @@ using device::Minibatch;
 
 __global__ void __launch_bounds__(kThreads, 1)
     update_kernel(const __grid_constant__ DeviceTable table, const Minibatch minibatch) {
-  __shared__ uint64_t shared[device::CudaBlock::kShared];
-  CudaGrid grid(shared, table.arrivals);
+  CudaGrid grid(table.arrivals);
   device::update(grid, table, minibatch);
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
     draw_kernel(const __grid_constant__ DeviceTable table, int64_t* indices, float* weights) {
-  __shared__ uint64_t shared[device::CudaBlock::kShared];
-  CudaGrid grid(shared, table.arrivals);
+  CudaGrid grid(table.arrivals);
   device::draw(grid, table, indices, weights);
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
     update_and_draw_kernel(const __grid_constant__ DeviceTable table, const Minibatch minibatch,
                            int64_t* indices, float* weights) {
-  __shared__ uint64_t shared[device::CudaBlock::kShared];
-  CudaGrid grid(shared, table.arrivals);
-  device::update(grid, table, minibatch);
-  device::draw(grid, table, indices, weights);
+  CudaGrid grid(table.arrivals);
+  device::update_and_draw(grid, table, minibatch, indices, weights);
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
     rescale_kernel(const __grid_constant__ DeviceTable table) {
-  __shared__ uint64_t shared[device::CudaBlock::kShared];
-  CudaGrid grid(shared, table.arrivals);
+  CudaGrid grid(table.arrivals);
   device::rescale(grid, table);
+}
+
+// What the blocks share: the minibatch, and the subtrees around the cap where many items can be.
+int64_t items_of(const DeviceTable& t, int64_t minibatch) {
+  constexpr int64_t kSubtree = 16;
+  const int64_t capped = t.flatten == Flatten::cap ? static_cast<int64_t>(t.max_capped) : 0;
+  return minibatch > capped / kSubtree ? minibatch : capped / kSubtree;
 }
 
 }  // namespace
@@ -61,8 +62,9 @@ int64_t update(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
 
 int64_t draw(Pointer<const DeviceTable> table, Pointer<int64_t> indices, Pointer<float> weights,
              int64_t device, uint64_t stream) {
-  return launch_cooperative<draw_kernel>(device, stream, table->batch_size, *table.address,
-                                         indices.address, weights.address);
+  return launch_cooperative<draw_kernel>(device, stream,
+                                         items_of(*table.address, table->batch_size),
+                                         *table.address, indices.address, weights.address);
 }
 
 int64_t update_and_draw(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
@@ -72,8 +74,9 @@ int64_t update_and_draw(Pointer<const DeviceTable> table, Pointer<const int64_t>
                         Pointer<float> next_weights, int64_t device, uint64_t stream) {
   const Minibatch minibatch{indices, observed, weights, score, n, mean_grad, num_classes};
   const int64_t items = n > table->batch_size ? n : table->batch_size;
-  return launch_cooperative<update_and_draw_kernel>(
-      device, stream, items, *table.address, minibatch, next_indices.address, next_weights.address);
+  return launch_cooperative<update_and_draw_kernel>(device, stream, items_of(*table.address, items),
+                                                    *table.address, minibatch, next_indices.address,
+                                                    next_weights.address);
 }
 
 int64_t rescale(Pointer<const DeviceTable> table, int64_t device, uint64_t stream) {

@@ -8,7 +8,7 @@
 
 namespace fastis::cuda {
 
-constexpr int kWarp = 32;
+using device::kWarp;
 
 struct Plus {
   template <class T>

@@ -10,7 +10,8 @@
 // ascending order, are the steps of the sweep; a part is kSteps of them. It reads the tiles that it
 // touches, at most kSteps + 2 between both sides, keeps their items' sums in shared memory, and
 // finds for each of its items the partner on the other side by binary search there. So all parts
-// are about as long, whatever the weights are.
+// are about as long, whatever the weights are. Where parts begin is searched beforehand, by a
+// thread for each.
 #pragma once
 
 #include "device/given_weights.h"
@@ -32,6 +33,10 @@ struct TileSums {
 };
 static_assert(sizeof(TileSums) == 24);
 
+FASTIS_HD inline int64_t parts_of(const GivenWeights& weights) {
+  return (2 * weights.tiles() + kSteps - 1) / kSteps;
+}
+
 struct AliasJob {
   GivenWeights weights;
   Buckets buckets;
@@ -47,7 +52,7 @@ struct AliasJob {
         before(sums),
         table(out) {}
 
-  FASTIS_HD int64_t parts() const { return (2 * weights.tiles() + kSteps - 1) / kSteps; }
+  FASTIS_HD int64_t parts() const { return parts_of(weights); }
   FASTIS_HD int64_t heavies(int64_t tile) const {
     const int64_t items = tile * kTile;
     return (items < weights.n ? items : weights.n) - before[tile].lights;
@@ -73,6 +78,7 @@ struct Place {
   int64_t light, heavy;
   uint64_t light_end, heavy_end;
 };
+static_assert(sizeof(Place) == 32);
 
 // An end of a heavy tile comes before an equal one of a light tile.
 FASTIS_HD inline Place place_after(const AliasJob& job, int64_t steps) {
@@ -98,7 +104,7 @@ FASTIS_HD inline Place place_after(const AliasJob& job, int64_t steps) {
 
 // A block's memory for one part.
 struct PartMemory {
-  uint64_t sums[kPartItems + 2];  // of light items D, and one more; then one, and S of heavy ones
+  uint64_t sums[kPartItems + 1];  // of light items D, and one more; then S of heavy ones
   float coefficient[kPartItems];  // of the heavy items
   uint16_t position[kPartItems];  // among the items read
   uint64_t next;                  // the first heavy item after the part's tiles, or kNone
@@ -126,7 +132,6 @@ class Side {
     const int64_t tiles = job.weights.tiles(), end = last + 1 < tiles ? last + 1 : tiles;
     const TileSums &begin_sums = job.before[first < tiles ? first : tiles],
                    &end_sums = job.before[end];
-    uint64_t* const out = sums + (kHeavy ? 1 : 0);
     const int64_t items = end > first ? (end - first) * kTile : 0;
     const int64_t all =
         kHeavy ? job.heavies(end) - job.heavies(first) : end_sums.lights - begin_sums.lights;
@@ -146,7 +151,7 @@ class Side {
           },
           [&](int64_t q, const Quad& quad, Running at) {
             each(job, first_quad + q, quad, [&](int j, uint64_t weight, uint64_t difference) {
-              out[at.count] = kHeavy ? at.sum + difference : at.sum;
+              sums[at.count] = kHeavy ? at.sum + difference : at.sum;
               position[at.count] = static_cast<uint16_t>(q * kQuad + j);
               if (kHeavy) coefficient[at.count] = alias_coefficient(job.total, job.n, weight);
               at = at + Running{difference, 1};
@@ -154,20 +159,14 @@ class Side {
           });
       size = found.count;
     }
-    block.each(1, [&](int64_t) {
-      if (kHeavy) {
-        sums[0] = begin_sums.surplus;
-      } else {
-        sums[size] = end_sums.deficit;
-      }
-    });
+    if (!kHeavy) block.each(1, [&](int64_t) { sums[size] = end_sums.deficit; });
   }
 
   FASTIS_HD int64_t index(int item) const { return base + position_[item]; }
   // D before a light item, S after a heavy one.
-  FASTIS_HD uint64_t sum(int item) const { return sums_[item + (kHeavy ? 1 : 0)]; }
-  // The item's deficit or surplus.
-  FASTIS_HD uint64_t difference(int item) const { return sums_[item + 1] - sums_[item]; }
+  FASTIS_HD uint64_t sum(int item) const { return sums_[item]; }
+  // A light item's deficit.
+  FASTIS_HD uint64_t deficit(int item) const { return sums_[item + 1] - sums_[item]; }
 
   // The first item whose sum is at least x: `size` where there is none.
   FASTIS_HD int first_from(uint64_t x) const {
@@ -201,7 +200,8 @@ class Side {
 template <class Block>
 FASTIS_HD void find_next_heavy(Block& block, const AliasJob& job, int64_t tile, uint64_t* next) {
   const int64_t tiles = job.weights.tiles(), seen = tile < tiles ? job.heavies(tile) : 0;
-  block.once([&] { *next = kNone; });
+  block.each(1, [&](int64_t) { *next = kNone; });
+  block.wait();
   if (tile >= tiles || job.heavies(tiles) == seen) return;
   int64_t low = tile, high = tiles - 1;
   while (low < high) {  // the first tile at whose end there are more
@@ -222,23 +222,25 @@ FASTIS_HD void find_next_heavy(Block& block, const AliasJob& job, int64_t tile, 
       if (heavy) atomic_min(next, static_cast<uint64_t>(index));
     }
   });
+  block.wait();
 }
 
-// The buckets of the items that part number `part` of the sweep passes.
+// The buckets of the items that a part of the sweep passes.
 template <class Block>
-FASTIS_HD void build_part(Block& block, PartMemory& memory, const AliasJob& job, int64_t part) {
-  const Place from = place_after(job, part * kSteps), to = place_after(job, (part + 1) * kSteps);
+FASTIS_HD void build_part(Block& block, PartMemory& memory, const AliasJob& job, const Place& from,
+                          const Place& to) {
   const int light_room = static_cast<int>((to.light - from.light + 1) * kTile);
   const Side<false> light(block, job, from.light, to.light, memory.sums, memory.position, nullptr);
   const Side<true> heavy(block, job, from.heavy, to.heavy, memory.sums + light_room + 1,
                          memory.position + light_room, memory.coefficient);
+  block.wait();  // until all items' sums are there
   const int bits = job.buckets.bits;
   const int first_light = light.first_from(from.light_end),
             end_light = light.first_from(to.light_end);
   block.each(end_light - first_light, [&](int64_t k) {
     const int i = first_light + static_cast<int>(k), j = heavy.first_from(light.sum(i) + 1);
     const int64_t index = light.index(i);
-    const uint64_t own = job.buckets[index] - light.difference(i);
+    const uint64_t own = job.buckets[index] - light.deficit(i);
     BucketBits::write(job.table + index, own << bits | static_cast<uint64_t>(heavy.index(j)),
                       alias_coefficient(job.total, job.n, own), memory.coefficient[j]);
   });

@@ -1,107 +1,220 @@
 // The draw on the device: a thread a draw. A block reads the top level whole and searches it in
-// shared memory; below it a draw reads 16 sums a level (128 bytes), then one cache line of records.
+// shared memory; below it a draw reads the 16 sums (and numbers of unseen items) of a level at
+// once, then one cache line of records.
 #pragma once
 
-#include "device/settle.h"
+#include "device/flatten.h"
+#include "device/update.h"
 
 namespace fastis::device {
 
+// A node of the top level, and where one begins: the weights and the capped items before it.
+struct TopNode {
+  uint64_t sum;
+  uint32_t unseen, capped;
+};
+
+struct Start {
+  uint64_t weight = 0;
+  uint32_t capped = 0;
+  FASTIS_HD Start operator+(const Start& o) const { return {weight + o.weight, capped + o.capped}; }
+};
+
+struct TopStarts {
+  uint64_t weight[kDeviceTop];
+  uint32_t capped[kDeviceTop];
+};
+
+template <class Block>
+FASTIS_HD auto read_top(const Block& block, const DeviceTable& t) {
+  const int top = t.levels.depth - 1;
+  return block.hold(t.levels.size[top], [&t, first = t.levels.first[top]](int64_t node) {
+    return TopNode{t.sums[first + node], t.unseen[first + node], t.capped[first + node]};
+  });
+}
+
+// kRadix numbers that lie side by side, aligned to 16 bytes: on a GPU a few accesses at once.
+template <class T>
+FASTIS_HD inline void read_group(const T* from, uint64_t (&out)[kRadix]) {
+  constexpr int kPart = 16 / sizeof(T);
+  struct alignas(16) Part {
+    T value[kPart];
+  };
+  Part parts[kRadix / kPart];
+  for (int i = 0; i < kRadix / kPart; ++i) parts[i] = reinterpret_cast<const Part*>(from)[i];
+  for (int i = 0; i < kRadix; ++i) out[i] = parts[i / kPart].value[i % kPart];
+}
+
+// The first of the weights whose end lies beyond x, or the last; x is then counted from its start.
+template <int n>
+FASTIS_HD inline int pick(const uint64_t (&weights)[n], uint64_t& x) {
+  uint64_t end = 0, start = 0;
+  int which = 0;
+  for (int i = 0; i < n - 1; ++i) {
+    end += weights[i];
+    const bool beyond = x >= end;
+    which += beyond;
+    start = beyond ? end : start;
+  }
+  x -= start;
+  return which;
+}
+
+// The last of the nodes that starts at or below x.
+template <class T>
+FASTIS_HD inline int64_t last_start(const T* starts, int64_t size, uint64_t x) {
+  int64_t low = 0, high = size;
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    (starts[middle] <= x ? low : high) = middle;
+  }
+  return low;
+}
+
+// Capped items fill [0, k theta), all others the rest, both in the order of their indices. Whatever
+// the tree holds, no access is outside of it and no index out of range.
 class Distribution {
  public:
-  template <class Block>
-  FASTIS_HD Distribution(Block& block, const DeviceTable& t, const Flattening& flattening)
+  template <class Block, class Top>
+  FASTIS_HD Distribution(const Block& block, const DeviceTable& t, const Flattening& flattening,
+                         const Top& held)
       : t_(t),
+        top_(t.levels.depth - 1),
         unseen_(flattening.unseen),
         offset_(flattening.offset),
         theta_(flattening.theta),
-        heavy_total_(t.scalars->num_capped > 0 ? t.scalars->num_capped * flattening.theta : 0),
-        starts_(block.shared()) {
-    const int top = t.levels.depth - 1;
-    block.each(t.levels.size[top],
-               [&](int64_t node) { starts_[node] = weight_of_node(top, node); });
-    total_ = heavy_total_ + block.running_sums(starts_, t.levels.size[top]);
+        starts_(block.template memory<TopStarts>()) {
+    const Start all = block.template running_sums<Start>(
+        held,
+        [&](int64_t node, const TopNode& of) {
+          return Start{of.sum + of.unseen * unseen_ + offset_of(top_, node), of.capped};
+        },
+        [&](int64_t node, const Start& start) {
+          starts_.weight[node] = start.weight;
+          starts_.capped[node] = start.capped;
+        });
+    capped_total_ = all.capped > 0 ? all.capped * theta_.value : 0;
+    total_ = capped_total_ + all.weight;
   }
 
   FASTIS_HD uint64_t total() const { return total_; }
 
   FASTIS_HD void find(uint64_t x, int64_t& index, float& coefficient) const {
-    if (x < heavy_total_) {
-      index = t_.heavy[x / theta_];
-      coefficient = coefficient_of(theta_);
-      return;
-    }
-    x -= heavy_total_;
-    int64_t node = find_at_top(x);
-    x -= starts_[node];
-    for (int level = t_.levels.depth - 2; level >= 0; --level) {
-      int64_t child = node * kRadix;
-      for (const int64_t last = child + kRadix - 1; child < last; ++child) {
-        const uint64_t weight = weight_of_node(level, child);
-        if (x < weight) break;
-        x -= weight;
-      }
-      node = child;
-    }
-    uint64_t weight = 0;
-    for (index = node * kLeaf;; ++index) {
-      weight = weight_of_record(t_.records[index]);
-      if (x < weight) break;
-      x -= weight;
-    }
-    coefficient = coefficient_of(weight);
+    uint64_t weight = theta_.value;
+    const int64_t found =
+        x < capped_total_ ? find_capped(theta_.divide(x)) : find_light(x - capped_total_, weight);
+    index = found < t_.num_samples ? found : t_.num_samples - 1;
+    // 1 / (N p)
+    const double samples = static_cast<double>(t_.num_samples);
+    coefficient =
+        static_cast<float>(static_cast<double>(total_) / (samples * static_cast<double>(weight)));
   }
 
  private:
-  FASTIS_HD uint64_t weight_of_node(int level, int64_t node) const {
-    const int64_t at = t_.levels.first[level] + node;
-    uint64_t weight = t_.sums[at] + t_.unseen[at] * unseen_;
-    if (offset_ != 0) {
-      const int64_t span = int64_t{1} << (2 + 4 * level), begin = node * span;
-      const int64_t left = t_.num_samples - begin;
-      weight += static_cast<uint64_t>(left < 0 ? 0 : left < span ? left : span) * offset_;
+  // Capped item number x.
+  FASTIS_HD int64_t find_capped(uint64_t x) const {
+    int64_t node = last_start(starts_.capped, t_.levels.size[top_], x);
+    x -= starts_.capped[node];
+    for (int level = top_ - 1; level >= 0; --level) {
+      uint64_t counts[kRadix];
+      read_group(t_.capped + t_.levels.first[level] + node * kRadix, counts);
+      node = child_of(level, node, pick(counts, x));
     }
-    return weight;
+    Record records[kLeaf];
+    read_leaf(t_, node, records);
+    uint64_t flags[kLeaf];
+    for (int j = 0; j < kLeaf; ++j) flags[j] = records[j].code >> 31;
+    return node * kLeaf + pick(flags, x);
+  }
+
+  FASTIS_HD int64_t find_light(uint64_t x, uint64_t& weight) const {
+    int64_t node = last_start(starts_.weight, t_.levels.size[top_], x);
+    x -= starts_.weight[node];
+    for (int level = top_ - 1; level >= 0; --level) {
+      node = child_of(level, node, pick_child(level, node * kRadix, x));
+    }
+    Record records[kLeaf];
+    read_leaf(t_, node, records);
+    uint64_t weights[kLeaf];
+    for (int j = 0; j < kLeaf; ++j) weights[j] = weight_of_record(records[j]);
+    const int j = pick(weights, x);
+    weight = j < 2 ? (j == 0 ? weights[0] : weights[1]) : (j == 2 ? weights[2] : weights[3]);
+    return node * kLeaf + j;
+  }
+
+  FASTIS_HD int pick_child(int level, int64_t first, uint64_t& x) const {
+    const int64_t at = t_.levels.first[level] + first;
+    uint64_t weights[kRadix];
+    read_group(t_.sums + at, weights);
+    if (unseen_ != 0) {
+      uint64_t unseen[kRadix];
+      read_group(t_.unseen + at, unseen);
+      for (int i = 0; i < kRadix; ++i) weights[i] += unseen[i] * unseen_;
+    }
+    if (offset_ != 0) {
+      for (int i = 0; i < kRadix; ++i) weights[i] += offset_of(level, first + i);
+    }
+    return pick(weights, x);
+  }
+
+  FASTIS_HD int64_t child_of(int level, int64_t node, int child) const {
+    const int64_t found = node * kRadix + child, last = t_.levels.size[level] - 1;
+    return found < last ? found : last;
+  }
+
+  // What a node's items weigh more than they would without the offset.
+  FASTIS_HD uint64_t offset_of(int level, int64_t node) const {
+    const int64_t span = int64_t{1} << (2 + 4 * level), left = t_.num_samples - node * span;
+    return static_cast<uint64_t>(left < 0 ? 0 : left < span ? left : span) * offset_;
   }
 
   FASTIS_HD uint64_t weight_of_record(const Record& record) const {
-    if (record.code & kCappedFlag) return 0;
-    const uint64_t unseen = record.last < 0 ? unseen_ : 0;
-    return light_weight(record.code, exponent_of_table(t_)) + unseen + offset_;
-  }
-
-  // The last node that starts at or below x.
-  FASTIS_HD int64_t find_at_top(uint64_t x) const {
-    int64_t low = 0, high = t_.levels.size[t_.levels.depth - 1];
-    while (high - low > 1) {
-      const int64_t middle = (low + high) / 2;
-      (starts_[middle] <= x ? low : high) = middle;
-    }
-    return low;
-  }
-
-  // 1 / (N p)
-  FASTIS_HD float coefficient_of(uint64_t weight) const {
-    const double samples = static_cast<double>(t_.num_samples);
-    return static_cast<float>(static_cast<double>(total_) /
-                              (samples * static_cast<double>(weight)));
+    const uint64_t beside = offset_ + (record.last < 0 ? unseen_ : 0);
+    return light_weight(record.code, exponent_of_table(t_)) +
+           (record.code & kCappedFlag ? 0 : beside);
   }
 
   const DeviceTable& t_;
-  uint64_t unseen_, offset_, theta_, heavy_total_, total_ = 0;
-  uint64_t* starts_;
+  int top_;
+  uint64_t unseen_, offset_, capped_total_ = 0, total_ = 0;
+  Divisor theta_;
+  TopStarts& starts_;
 };
 
-FASTIS_HD inline uint64_t point_of(const Table& t, uint64_t iteration, uint64_t total, int64_t b) {
-  const uint64_t position = t.scheme == Scheme::systematic ? 0 : static_cast<uint64_t>(b);
-  const uint64_t x = scale(random128(t.seed, Stream::draw, iteration, position), total);
-  return t.scheme == Scheme::multinomial ? x : slice_point(b, x, total, t.batch_size);
+// As slice_point() of philox.h: a point in slice b of B from one below the total.
+FASTIS_HD inline uint64_t slice_point(const Divisor& batch, uint64_t b, uint64_t u,
+                                      uint64_t total) {
+  const uint64_t quotient = batch.divide(total), remainder = total - quotient * batch.value;
+  return b * quotient + batch.divide(b * remainder + u);
 }
 
-// The next minibatch; one tick of the clock of draws.
+FASTIS_HD inline uint64_t point_of(const DeviceTable& t, uint64_t iteration, uint64_t total,
+                                   int64_t b) {
+  const uint64_t position = t.scheme == Scheme::systematic ? 0 : static_cast<uint64_t>(b);
+  const uint64_t x = scale(random128(t.seed, Stream::draw, iteration, position), total);
+  return t.scheme == Scheme::multinomial ? x : slice_point(t.batch, b, x, total);
+}
+
 template <class Grid>
-FASTIS_HD void draw(Grid& grid, const DeviceTable& t, int64_t* indices, float* weights) {
-  Scalars& s = *t.scalars;
-  const int64_t iteration = s.draws;
+FASTIS_HD void draw_by_importance(Grid& grid, const DeviceTable& t, int64_t iteration,
+                                  int64_t* indices, float* weights) {
+  const auto& block = grid.block();
+  auto top = read_top(block, t);  // under way while the flattening is computed
+  Flattening flattening = flattening_of(t);
+  if (!flattening.settled) {
+    flattening = update_flattening(grid, t);
+    top = read_top(block, t);
+  }
+  const Distribution distribution(block, t, flattening, top);
+  grid.each(t.batch_size, [&](int64_t b) {
+    distribution.find(point_of(t, iteration, distribution.total(), b), indices[b], weights[b]);
+  });
+}
+
+// The minibatch of `iteration`, the clock of draws, which stands still meanwhile.
+template <class Grid>
+FASTIS_HD void draw_minibatch(Grid& grid, const DeviceTable& t, int64_t iteration, int64_t* indices,
+                              float* weights) {
   if (iteration < t.warmup_draws) {
     const int64_t epoch = iteration / t.batches_per_epoch;
     const int64_t first = (iteration - epoch * t.batches_per_epoch) * t.batch_size;
@@ -117,22 +230,31 @@ FASTIS_HD void draw(Grid& grid, const DeviceTable& t, int64_t* indices, float* w
       weights[b] = 1.0f;
     });
   } else {
-    Flattening flattening = flattening_of(grid.block(), t);
-    if (!flattening.settled) {
-      const bool valid = s.valid != 0;
-      grid.wait();  // until every block has read the above
-      if (!valid) rebuild(grid, t);
-      grid.leader([&](auto& block) { settle(block, t); });
-      flattening.theta = static_cast<uint64_t>(s.theta);
-      flattening.unseen = static_cast<uint64_t>(s.unseen);
-      flattening.offset = static_cast<uint64_t>(s.offset);
-    }
-    const Distribution distribution(grid.block(), t, flattening);
-    grid.each(t.batch_size, [&](int64_t b) {
-      distribution.find(point_of(t, iteration, distribution.total(), b), indices[b], weights[b]);
-    });
+    draw_by_importance(grid, t, iteration, indices, weights);
   }
-  grid.last([&] { ++s.draws; });
+}
+
+template <class Grid>
+FASTIS_HD void draw(Grid& grid, const DeviceTable& t, int64_t* indices, float* weights) {
+  draw_minibatch(grid, t, t.scalars->draws, indices, weights);
+  grid.last([&] { ++t.scalars->draws; });
+}
+
+template <class Grid>
+FASTIS_HD void update_and_draw(Grid& grid, const DeviceTable& t, const Minibatch& m,
+                               int64_t* indices, float* weights) {
+  const int64_t iteration = t.scalars->draws;
+  const Products products = add_products(grid, m);
+  if (t.records != nullptr) {
+    update_records(grid, t, m);
+  } else {
+    grid.wait();  // all have read the clock
+  }
+  draw_minibatch(grid, t, iteration, indices, weights);
+  grid.once([&] {
+    finish_update(t, m, products);
+    ++t.scalars->draws;
+  });
 }
 
 }  // namespace fastis::device

@@ -17,13 +17,15 @@ struct Minibatch {
   int64_t num_classes;
 };
 
-// What the items of a block change besides their own records and nodes.
+// What the items of a block change besides their own records and nodes; what seldom changes is
+// added one by one.
 struct Tally {
   uint64_t total = 0, light = 0;
-  int64_t seen = 0, skipped = 0, outside = 0, ceiling = 0;
+  int64_t seen = 0, ceiling = 0, capped_floor = kNoFloor;
   FASTIS_HD Tally operator+(const Tally& o) const {
-    return {total + o.total,     light + o.light,     seen + o.seen,
-            skipped + o.skipped, outside | o.outside, ceiling > o.ceiling ? ceiling : o.ceiling};
+    return {total + o.total, light + o.light, seen + o.seen,
+            ceiling > o.ceiling ? ceiling : o.ceiling,
+            capped_floor < o.capped_floor ? capped_floor : o.capped_floor};
   }
 };
 
@@ -35,109 +37,146 @@ struct Clock {
   int32_t now;
   float tau, floor;
   int exponent, max_shift;
+  bool valid;
+  uint64_t theta;
 };
 
-FASTIS_HD inline Clock clock_of(const Table& t, int64_t n) {
+FASTIS_HD inline Clock read_clock(const Table& t, int64_t n) {
   const Scalars& s = *t.scalars;
-  const int64_t last = 0x7FFFFFFF;
-  const int32_t now = static_cast<int32_t>(s.updates < last ? s.updates : last);
   const int exponent = exponent_of_table(t);
-  return {now, tau_at(t, now), floor_of(static_cast<uint64_t>(s.total), s.seen, exponent, t.floor),
-          exponent, max_shift(n)};
+  const bool valid = s.valid != 0;
+  return {clock_of(s.updates),
+          tau_at(t, s.updates),
+          floor_of(static_cast<uint64_t>(s.total), s.seen, exponent, t.floor),
+          exponent,
+          max_shift(n),
+          valid,
+          static_cast<uint64_t>(valid ? s.theta : kNoCap)};
 }
 
 FASTIS_HD inline void claim(const DeviceTable& t, const Minibatch& m, int32_t now, int64_t b) {
   const int64_t index = m.indices[b];
-  if (in_table(t, index) && usable(m.observed[b]) && t.records[index].last < now) {
-    atomic_min(t.claims + index, static_cast<uint32_t>(b));
+  if (!in_table(t, index) || !usable(m.observed[b])) return;
+  const int32_t last = t.records[index].last;
+  if (last < 0 || interval(now, last) > 0) atomic_min(t.claims + index, static_cast<uint32_t>(b));
+}
+
+// An item's new weight in the tree, on the side of theta where it belongs.
+FASTIS_HD inline void reweigh(const DeviceTable& t, int64_t index, const Record& old,
+                              uint64_t weight, bool is_capped, Tally& tally) {
+  const bool was_capped = (old.code & kCappedFlag) != 0;
+  const uint64_t before = light_weight(old.code, exponent_of_table(t));
+  tally.light = (is_capped ? 0 : weight) - before;
+  if (tally.light != 0) add_above(t, t.sums, index, tally.light);
+  if (old.last < 0) add_above(t, t.unseen, index, ~0u);
+  if (is_capped != was_capped) {
+    add_above(t, t.capped, index, is_capped ? 1u : ~0u);
+    atomic_add(&t.scalars->num_capped, int64_t{is_capped} - int64_t{was_capped});
   }
+  (is_capped ? tally.capped_floor : tally.ceiling) = static_cast<int64_t>(weight);
 }
 
 // The winner gives the claim back; a loser then finds another's position or none, never its own.
 FASTIS_HD inline Tally apply(const DeviceTable& t, const Minibatch& m, const Clock& clock,
-                             bool valid, int64_t b) {
+                             int64_t b) {
   Tally tally;
   const int64_t index = m.indices[b];
   if (!in_table(t, index)) return tally;
   const float x = m.observed[b];
   if (!usable(x)) {
-    tally.skipped = 1;
+    atomic_add(&t.scalars->skipped, int64_t{1});
     return tally;
   }
-  if (t.claims[index] != static_cast<uint32_t>(b)) return tally;
-  t.claims[index] = kUnclaimed;
+  if (load_relaxed(t.claims + index) != static_cast<uint32_t>(b)) return tally;
+  store_relaxed(t.claims + index, kUnclaimed);
   const Record old = t.records[index];
   const bool fresh = old.last < 0, anew = fresh || t.tau < 0;
   Record record{anew ? x : old.mean, anew ? 0.0f : old.var, clock.now, 0};
-  observe(record.mean, record.var, x, static_cast<float>(fresh ? 1 : clock.now - old.last),
+  observe(record.mean, record.var, x, static_cast<float>(fresh ? 1 : interval(clock.now, old.last)),
           clock.tau);
-  const uint32_t code = code_of(importance_of(record.mean, record.var, t.importance), clock.floor);
-  record.code = code | (old.code & kCappedFlag);
-  t.records[index] = record;
-  const int shift = exponent_of(code) - clock.exponent;
+  record.code = code_of(importance_of(record.mean, record.var, t.importance), clock.floor);
+  const int shift = exponent_of(record.code) - clock.exponent;
   if (shift < 0 || shift > clock.max_shift) {
-    tally.outside = 1;  // the table will be rescaled from its state
+    t.records[index] = record;
+    atomic_add(&t.work->outside, int64_t{1});  // the table will be rescaled from its state
     return tally;
   }
-  const uint64_t weight = weight_of(code, clock.exponent);
-  const uint64_t delta = weight - light_weight(old.code & ~kCappedFlag, clock.exponent);
-  tally.total = delta;
+  const uint64_t weight = weight_of(record.code, clock.exponent);
+  tally.total = weight - light_weight(old.code & ~kCappedFlag, clock.exponent);
   tally.seen = fresh;
-  if (!valid || (old.code & kCappedFlag)) return tally;
-  tally.light = delta;
-  tally.ceiling = static_cast<int64_t>(weight);
-  add_to_sums(t, index, delta);
-  if (fresh) count_seen(t, index);
+  const bool is_capped = weight > clock.theta;
+  if (clock.valid) reweigh(t, index, old, weight, is_capped, tally);
+  if (is_capped) record.code |= kCappedFlag;
+  t.records[index] = record;
   return tally;
 }
 
-template <class Block>
-FASTIS_HD void update_variance(Block& block, const Table& t, const Minibatch& m) {
-  const auto product = [&m](int64_t b) { return double(m.weights[b]) * double(m.score[b]); };
-  const double n = static_cast<double>(m.n);
-  const double A = block.sum(m.n, [&](int64_t b) { return product(b) * product(b); }) / n;
-  const double U = block.sum(m.n, [&](int64_t b) { return product(b) * double(m.score[b]); }) / n;
-  const double O = block.sum(m.n, product) / n;
-  const double G2 = block.sum(
-      m.num_classes, [&](int64_t c) { return double(m.mean_grad[c]) * double(m.mean_grad[c]); });
-  // With records, the tally of the observations has counted them.
-  const double unusable = t.records != nullptr ? 0.0 : block.sum(m.n, [&](int64_t b) {
-    return usable(m.observed[b]) ? 0.0 : 1.0;
-  });
-  block.once([&] {
-    t.scalars->skipped += static_cast<int64_t>(unusable);
-    smooth(t, {A, U, O * O, G2}, n);
-  });
+// Sums over a minibatch, for its moments, and how many scores are unusable.
+struct Products {
+  double second = 0, uniform = 0, first = 0, mean_squared = 0, unusable = 0;
+  FASTIS_HD Products operator+(const Products& o) const {
+    return {second + o.second, uniform + o.uniform, first + o.first, mean_squared + o.mean_squared,
+            unusable + o.unusable};
+  }
+};
+
+FASTIS_HD inline Products products_of(const Minibatch& m, int64_t i) {
+  Products p;
+  if (i < m.n) {
+    const double score = m.score[i], first = double(m.weights[i]) * score;
+    p = {first * first, first * score, first, 0, usable(m.observed[i]) ? 0.0 : 1.0};
+  }
+  if (i < m.num_classes) p.mean_squared = double(m.mean_grad[i]) * double(m.mean_grad[i]);
+  return p;
 }
 
-// One iteration of the clock of updates. Indices out of range are left out.
+// On the first thread of a block that is not needed elsewhere.
+template <class Grid>
+FASTIS_HD Products add_products(Grid& grid, const Minibatch& m) {
+  Products sum;
+  grid.aside([&](auto& block) {
+    block.template reduce<Products>(
+        m.n > m.num_classes ? m.n : m.num_classes, [&](int64_t i) { return products_of(m, i); },
+        [&](const Products& all) { sum = all; });
+  });
+  return sum;
+}
+
+// The end of an iteration of the clock of updates, on the thread that has the products. Nobody
+// waits for it: a dozen divisions, one after the other.
+FASTIS_HD inline void finish_update(const Table& t, const Minibatch& m, const Products& p) {
+  const double n = static_cast<double>(m.n), first = p.first / n;
+  // With records, apply() has counted them.
+  if (t.records == nullptr) t.scalars->skipped += static_cast<int64_t>(p.unusable);
+  smooth(t, {p.second / n, p.uniform / n, first * first, p.mean_squared}, n);
+  ++t.scalars->updates;
+}
+
+template <class Grid>
+FASTIS_HD void update_records(Grid& grid, const DeviceTable& t, const Minibatch& m) {
+  Scalars& s = *t.scalars;
+  const Clock clock = read_clock(t, m.n);
+  grid.each(m.n, [&](int64_t b) { claim(t, m, clock.now, b); });
+  grid.wait();  // all claims are there before the first winner is found
+  grid.template reduce<Tally>(
+      m.n, [&](int64_t b) { return apply(t, m, clock, b); },
+      [&](const Tally& tally) {
+        atomic_add(&s.total, static_cast<int64_t>(tally.total));
+        atomic_add(&s.light, static_cast<int64_t>(tally.light));
+        atomic_add(&s.seen, tally.seen);
+        atomic_max(&s.ceiling, tally.ceiling);
+        atomic_min(&s.capped_floor, tally.capped_floor);
+      });
+  grid.wait();  // all sums and totals are complete
+  if (t.work->outside != 0 || exceeds_limit(t, Unseen(t))) rescale(grid, t);
+}
+
+// Indices out of range are left out.
 template <class Grid>
 FASTIS_HD void update(Grid& grid, const DeviceTable& t, const Minibatch& m) {
-  Scalars& s = *t.scalars;
-  if (t.records != nullptr) {
-    const Clock clock = clock_of(t, m.n);
-    const bool valid = s.valid != 0;
-    grid.each(m.n, [&](int64_t b) { claim(t, m, clock.now, b); });
-    grid.template reduce<Tally>(
-        m.n, [&](int64_t b) { return apply(t, m, clock, valid, b); },
-        [&](const Tally& tally) {
-          atomic_add(&s.total, static_cast<int64_t>(tally.total));
-          atomic_add(&s.light, static_cast<int64_t>(tally.light));
-          atomic_add(&s.seen, tally.seen);
-          atomic_add(&s.skipped, tally.skipped);
-          atomic_add(&s.reserved[kOutside], tally.outside);
-          atomic_max(&s.ceiling, tally.ceiling);
-        });
-    const bool must_rescale = s.reserved[kOutside] != 0 || s.total > t.total_limit;
-    if (must_rescale) {
-      grid.wait();  // until every thread has read the above
-      rescale(grid, t);
-    }
-  }
-  grid.leader([&](auto& block) {
-    update_variance(block, t, m);
-    block.once([&] { ++s.updates; });
-  });
+  const Products products = add_products(grid, m);
+  if (t.records != nullptr) update_records(grid, t, m);
+  grid.once([&] { finish_update(t, m, products); });
 }
 
 }  // namespace fastis::device
