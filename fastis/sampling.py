@@ -23,6 +23,7 @@ _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # In a race: of the largest rate; smaller positive weights count as that.
 _LEAST_RATE = 2.0**-1000
 _MOST_DRAWS = 1 << 60
+_COARSE = 1 << 58  # integers that a cap leaves with a smaller sum are made anew, larger
 _ROUNDING = Fraction(1, 10**12)  # what a least cap may have lost: 1/3 is a little below a third
 _RACE_CHUNK = (1 << 18, 1 << 26)  # items at once: what stays in a CPU's cache; on other devices
 
@@ -268,7 +269,6 @@ def _capped(weights: Weights, most: float, name: str, draws: int) -> Weights:
     """The weights as integers of which none is drawn more than ``most`` times in ``draws``."""
     if most >= draws:
         return weights
-    kernels = kernels_for("sample", weights.values.device.type)
     positive = int(torch.count_nonzero(weights.values))
     ratio, least = Fraction(most) / draws, Fraction(1, positive)
     if ratio < least * (1 - _ROUNDING):
@@ -277,8 +277,19 @@ def _capped(weights: Weights, most: float, name: str, draws: int) -> Weights:
             f"positive weights is {positive}), got {most!r}"
         )
     ratio = max(ratio, least)
-    found = kernels.weigh(_without_peaks(weights.values, ratio))
-    integers = kernels.integers(found)
+    capped = _cut_to_level(weights, ratio)
+    if capped.total >= _COARSE:
+        return capped
+    found: Weights = kernels_for("sample", weights.values.device.type).weigh(
+        _without_peaks(weights.values, ratio)
+    )
+    return _cut_to_level(found, ratio)
+
+
+def _cut_to_level(weights: Weights, ratio: Fraction) -> Weights:
+    """min(W, theta) of the integers W, theta the largest for which none exceeds its share."""
+    kernels = kernels_for("sample", weights.values.device.type)
+    integers = kernels.integers(weights)
     theta = water_level(integers, 1, ratio.numerator, ratio.denominator)
     capped: Weights = kernels.weigh(integers.clamp(max=theta))
     return capped
