@@ -4,6 +4,7 @@
 // that nothing can depend on that order.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -108,7 +109,7 @@ class HostBlock {
   template <class V, class Held, class Tally, class Use>
   V running_sums(const Held& held, const Tally& tally, const Use& use) const {
     V sum{};
-    for (size_t i = 0; i < held.size(); ++i) {
+    for (std::size_t i = 0; i < held.size(); ++i) {
       use(static_cast<int64_t>(i), sum);
       sum = sum + tally(static_cast<int64_t>(i), held[i]);
     }
