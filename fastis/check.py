@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastis.dense import readable
+
 
 def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
     """``value`` as an int in [least, most]; bool and float are refused."""
@@ -62,7 +64,10 @@ def function(name: str, value: Any, *, optional: bool = False) -> None:
 def vector(
     name: str, value: Any, length: int | None, dtypes: tuple[torch.dtype, ...], device: torch.device
 ) -> Tensor:
-    """``value`` as a :func:`dense` 1-D tensor of one of ``dtypes`` on ``device``."""
+    """``value`` as a contiguous 1-D tensor without graph of one of ``dtypes`` on ``device``.
+
+    Its memory can be read by its address (:func:`fastis.dense.readable`), but on "meta".
+    """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
     if value.dim() != 1 or (length is not None and value.shape[0] != length):
@@ -73,36 +78,4 @@ def vector(
         raise TypeError(f"{name} must have dtype {wanted}, got {value.dtype}")
     if value.device != device:
         raise ValueError(f"{name} must be on {device}, got {value.device}")
-    return dense(name, value)
-
-
-def dense(name: str, tensor: Tensor) -> Tensor:
-    """``tensor`` as one that a kernel may read by its address: detached, contiguous, in memory.
-
-    A pending negation is carried out. Refused is what has no memory of its own: sparse layouts,
-    wrappers, fake tensors, meta tensors, storages that were resized below their tensors.
-    """
-    found = tensor
-    if in_memory(tensor):
-        found = tensor.detach().resolve_neg().contiguous()  # fake where a mode makes fake tensors
-    elif tensor._is_zerotensor():
-        found = tensor.clone()
-    if not in_memory(found):
-        raise TypeError(
-            f"{name} must be a dense tensor with memory of its own, got {type(found).__name__} "
-            f"of layout {found.layout} on {found.device}"
-        )
-    return found if type(found) is Tensor else found.as_subclass(Tensor)
-
-
-def in_memory(tensor: Tensor) -> bool:
-    """Whether all elements lie in memory, from ``data_ptr()`` on by the strides."""
-    try:
-        if tensor.data_ptr() == 0:
-            return tensor.numel() == 0
-        storage = tensor.untyped_storage().nbytes()
-    except RuntimeError:  # no storage at all: sparse, mkldnn, what torch.func wraps
-        return False
-    steps = zip(tensor.shape, tensor.stride(), strict=True)
-    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps)
-    return tensor.numel() == 0 or (last + 1) * tensor.itemsize <= storage
+    return readable(name, readable(name, value).detach().contiguous())  # fake in a fake mode

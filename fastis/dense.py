@@ -71,16 +71,24 @@ def readable(name: str, value: object) -> Tensor:
         )
     if tensor.device.type == "meta":
         return tensor  # the comparison of devices says more
-    try:
-        address = tensor.data_ptr()
-    except RuntimeError:  # inside of torch.func
-        raise TypeError(
-            f"{name} must be a plain tensor, got one of a torch.func transform"
-        ) from None
-    if address == 0 and tensor.numel() > 0:
+    if not in_memory(tensor):
         if not tensor._is_zerotensor():
-            raise ValueError(
-                f"{name} must have memory, got a tensor without (its storage is empty)"
+            raise TypeError(
+                f"{name} must be a plain tensor with memory of its own, got one without, or with "
+                "less than its shape asks for"
             )
         return tensor.clone()
     return tensor.resolve_neg()
+
+
+def in_memory(tensor: Tensor) -> bool:
+    """Whether all elements lie in memory, from ``data_ptr()`` on by the strides."""
+    try:
+        if tensor.data_ptr() == 0:
+            return tensor.numel() == 0
+        storage = tensor.untyped_storage().nbytes()
+    except RuntimeError:  # inside of torch.func, for one
+        return False
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps)
+    return tensor.numel() == 0 or (last + 1) * tensor.itemsize <= storage

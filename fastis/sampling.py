@@ -243,6 +243,8 @@ def _heat(
 def _vector(weights: Tensor, name: str) -> Tensor:
     device = weights.device if isinstance(weights, Tensor) else torch.device("cpu")
     weights = check.vector(name, weights, None, _FLOATS, device)
+    if weights.is_meta:
+        raise TypeError(f"{name} must be a tensor with memory, got one on meta")
     if weights.numel() == 0:
         raise ValueError(f"{name} must have at least one weight, got shape [0]")
     return weights
