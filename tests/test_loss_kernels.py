@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastis
+from fastis.kernels.reference_loss import compute_dtype
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 CLASSES = [1, 2, 3, 7, 8, 9, 10, 16, 17, 33, 64, 65, 100, 1000]
@@ -274,7 +275,28 @@ def test_all_rows_ignored(num_classes):
     (grad,) = torch.autograd.grad(out.loss, logits)
     assert (grad == 0).all()
     assert (out.mean_grad == 0).all()
-    assert fastis.cross_entropy(logits, target, ignore_index=3).loss.isnan()  # 0 / 0, as torch
+    unweighted = fastis.cross_entropy(logits, target, ignore_index=3)
+    assert unweighted.loss.isnan()  # 0 / 0, as torch
+    assert (unweighted.mean_grad == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("num_classes", [10, 100])
+def test_class_weights_that_add_up_to_0(num_classes, dtype):
+    """The mean has no denominator then; the sums of gradients have none either way."""
+    logits = torch.randn(4, num_classes, dtype=dtype, requires_grad=True)
+    target = torch.tensor([0, 1, 2, 2])
+    class_weights = torch.zeros(num_classes, dtype=logits.dtype).to(compute_dtype(dtype))
+    for weights in (class_weights, class_weights.index_put((target[:2],), class_weights.new_tensor(
+        [2.0, -2.0]
+    ))):  # fmt: skip
+        with fastis.backend("reference"):
+            expected = fastis.cross_entropy(logits, target, class_weights=weights)
+            (theirs,) = torch.autograd.grad(expected.loss, logits)
+        out = fastis.cross_entropy(logits, target, class_weights=weights)
+        torch.testing.assert_close(out.mean_grad, expected.mean_grad, equal_nan=True)
+        (ours,) = torch.autograd.grad(out.loss, logits)
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (0, 4, 5), (3, 0, 5)])

@@ -38,6 +38,18 @@ double batch_denominator(const Problem<S>& p) {
   return sum;
 }
 
+// Terms of 0 stay.
+template <class G>
+void divide_by_zero(G* grad, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) grad[i] = grad[i] == 0 ? 0 : grad[i] / G(0);
+}
+void divide_by_zero(BFloat16* grad, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint16_t magnitude = grad[i].bits & 0x7fffu;
+    if (magnitude > 0 && magnitude < 0x7f80u) grad[i].bits = (grad[i].bits & 0x8000u) | 0x7f80u;
+  }
+}
+
 template <class S>
 struct Outputs {
   using F = Compute<S>;
@@ -49,18 +61,21 @@ void solve(Problem<S>& p, const Outputs<S>& out, int64_t B, double denominator, 
            int threads) {
   using F = Compute<S>;
   if (denominator != denominator) denominator = batch_denominator(p);
-  p.inverse_denominator = static_cast<F>(1 / denominator);
+  // A denominator of 0 is applied at the end: before it, terms of 0 would become NaN.
+  const double divisor = denominator == 0 ? 1 : denominator;
+  p.inverse_denominator = static_cast<F>(1 / divisor);
   const Scratch<F> rows(p.T == 1 ? 0 : 2 * p.R);
   p.row_loss = p.T == 1 ? out.losses : rows;
   p.row_norm = p.T == 1 ? out.score : rows + p.R;
   const bool soft = p.soft != nullptr || p.spread != 0, few = !soft && p.C <= kFewClasses;
   const int64_t scratch = few ? 0 : padded<F>(p.C) * (soft ? 1 : rows_together(p.C));
-  for_chunks<F>(p.R, p.C, scratch, threads, out.mean_grad, denominator / static_cast<double>(B),
+  for_chunks<F>(p.R, p.C, scratch, threads, out.mean_grad, divisor / static_cast<double>(B),
                 [&](const Chunk<F>& chunk) {
                   if (soft) return rows_of_soft_targets(p, chunk);
                   if (few) return rows_of_few_classes(p, chunk);
                   rows_of_many_classes(p, chunk);
                 });
+  if (denominator == 0 && p.grad != nullptr) divide_by_zero(p.grad, p.R * p.C);
   if (p.T != 1) sum_tokens<F>(p.row_loss, p.row_norm, B, p.T, out.losses, out.score);
   reduce_losses<F>(out.losses, p.weights, B, 1 / denominator, reduce, out.loss);
 }
