@@ -180,8 +180,9 @@ class Sampler(MinibatchSource):
         TypeError, ValueError, IndexError
             before anything has changed.
 
-        Non-finite scores leave their samples' states unchanged and are counted in ``.skipped``. A
-        sample drawn twice is observed once: its first position wins.
+        Non-finite scores, and those from 2^60 on, leave their samples' states unchanged and are
+        counted in ``.skipped``; scores below 2^-100 all weigh the same. A sample drawn twice is
+        observed once: its first position wins.
         """
         seen = observation(self._table, self._method, batch, out)
         if self._is_one_call and kernels._forced is None:
