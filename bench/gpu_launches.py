@@ -133,7 +133,7 @@ def of_benchmarks() -> Iterator[Call]:
     for rows, classes, dtype in bench_gpu_loss.SHAPES[:2]:
         for grad in (False, True):
             plan = triton_geometry.row_launch(
-                rows, classes, aligned=16 // dtype.itemsize, itemsize=dtype.itemsize,
+                rows, classes, vector=16 // dtype.itemsize, itemsize=dtype.itemsize,
                 with_grad=grad, with_mean_grad=False,
             )  # fmt: skip
             for other in bench_gpu_loss.alternatives(plan):
