@@ -78,4 +78,5 @@ def vector(
         raise TypeError(f"{name} must have dtype {wanted}, got {value.dtype}")
     if value.device != device:
         raise ValueError(f"{name} must be on {device}, got {value.device}")
-    return readable(name, readable(name, value).detach().contiguous())  # fake in a fake mode
+    found = readable(name, value).detach().contiguous()
+    return found if type(found) is Tensor else readable(name, found)  # as in a mode of fake tensors

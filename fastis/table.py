@@ -190,9 +190,10 @@ class Table:
         """Address of the CPU kernels' view; the structure is allocated on first use."""
         nodes = _C.structure_nodes(self.constants.num_samples)
         n, b = self.constants.num_samples, self.constants.batch_size
-        near = min(n, 8 * b) + 1024
         # Where a capped item is drawn at least once a minibatch, a list of them saves time.
-        listed = max(self.constants.max_capped, b) + 64 if self.constants.max_capped < b else 0
+        listed = b + 64 if self.constants.max_capped < b else 0
+        # Of many capped items many are near the cap.
+        near = min(n, (2 if listed else 8) * b) + 1024
         return self._view_of(
             _C.Table,
             {
