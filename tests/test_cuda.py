@@ -297,6 +297,24 @@ def test_the_same_step_gives_the_same_bits_a_hundred_times():
         assert all(torch.equal(a, b) for a, b in zip(first, after, strict=True))
 
 
+def test_a_capture_as_the_very_first_use():
+    """Nothing that the capture records may undo what the replay before it has done."""
+    arguments = {"method": EMAIS(warmup_epochs=0), "seed": 5}
+    host, sampler = (fastis.Sampler(2000, 64, device=d, **arguments) for d in ("cpu", "cuda"))
+    score = torch.linspace(0.1, 3.0, 64)
+    on_device = observe(score.cuda())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        batch = sampler.sample()
+        sampler.update(batch, on_device)
+    for _ in range(3):
+        graph.replay()
+        expected = host.sample()
+        host.update(expected, observe(score))
+        assert torch.equal(batch.indices.cpu(), expected.indices)
+        assert torch.equal(batch.weights.cpu(), expected.weights)
+
+
 def test_a_captured_step_goes_on_as_an_eager_one():
     sampler = fastis.Sampler(3000, 64, seed=2, device="cuda")  # two epochs of warm-up first
     score = torch.rand(64, device="cuda") + 0.1
