@@ -226,6 +226,7 @@ PYBIND11_MODULE(_C, m) {
   fastis::define_fast<struct CudaUpdate>(m, "cuda_update", &fastis::cuda::update);
   fastis::define_fast<struct CudaDraw>(m, "cuda_draw", &fastis::cuda::draw);
   m.def("cuda_rescale", &fastis::cuda::rescale);
+  m.def("cuda_load_sampler", &fastis::cuda::load_sampler);
   fastis::define_fast<struct CudaUpdateAndDraw>(m, "cuda_update_and_draw",
                                                 &fastis::cuda::update_and_draw);
   m.def("cuda_survey", &fastis::cuda::survey);

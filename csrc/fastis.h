@@ -86,6 +86,8 @@ int64_t draw(Pointer<const DeviceTable> table, Pointer<int64_t> indices, Pointer
              int64_t device, uint64_t stream);
 // For states that were written from outside. O(N).
 int64_t rescale(Pointer<const DeviceTable> table, int64_t device, uint64_t stream);
+// Loads the sampler's kernels, which a stream that is being captured might refuse to do.
+int64_t load_sampler(int64_t device);
 // Both in one launch: what is learnt of a minibatch, then the next one.
 int64_t update_and_draw(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
                         Pointer<const float> observed, Pointer<const float> weights,

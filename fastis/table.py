@@ -184,6 +184,7 @@ class Table:
         self.lock = RLock()
         if device.type == "cuda" and hasattr(_C, "cuda_update"):
             _ = self.device_handle  # in a CUDA graph the first fill would be repeated
+            _C.cuda_load_sampler(device.index)  # what fails is told where the backend is chosen
 
     @cached_property
     def handle(self) -> int:

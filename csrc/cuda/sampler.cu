@@ -79,6 +79,17 @@ int64_t update_and_draw(Pointer<const DeviceTable> table, Pointer<const int64_t>
                                                     next_weights.address);
 }
 
+int64_t load_sampler(int64_t device) {
+  const OnDevice on(device);
+  if (on.error() != cudaSuccess) return on.error();
+  int64_t most = 0;
+  cudaError_t error = most_blocks<update_kernel>(on.device(), most);
+  if (error == cudaSuccess) error = most_blocks<draw_kernel>(on.device(), most);
+  if (error == cudaSuccess) error = most_blocks<update_and_draw_kernel>(on.device(), most);
+  if (error == cudaSuccess) error = most_blocks<rescale_kernel>(on.device(), most);
+  return error;
+}
+
 int64_t rescale(Pointer<const DeviceTable> table, int64_t device, uint64_t stream) {
   return launch_cooperative<rescale_kernel>(device, stream, table->num_samples, *table.address);
 }
