@@ -89,7 +89,7 @@ struct Sum {
 };
 
 // Codes, e0 and totals anew from the state, with the floor at the present mean: rescale() of
-// csrc/cpu/structure.cpp. O(N).
+// csrc/cpu/tree.cpp. O(N).
 template <class Grid>
 FASTIS_COLD void rescale(Grid& grid, const DeviceTable& t) {
   Scalars& s = *t.scalars;

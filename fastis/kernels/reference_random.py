@@ -18,13 +18,8 @@ def _halves(product: Tensor) -> tuple[Tensor, Tensor]:
     return (product >> 32) & MASK32, product & MASK32
 
 
-def random_words(
-    seed: int, stream: int, iteration: int | Tensor, positions: Tensor
-) -> list[Tensor]:
-    """Four words of 32 random bits, lowest first, for each of the draws ``positions`` (int64).
-
-    ``iteration`` may be a 0-d int64 tensor, which is not read on the host.
-    """
+def random_words(seed: int, stream: int, iteration: int, positions: Tensor) -> list[Tensor]:
+    """Four words of 32 random bits, lowest first, for each of the draws ``positions`` (int64)."""
     zero = torch.zeros_like(positions)
     c = [
         positions & MASK32,
@@ -41,11 +36,8 @@ def random_words(
     return c
 
 
-def scale(words: list[Tensor], total: int | Tensor) -> Tensor:
-    """floor(R total / 2^128), R the bits of ``words``, total <= 2^62: schoolbook, in 32 bits.
-
-    ``total`` may be a 0-d int64 tensor, which is not read on the host.
-    """
+def scale(words: list[Tensor], total: int) -> Tensor:
+    """floor(R total / 2^128), R the bits of ``words``, total <= 2^62: schoolbook, in 32 bits."""
     columns = [torch.zeros_like(words[0]) for _ in range(7)]
     for i, word in enumerate(words):
         for j, limb in enumerate((total & MASK32, total >> 32)):

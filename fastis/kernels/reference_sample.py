@@ -90,9 +90,7 @@ def _find(drawn: Distribution, points: Tensor, indices: Tensor, weights: Tensor)
     weights.copy_(coefficients(drawn.weights, drawn.total, indices))
 
 
-def slice_points(
-    positions: Tensor, offsets: Tensor, total: int | Tensor, batch_size: int
-) -> Tensor:
+def slice_points(positions: Tensor, offsets: Tensor, total: int, batch_size: int) -> Tensor:
     """floor((b total + u_b) / B): one point in every slice of the cumulative distribution."""
     quotient, remainder = total // batch_size, total % batch_size
     return positions * quotient + (positions * remainder + offsets) // batch_size

@@ -42,7 +42,7 @@ def code_of(importance: Tensor, floor: float) -> Tensor:
     return (bits + 0x7F + ((bits >> 8) & 1)) & ~0xFF
 
 
-def weight_of(code: Tensor, e0: int | Tensor) -> Tensor:
+def weight_of(code: Tensor, e0: int) -> Tensor:
     """mantissa16 << (exponent - e0) as int64; 0 for code 0 (unseen)."""
     shift = torch.where(code == 0, 0, exponent_of(code) - e0)
     return torch.where(code == 0, 0, mantissa_of(code) << shift)
