@@ -219,7 +219,7 @@ HEADER = ("shape", "what", "us", "eager", "ceiling", "/forward", "/step", "targe
 def tune(shape: Shape, repeats: int) -> Iterator[dict[str, object]]:
     """Times of ``score`` and ``grad`` under other launch geometries."""
     from bench.gpu_ceilings import microseconds
-    from fastis.kernels import triton_loss
+    from fastis.kernels.triton import loss as triton_loss
 
     rows, classes, _ = shape
     sets = [data_of(shape) for _ in range(copies_of(shape))]
@@ -237,7 +237,8 @@ def tune(shape: Shape, repeats: int) -> Iterator[dict[str, object]]:
 @contextlib.contextmanager
 def winners(path: Path | None) -> Iterator[None]:
     """Launches by the fastest geometry that ``path`` has of a shape, where it has any."""
-    from fastis.kernels import triton_geometry, triton_loss
+    from fastis.kernels.triton import geometry as triton_geometry
+    from fastis.kernels.triton import loss as triton_loss
 
     rows: list[Row] = []
     if path is not None:  # a call's record (bench/gpu_check.py), or rows alone
@@ -271,7 +272,7 @@ def shape_of(text: str) -> Shape:
 
 def plan_of(shape: Shape, with_grad: bool) -> tuple:
     """The launch as it is planned."""
-    from fastis.kernels.triton_geometry import row_launch
+    from fastis.kernels.triton.geometry import row_launch
 
     rows, classes, dtype = shape
     return row_launch(
@@ -282,7 +283,7 @@ def plan_of(shape: Shape, with_grad: bool) -> tuple:
 
 def alternatives(plan: tuple) -> Iterator[tuple]:
     """The plan, and others around it."""
-    from fastis.kernels.triton_geometry import Sweeps
+    from fastis.kernels.triton.geometry import Sweeps
 
     yield plan
     if isinstance(plan, Sweeps):

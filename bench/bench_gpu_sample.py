@@ -234,7 +234,7 @@ def measure_alias(n: int, count: int, node_us: float, repeats: int) -> Iterator[
     build = eager_microseconds(lambda: fastis.AliasTable(weights), repeats)
     yield {"case": "alias build", "num_samples": n, "batch_size": None, "us": build}
     table = fastis.AliasTable(weights)
-    kernels = fastis.kernels.kernels_for("sample", "cuda")
+    kernels = fastis.kernels.kernels_for("categorical", "cuda")
     calls = [
         lambda k=k: kernels.alias_draw(table._table, table._total, 7, k * count, count)
         for k in range(4)

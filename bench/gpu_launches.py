@@ -45,7 +45,7 @@ def cross_entropy(
     denominator: float | None = None,
 ) -> None:
     """One call as fastis.cross_entropy makes it, and its backward pass."""
-    from fastis.kernels import triton_loss
+    from fastis.kernels.triton import loss as triton_loss
 
     target = meta(*shape) if soft else meta(*shape[:-1], dtype=torch.int64)
     if denominator is None and r:
@@ -62,7 +62,7 @@ def cross_entropy(
 
 def backward(grad: Tensor, grad_output: Tensor, dtype: torch.dtype) -> None:
     """By Triton, whichever kernel the device will choose."""
-    from fastis.kernels import triton_loss
+    from fastis.kernels.triton import loss as triton_loss
 
     for kept in (False, True):
         with mock.patch.object(triton_loss, "_keeps_graph", return_value=kept):
@@ -104,7 +104,7 @@ def of_tests() -> Iterator[Call]:
 
 
 def label_losses(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    from fastis.kernels import triton_loss
+    from fastis.kernels.triton import loss as triton_loss
 
     rows, labels = shape
     rest = (float(labels), float(rows), True, False, labels <= 4096)
@@ -116,7 +116,8 @@ def label_losses(shape: tuple[int, int], dtype: torch.dtype) -> None:
 def of_benchmarks() -> Iterator[Call]:
     """What the benchmarks launch: their shapes, the ceilings, the geometries that are compared."""
     from bench import bench_gpu_loss
-    from fastis.kernels import triton_geometry, triton_loss
+    from fastis.kernels.triton import geometry as triton_geometry
+    from fastis.kernels.triton import loss as triton_loss
 
     yield ceilings
     for shape in bench_gpu_loss.SHAPES:

@@ -78,7 +78,9 @@ def pretend() -> Iterator[Any]:
     """The patches."""
     from bench import bench_graph, fake_triton, gpu_ceilings
     from fastis import kernels
-    from fastis.kernels import cpu_loss, cpu_sample, cpu_update
+    from fastis.kernels.cpu import categorical as cpu_categorical
+    from fastis.kernels.cpu import loss as cpu_loss
+    from fastis.kernels.cpu import table as cpu_table
 
     fake_triton.pretend()
     stream = SimpleNamespace(wait_stream=lambda other: None, cuda_stream=0)
@@ -98,7 +100,7 @@ def pretend() -> Iterator[Any]:
         yield mock.patch.object(torch.cuda, name, value)
     yield mock.patch.object(torch, "Generator", Generator)
     yield mock.patch.object(torch, "compile", new=lambda function, **_: function)
-    served = {"loss": cpu_loss, "update": cpu_update, "sample": cpu_sample}
+    served = {"loss": cpu_loss, "table": cpu_table, "categorical": cpu_categorical}
     yield mock.patch.dict(kernels._chosen, {(o, "cuda"): module for o, module in served.items()})
 
     def capture(step: Callable[[], object], warmups: int = 5) -> Graph:

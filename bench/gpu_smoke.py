@@ -95,7 +95,7 @@ def rescale(device: str) -> None:
     for sampler, d in ((host, "cpu"), (other, device)):
         everything = fastis.Batch(torch.arange(5000, device=d), torch.ones(5000, device=d))
         sampler.update(everything, scored(score.to(d)))
-        fastis.kernels.kernels_for("update", d).rescale(sampler._table)
+        fastis.kernels.kernels_for("table", d).rescale(sampler._table)
     assert torch.equal(host.importance, other.importance.cpu()), "weights differ"
     assert torch.equal(host.sample().indices, other.sample().indices.cpu()), "draws differ"
 
@@ -111,7 +111,7 @@ def given_weights_and_alias_tables(device: str) -> None:
 
 
 def of_weights(values: Tensor) -> dict[str, Tensor]:
-    kernels = fastis.kernels.kernels_for("sample", values.device.type)
+    kernels = fastis.kernels.kernels_for("categorical", values.device.type)
     weighed = kernels.weigh(values)
     table = kernels.alias_build(weighed)
     points = kernels.draw_points(weighed.total, 5, 3, 10_000, values.device)
@@ -127,7 +127,8 @@ def of_weights(values: Tensor) -> dict[str, Tensor]:
 
 @case
 def scaling_of_gradients(device: str) -> None:
-    from fastis.kernels import cuda_scale, reference_loss
+    from fastis.kernels.cuda import scale as cuda_scale
+    from fastis.kernels.reference import loss as reference_loss
 
     pairs = [(d, d) for d in (torch.float32, torch.float64, torch.bfloat16)]
     for before, after in [*pairs, (torch.float32, torch.float16)]:

@@ -37,7 +37,7 @@ from bench.loop import Run, RunConfig
 from bench.provenance import provenance
 from bench.report import aligned, append_row
 from fastis.estimators import gradient_norms
-from fastis.kernels.reference_weights import distribution
+from fastis.kernels.flatten import distribution
 
 SCHEMES = ("multinomial", "stratified", "systematic", "uniform")
 

@@ -54,17 +54,20 @@ class NoEntryPoints:
 def without_a_device() -> Iterator[None]:
     """Lets the GPU's Python serve the CPU's tensors, up to where something would be launched."""
     from bench import fake_triton
-    from fastis.kernels import cuda_sample, cuda_scale, cuda_update, triton_loss
+    from fastis.kernels.cuda import categorical as cuda_categorical
+    from fastis.kernels.cuda import scale as cuda_scale
+    from fastis.kernels.cuda import table as cuda_table
+    from fastis.kernels.triton import loss as triton_loss
 
     fake_triton.pretend()
     nothing = NoEntryPoints()
     with contextlib.ExitStack() as stack:
-        for module in (cuda_sample, cuda_scale, cuda_update):
+        for module in (cuda_categorical, cuda_scale, cuda_table):
             stack.enter_context(mock.patch.object(module, "_C", nothing))
         stream = mock.patch.object(torch._C, "_cuda_getCurrentRawStream", zero, create=True)
         stack.enter_context(stream)
         stack.enter_context(mock.patch.object(triton_loss, "_compiled_scales", true))
-        served = {"update": cuda_update, "sample": cuda_sample, "loss": triton_loss}
+        served = {"table": cuda_table, "categorical": cuda_categorical, "loss": triton_loss}
         chosen = {(operation, "cpu"): module for operation, module in served.items()}
         stack.enter_context(mock.patch.dict(kernels._chosen, chosen))
         yield

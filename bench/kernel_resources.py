@@ -84,7 +84,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def losses() -> Iterator[tuple[str, Callable[[], object]]]:
     """Named calls that between them launch every kernel in the configurations that matter."""
-    from fastis.kernels import triton_loss
+    from fastis.kernels.triton import loss as triton_loss
 
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
     short = {bf16: "bf16", fp16: "fp16", fp32: "fp32"}
@@ -155,7 +155,7 @@ def losses() -> Iterator[tuple[str, Callable[[], object]]]:
 
 def recorded() -> dict[str, list[Launch]]:
     """The launches behind each named call."""
-    from fastis.kernels import triton_loss
+    from fastis.kernels.triton import loss as triton_loss
 
     launches: dict[str, list[Launch]] = {}
     for name, call in losses():

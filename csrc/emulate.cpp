@@ -1,4 +1,4 @@
-#include "device/draw.h"
+#include "device/table_draw.h"
 #include "fastis.h"
 
 namespace fastis::emulated {

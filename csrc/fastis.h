@@ -6,7 +6,7 @@
 #include <string>
 
 #include "device/device_table.h"
-#include "table.h"
+#include "layout.h"
 
 namespace fastis {
 

@@ -13,7 +13,7 @@
 
 namespace fastis {
 
-// 16 bytes, so that a touched sample is one cache line. `code` belongs to weights.h; its top bit
+// 16 bytes, so that a touched sample is one cache line. `code` belongs to code.h; its top bit
 // marks a capped item.
 struct alignas(16) Record {
   float mean, var;

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "table.h"
+#include "layout.h"
 
 namespace fastis {
 

@@ -49,7 +49,7 @@ def emulate_update_and_draw(
 ) -> None: ...
 
 # The kernels for given weights, cuda_NAME(..., device, stream) and emulate_NAME(..., stride), are
-# called by name: fastis/kernels/cuda_weights.py. Their arguments: csrc/fastis.h.
+# called by name: fastis/kernels/cuda/categorical.py. Their arguments: csrc/fastis.h.
 
 cuda_targets: str
 

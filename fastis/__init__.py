@@ -4,7 +4,8 @@
 import torch as _torch  # noqa: F401
 
 from fastis import estimators, methods
-from fastis.kernels import backend, show_config
+from fastis.config import show_config
+from fastis.kernels import backend
 from fastis.loss import (
     ScoredLoss,
     binary_cross_entropy_with_logits,

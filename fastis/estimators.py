@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastis import check
 from fastis.gradients import gradient_norms, per_sample_gradients
-from fastis.kernels.reference_variance import Moments, minibatch_moments, traces_of
+from fastis.kernels.variance import Moments, minibatch_moments, traces_of
 from fastis.methods.base import ESTIMATORS
 
 __all__ = [

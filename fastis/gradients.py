@@ -15,7 +15,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastis import check
-from fastis.kernels.reference_loss import compute_dtype
+from fastis.kernels.formats import compute_dtype
 from fastis.scored import ScoredLoss
 
 # Without chunk_size: a chunk's gradients, and convolutions' workspaces beside them, shall stay in

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastis.dense import check_dense
 from fastis.kernels import kernels_for
-from fastis.kernels.reference_loss import compute_dtype
+from fastis.kernels.formats import compute_dtype
 from fastis.loss_arguments import (
     DTYPES,
     REDUCTIONS,

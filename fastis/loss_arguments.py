@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastis.dense import check_dense, unwrapped
-from fastis.kernels.reference_loss import compute_dtype
+from fastis.kernels.formats import compute_dtype
 
 Denominator: TypeAlias = "float | Tensor | None"
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from fastis import check
 from fastis.dense import readable
+from fastis.kernels.layout import Table
 from fastis.methods import Method
 from fastis.methods.base import Observation, Scored
 from fastis.sampling import Batch
-from fastis.table import Table
 
 _int64, _float32, _cpu = torch.int64, torch.float32, torch.device("cpu")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

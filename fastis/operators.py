@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fastis.first_order import FirstOrderOnly
 from fastis.kernels import kernels_for
-from fastis.kernels.reference_loss import Scored, compute_dtype, grad_dtype, scale_grad
+from fastis.kernels.formats import Scored, compute_dtype, grad_dtype
+from fastis.kernels.reference.loss import scale_grad
 
 _TAIL = (
     "float? denominator, Tensor? denominator_tensor, bool reduce, bool with_grad, "

@@ -13,11 +13,8 @@ import torch
 from torch import Tensor
 
 from fastis import check, kernels, saved
-from fastis.methods import Method, from_name
-from fastis.methods.base import FOREVER, Scored
-from fastis.observation import observation
-from fastis.sampling import Batch, MinibatchSource
-from fastis.table import (
+from fastis.kernels.extension import _C
+from fastis.kernels.layout import (
     FLATTEN,
     LAST,
     MEAN,
@@ -30,6 +27,10 @@ from fastis.table import (
     Table,
     is_uniform,
 )
+from fastis.methods import Method, from_name
+from fastis.methods.base import FOREVER, Scored
+from fastis.observation import observation
+from fastis.sampling import Batch, MinibatchSource
 from fastis.variance import Variance
 
 _STATE_VERSION = 1
@@ -143,7 +144,7 @@ class Sampler(MinibatchSource):
         # A step that is one call into the extension holds the GIL: whoever reads or writes the
         # state in one call too (Table.state, Table.load) can't meet it halfway. All other steps
         # take the table's lock, which would cost this one 3 % of its time.
-        compiled = kernels._C is not None and table.device.type == "cpu"
+        compiled = _C is not None and table.device.type == "cpu"
         self._is_one_call = compiled and self._method.is_plain
         size = table.constants.batch_size
         self._like = Batch(  # what a minibatch looks like; copying is faster than describing

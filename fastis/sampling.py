@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fastis import check
 from fastis.kernels import kernels_for
-from fastis.kernels.reference_sample import alias_contents
-from fastis.kernels.reference_weights import Weights, water_level
+from fastis.kernels.alias import alias_contents
+from fastis.kernels.flatten import water_level
+from fastis.kernels.quantize import Weights
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # In a race: of the largest rate; smaller positive weights count as that.
@@ -72,7 +73,7 @@ class AliasTable:
         if max_prob is not None:
             weighed = _capped(weighed, check.number("max_prob", max_prob, 0.0), "max_prob", 1)
         self._total = weighed.total
-        self._table = kernels_for("sample", weighed.values.device.type).alias_build(weighed)
+        self._table = kernels_for("categorical", weighed.values.device.type).alias_build(weighed)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -90,7 +91,7 @@ class AliasTable:
         count = check.integer("num_samples", num_samples, 0, _MOST_DRAWS)
         device = self._table.device
         seed = _seed_from(generator, device)
-        kernels = kernels_for("sample", device.type)
+        kernels = kernels_for("categorical", device.type)
         return Batch(*kernels.alias_draw(self._table, self._total, seed, 0, count))
 
 
@@ -166,7 +167,7 @@ def sample(
         most = check.number("max_duplicates", max_duplicates, 0.0)
         weighed = _capped(weighed, most, "max_duplicates", count)
     seed = _seed_from(generator, source.device)
-    return Batch(*kernels_for("sample", source.device.type).search(weighed, seed, 0, count))
+    return Batch(*kernels_for("categorical", source.device.type).search(weighed, seed, 0, count))
 
 
 def _sample_from_sampler(
@@ -230,7 +231,7 @@ def _heat(
     values: Tensor, most: float, winners: int, seed: int, begin: int
 ) -> tuple[Tensor, Tensor]:
     """The first arrivals among some items, the first of them item ``begin``: times and items."""
-    n, kernels = values.numel(), kernels_for("sample", values.device.type)
+    n, kernels = values.numel(), kernels_for("categorical", values.device.type)
     points = kernels.draw_points(1 << 62, seed, begin, n, values.device)
     # -log(1 - u), 0 < u < 1: of full precision near 0, where the winners are; neither 0 nor
     # infinite, so that a rate of 0 comes after all others.
@@ -253,7 +254,7 @@ def _vector(weights: Tensor, name: str) -> Tensor:
 def _weigh(weights: Tensor, name: str) -> Weights:
     """The integer weights of a usable float vector, or an error; reads them from the device."""
     values = _vector(weights, name)
-    weighed: Weights | None = kernels_for("sample", values.device.type).weigh(values)
+    weighed: Weights | None = kernels_for("categorical", values.device.type).weigh(values)
     if weighed is None:
         raise _unusable(values, name)
     return weighed
@@ -282,7 +283,7 @@ def _capped(weights: Weights, most: float, name: str, draws: int) -> Weights:
     capped = _cut_to_level(weights, ratio)
     if capped.total >= _COARSE:
         return capped
-    found: Weights = kernels_for("sample", weights.values.device.type).weigh(
+    found: Weights = kernels_for("categorical", weights.values.device.type).weigh(
         _without_peaks(weights.values, ratio)
     )
     return _cut_to_level(found, ratio)
@@ -290,7 +291,7 @@ def _capped(weights: Weights, most: float, name: str, draws: int) -> Weights:
 
 def _cut_to_level(weights: Weights, ratio: Fraction) -> Weights:
     """min(W, theta) of the integers W, theta the largest for which none exceeds its share."""
-    kernels = kernels_for("sample", weights.values.device.type)
+    kernels = kernels_for("categorical", weights.values.device.type)
     integers = kernels.integers(weights)
     theta = water_level(integers, 1, ratio.numerator, ratio.denominator)
     capped: Weights = kernels.weigh(integers.clamp(max=theta))

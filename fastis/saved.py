@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.kernels import _C, reference_update
-from fastis.kernels.reference_update import LARGEST_SCORE, importance_of
-from fastis.kernels.reference_weights import code_of, exponent_of, weight_of
-from fastis.table import (
+from fastis.kernels.code import code_of, exponent_of, weight_of
+from fastis.kernels.extension import _C
+from fastis.kernels.layout import (
     CODE,
     DURABLE_SCALARS,
     EXPONENT,
@@ -35,6 +34,8 @@ from fastis.table import (
     WEIGHT,
     Table,
 )
+from fastis.kernels.reference import table as reference_table
+from fastis.kernels.state import LARGEST_SCORE, importance_of
 
 _SCALARS = ("draws", "updates", "skipped", "exponent", "total", "seen")
 _MOST = 2**62  # of a clock, a count or a total
@@ -285,5 +286,5 @@ def _rescaled(table: Table, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Codes and totals with room for the unseen samples: in a table of their own, O(N)."""
     other = Table(table.constants, table.device)
     other.load(tensors, table.constants.seed)
-    reference_update.rescale(other)
+    reference_table.rescale(other)
     return other.state()

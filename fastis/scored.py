@@ -17,8 +17,8 @@ from torch.nn.parameter import Parameter
 
 from fastis import dense
 from fastis.first_order import FirstOrderOnly, refuse_derivative
-from fastis.kernels import reference_loss
-from fastis.kernels.reference_loss import Scored
+from fastis.kernels.formats import Scored
+from fastis.kernels.reference import loss as reference_loss
 from fastis.loss_arguments import Denominator
 
 _is_compiling = torch.compiler.is_dynamo_compiling  # what else traces has a dispatch mode

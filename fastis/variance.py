@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastis.table import (
+from fastis.kernels.layout import (
     EFFECTIVE_BATCH_SIZE,
     EFFICIENCY,
     TRACE_IS,

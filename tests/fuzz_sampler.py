@@ -18,8 +18,8 @@ from torch import Tensor
 
 import fastis
 from fastis import methods
-from fastis.kernels.reference_weights import exponent_of, mantissa_of
-from fastis.table import DRAWS, EXPONENT, LAST, SEEN, TOTAL
+from fastis.kernels.code import exponent_of, mantissa_of
+from fastis.kernels.layout import DRAWS, EXPONENT, LAST, SEEN, TOTAL
 
 # Whose coefficients are 1 / (N p) of Sampler.probabilities().
 EXACT = ("emais", "loss", "scan", "uniform", "rais")

@@ -18,7 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastis.loss
 from fastis import kernels
-from fastis.kernels import cuda_sample, cuda_scale, cuda_update, cuda_weights
+from fastis.kernels.cuda import categorical as cuda_categorical
+from fastis.kernels.cuda import scale as cuda_scale
+from fastis.kernels.cuda import table as cuda_table
 
 META = torch.device("meta")
 
@@ -48,17 +50,17 @@ class EntryPoints:
 def on_meta(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Lets the CUDA backend serve meta tensors; the names of what would be launched."""
     launched: list[str] = []
-    for module in (cuda_sample, cuda_scale, cuda_update, cuda_weights):
+    for module in (cuda_categorical, cuda_scale, cuda_table):
         monkeypatch.setattr(module, "launch", lambda entry, *_: launched.append(entry))
         monkeypatch.setattr(module, "_C", EntryPoints())
-    monkeypatch.setitem(kernels._chosen, ("update", "meta"), cuda_update)
-    monkeypatch.setitem(kernels._chosen, ("sample", "meta"), cuda_sample)
+    monkeypatch.setitem(kernels._chosen, ("table", "meta"), cuda_table)
+    monkeypatch.setitem(kernels._chosen, ("categorical", "meta"), cuda_categorical)
     return launched
 
 
 def losses_on_meta(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The same for the losses."""
-    from fastis.kernels import triton_loss
+    from fastis.kernels.triton import loss as triton_loss
 
     launched = on_meta(monkeypatch)
     monkeypatch.setitem(kernels._chosen, ("loss", "meta"), triton_loss)

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 import fastis
 from fastis import _C
-from fastis.kernels import cpu_sample, reference_sample
+from fastis.kernels import alias
+from fastis.kernels.cpu import categorical as cpu_categorical
+from fastis.kernels.reference import categorical as reference_categorical
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 THREADS = [1, 2, 5]
@@ -58,10 +60,10 @@ SIZES = [1, 2, 3, 63, 64, 65, 257, 1023, 1025, 5000]
 
 def built(values, threads):
     """The compiled table for a given number of threads (the package decides by the size)."""
-    weights = cpu_sample.weigh(values)
+    weights = cpu_categorical.weigh(values)
     table = torch.empty(values.numel(), 2, dtype=torch.int64)
     _C.alias_build(
-        cpu_sample._FORMATS[values.dtype],
+        cpu_categorical._FORMATS[values.dtype],
         values.data_ptr(),
         values.numel(),
         weights.shift,
@@ -73,21 +75,23 @@ def built(values, threads):
 
 
 def check_against_reference(values):
-    expected, got = reference_sample.weigh(values), cpu_sample.weigh(values)
+    expected, got = reference_categorical.weigh(values), cpu_categorical.weigh(values)
     assert (got.shift, got.total) == (expected.shift, expected.total)
-    integers = reference_sample.integers(expected)
-    assert torch.equal(cpu_sample.integers(got), integers)
-    table = reference_sample.alias_build(expected)
-    assert torch.equal(reference_sample.alias_contents(table, expected.total), integers)
+    integers = reference_categorical.integers(expected)
+    assert torch.equal(cpu_categorical.integers(got), integers)
+    table = reference_categorical.alias_build(expected)
+    assert torch.equal(alias.alias_contents(table, expected.total), integers)
     for threads in THREADS:
         assert torch.equal(built(values, threads), table)
-    drawn = reference_sample.alias_draw(table, expected.total, 5, 3, 40)
+    drawn = reference_categorical.alias_draw(table, expected.total, 5, 3, 40)
     for ours, theirs in zip(
-        cpu_sample.alias_draw(table, expected.total, 5, 3, 40), drawn, strict=True
+        cpu_categorical.alias_draw(table, expected.total, 5, 3, 40), drawn, strict=True
     ):
         assert torch.equal(ours, theirs)
-    searched = cpu_sample.search(got, 5, 3, 40)
-    for ours, theirs in zip(searched, reference_sample.search(expected, 5, 3, 40), strict=True):
+    searched = cpu_categorical.search(got, 5, 3, 40)
+    for ours, theirs in zip(
+        searched, reference_categorical.search(expected, 5, 3, 40), strict=True
+    ):
         assert torch.equal(ours, theirs)
     assert (values[drawn[0]] > 0).all()
     assert (values[searched[0]] > 0).all()
@@ -136,10 +140,10 @@ def test_sizes_around_powers_of_two_with_the_largest_total(power, beyond):
 @pytest.mark.parametrize("shape", ["uniform", "ascending", "descending", "heavy tail"])
 def test_a_million_weights(shape):
     values = SHAPES[shape](2**20 + 1).float()
-    expected = reference_sample.weigh(values)
-    table = reference_sample.alias_build(expected)
+    expected = reference_categorical.weigh(values)
+    table = reference_categorical.alias_build(expected)
     assert torch.equal(
-        reference_sample.alias_contents(table, expected.total), reference_sample.integers(expected)
+        alias.alias_contents(table, expected.total), reference_categorical.integers(expected)
     )
     for threads in THREADS:
         assert torch.equal(built(values, threads), table)
@@ -148,10 +152,12 @@ def test_a_million_weights(shape):
 def test_the_sum_is_of_61_bits_and_a_unit_is_all_that_is_lost():
     for shape in SHAPES:
         values = SHAPES[shape](1000)
-        weights = cpu_sample.weigh(values)
+        weights = cpu_categorical.weigh(values)
         assert 2**59 < weights.total <= 2**61 + 1000
         exact = values.abs() * 2.0**weights.shift  # a power of two: no rounding
-        assert ((cpu_sample.integers(weights).double() - exact).abs() <= 1 + 2.0**-52 * exact).all()
+        assert (
+            (cpu_categorical.integers(weights).double() - exact).abs() <= 1 + 2.0**-52 * exact
+        ).all()
 
 
 @pytest.mark.parametrize("bad", [-1.0, float("nan"), float("inf"), -float("inf")])
@@ -161,9 +167,9 @@ def test_bad_weights_are_found_wherever_they_are(bad, dtype):
         for place in {0, n // 2, n - 1}:
             values = torch.ones(n, dtype=dtype)
             values[place] = bad
-            assert cpu_sample.weigh(values) is None
-            assert reference_sample.weigh(values) is None
-    assert cpu_sample.weigh(torch.zeros(70, dtype=dtype)) is None
+            assert cpu_categorical.weigh(values) is None
+            assert reference_categorical.weigh(values) is None
+    assert cpu_categorical.weigh(torch.zeros(70, dtype=dtype)) is None
 
 
 @pytest.mark.parametrize(
@@ -182,10 +188,10 @@ def test_bad_weights_are_found_wherever_they_are(bad, dtype):
 )
 def test_every_point_falls_on_its_item(weights):
     # All x below the total instead of random ones: the counts are then the weights.
-    weighed = cpu_sample.weigh(weights)
-    table = cpu_sample.alias_build(weighed)
+    weighed = cpu_categorical.weigh(weights)
+    table = cpu_categorical.alias_build(weighed)
     points = torch.arange(weighed.total)
-    indices, r = cpu_sample.alias_resolve(table, weighed.total, points)
+    indices, r = cpu_categorical.alias_resolve(table, weighed.total, points)
     assert torch.equal(torch.bincount(indices, minlength=len(weights)), weights)
     exact = weighed.total / (len(weights) * weights[indices].double())
     assert torch.equal(r, exact.float())
@@ -197,17 +203,17 @@ def test_points_at_the_borders_of_buckets(total, n):
     # The division by the capacity is by a product: it must be exact at every border.
     weights = torch.full((n,), total // n)
     weights[: total - int(weights.sum())] += 1
-    table = cpu_sample.alias_build(cpu_sample.weigh(weights))
+    table = cpu_categorical.alias_build(cpu_categorical.weigh(weights))
     borders = torch.cumsum(weights, 0)
     points = torch.cat([borders - weights, borders - 1])
-    indices, _ = cpu_sample.alias_resolve(table, total, points)
+    indices, _ = cpu_categorical.alias_resolve(table, total, points)
     assert torch.equal(indices, torch.arange(n).repeat(2))
 
 
 def test_one_key_gives_the_same_in_one_call_and_in_many():
-    weights = cpu_sample.weigh(torch.rand(1000, generator=seeded()))
-    table = cpu_sample.alias_build(weights)
-    for kernels in (cpu_sample, reference_sample):
+    weights = cpu_categorical.weigh(torch.rand(1000, generator=seeded()))
+    table = cpu_categorical.alias_build(weights)
+    for kernels in (cpu_categorical, reference_categorical):
         whole = kernels.alias_draw(table, weights.total, 9, 0, 100)
         single = [kernels.alias_draw(table, weights.total, 9, b, 1) for b in range(100)]
         for part in (0, 1):

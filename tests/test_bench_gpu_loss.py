@@ -67,7 +67,7 @@ def test_a_row_becomes_a_line():
 
 
 def test_alternatives_start_with_the_plan_and_keep_a_lane_a_thread():
-    from fastis.kernels.triton_geometry import Sweeps, Tiles
+    from fastis.kernels.triton.geometry import Sweeps, Tiles
 
     for plan in (Sweeps(4, 256, 8, 3, 8, 8192), Tiles(1, 1024, 1, 4096)):
         others = list(bench.alternatives(plan))
@@ -81,7 +81,8 @@ def test_the_fastest_geometry_is_taken(tmp_path, name):
     import json
 
     pytest.importorskip("triton")
-    from fastis.kernels import triton_geometry, triton_loss
+    from fastis.kernels.triton import geometry as triton_geometry
+    from fastis.kernels.triton import loss as triton_loss
 
     options = {"vector": 8, "itemsize": 2, "with_mean_grad": False}
     plan = triton_geometry.row_launch(*MIDDLE[:2], with_grad=True, **options)

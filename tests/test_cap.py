@@ -11,9 +11,9 @@ from conftest import observe, sweep
 from test_structure import assert_tree
 
 import fastis
-from fastis.kernels.reference_weights import distribution
+from fastis.kernels.flatten import distribution
+from fastis.kernels.layout import LAST, UPDATES
 from fastis.methods import EMAIS
-from fastis.table import LAST, UPDATES
 
 
 def pair(n, b, method=None, **arguments):

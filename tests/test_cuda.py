@@ -8,7 +8,10 @@ from conftest import observe
 
 import fastis
 from fastis import _C, kernels
-from fastis.kernels import cpu_sample, cuda_sample, cuda_scale, reference_loss
+from fastis.kernels.cpu import categorical as cpu_categorical
+from fastis.kernels.cuda import categorical as cuda_categorical
+from fastis.kernels.cuda import scale as cuda_scale
+from fastis.kernels.reference import loss as reference_loss
 from fastis.methods import BY_NAME, EMAIS, RAIS, Presampling
 
 pytestmark = [
@@ -93,18 +96,19 @@ def seeded(seed=0):
 
 def assert_same_weights_and_table(values):
     weighed = [
-        kernels.weigh(v) for kernels, v in ((cpu_sample, values), (cuda_sample, values.cuda()))
+        kernels.weigh(v)
+        for kernels, v in ((cpu_categorical, values), (cuda_categorical, values.cuda()))
     ]
     cpu, cuda = weighed
     assert (cuda.shift, cuda.total) == (cpu.shift, cpu.total)
-    assert torch.equal(cuda_sample.integers(cuda).cpu(), cpu_sample.integers(cpu))
-    table = cpu_sample.alias_build(cpu)
-    assert torch.equal(cuda_sample.alias_build(cuda).cpu(), table)
-    ours = cuda_sample.alias_draw(table.cuda(), cpu.total, 5, 3, 10_000)
-    for a, b in zip(ours, cpu_sample.alias_draw(table, cpu.total, 5, 3, 10_000), strict=True):
+    assert torch.equal(cuda_categorical.integers(cuda).cpu(), cpu_categorical.integers(cpu))
+    table = cpu_categorical.alias_build(cpu)
+    assert torch.equal(cuda_categorical.alias_build(cuda).cpu(), table)
+    ours = cuda_categorical.alias_draw(table.cuda(), cpu.total, 5, 3, 10_000)
+    for a, b in zip(ours, cpu_categorical.alias_draw(table, cpu.total, 5, 3, 10_000), strict=True):
         assert torch.equal(a.cpu(), b)
-    ours = cuda_sample.search(cuda, 5, 3, 1000)
-    for a, b in zip(ours, cpu_sample.search(cpu, 5, 3, 1000), strict=True):
+    ours = cuda_categorical.search(cuda, 5, 3, 1000)
+    for a, b in zip(ours, cpu_categorical.search(cpu, 5, 3, 1000), strict=True):
         assert torch.equal(a.cpu(), b)
 
 
@@ -132,11 +136,11 @@ def test_points_and_what_they_fall_on_equal_the_cpus(count):
     here = torch.device("cpu"), torch.device("cuda")
     points = [
         kernels.draw_points(table._total, 2**63 + 5, 2**33 - 250, count, device)
-        for kernels, device in zip((cpu_sample, cuda_sample), here, strict=True)
+        for kernels, device in zip((cpu_categorical, cuda_categorical), here, strict=True)
     ]
     assert torch.equal(points[0], points[1].cpu())
-    expected = cpu_sample.alias_resolve(table._table, table._total, points[0])
-    found = cuda_sample.alias_resolve(table._table.cuda(), table._total, points[1])
+    expected = cpu_categorical.alias_resolve(table._table, table._total, points[0])
+    found = cuda_categorical.alias_resolve(table._table.cuda(), table._total, points[1])
     assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, found, strict=True))
 
 
@@ -419,8 +423,8 @@ def test_rows_out_of_range_are_left_out_on_the_device(name):
 
 
 def test_the_device_is_served():
-    assert kernels.missing("cuda", "update", "cuda") == ""
-    assert kernels.kernels_for("sample", "cuda") is cuda_sample
+    assert kernels.missing("cuda", "table", "cuda") == ""
+    assert kernels.kernels_for("categorical", "cuda") is cuda_categorical
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

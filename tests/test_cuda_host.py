@@ -12,7 +12,9 @@ import torch
 
 import fastis
 from fastis import kernels
-from fastis.kernels import cuda_launch, cuda_weights, reference_update
+from fastis.kernels.cuda import categorical as cuda_categorical
+from fastis.kernels.cuda import launch as cuda_launch
+from fastis.kernels.reference import table as reference_table
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = "sm_80 sm_90 sm_100 sm_120 compute_120 compute_80"
@@ -60,8 +62,8 @@ def device(monkeypatch):
 
 def test_the_reference_serves_where_there_is_no_code(device, capsys):
     device((9, 0), (7, 5))
-    assert kernels.kernels_for("update", "cuda") is reference_update
-    why = kernels.missing("cuda", "update", "cuda")
+    assert kernels.kernels_for("table", "cuda") is reference_table
+    why = kernels.missing("cuda", "table", "cuda")
     assert "no code for cuda:1 (compute capability 7.5)" in why
     assert "FASTIS_CUDA_ARCHS=75" in why
     assert "CUDA_VISIBLE_DEVICES" in why
@@ -71,10 +73,10 @@ def test_the_reference_serves_where_there_is_no_code(device, capsys):
 
 def test_the_reference_serves_beside_a_driver_that_is_too_old(device, capsys):
     device((9, 0), why="the CUDA driver serves CUDA 12.4")
-    assert kernels.kernels_for("update", "cuda") is reference_update
+    assert kernels.kernels_for("table", "cuda") is reference_table
     fastis.show_config()
     shown = capsys.readouterr().out
-    assert "update on cuda: reference" in shown
+    assert "table on cuda: reference" in shown
     assert "the CUDA driver serves CUDA 12.4" in shown
     with pytest.raises(RuntimeError, match="'cuda' was asked for, but the CUDA driver"):
         fastis.backend("cuda").__enter__()
@@ -82,10 +84,10 @@ def test_the_reference_serves_beside_a_driver_that_is_too_old(device, capsys):
 
 def test_devices_with_code_are_served_by_it(device):
     device((9, 0), (8, 6))
-    assert kernels.missing("cuda", "update", "cuda") == ""
-    assert kernels.kernels_for("sample", "cuda").__name__ == "fastis.kernels.cuda_sample"
+    assert kernels.missing("cuda", "table", "cuda") == ""
+    assert kernels.kernels_for("categorical", "cuda").__name__ == "fastis.kernels.cuda.categorical"
     device((9, 0), built=False)
-    assert "built without CUDA" in kernels.missing("cuda", "update", "cuda")
+    assert "built without CUDA" in kernels.missing("cuda", "table", "cuda")
 
 
 def test_one_gpu_is_one_index():
@@ -109,9 +111,11 @@ def test_errors_of_a_launch_are_raised(monkeypatch):
     assert seen == [(5, 6, 1, 7)]
     with pytest.raises(RuntimeError, match="a CUDA launch of fastis failed: error 98"):
         cuda_launch.launch(lambda *_: 98, device)
-    monkeypatch.setattr(cuda_weights, "_C", SimpleNamespace(cuda_alias_build_bytes=lambda *_: -46))
+    monkeypatch.setattr(
+        cuda_categorical, "_C", SimpleNamespace(cuda_alias_build_bytes=lambda *_: -46)
+    )
     with pytest.raises(RuntimeError, match="error 46"):
-        cuda_weights._scratch("alias_build", 10, device)
+        cuda_categorical._scratch("alias_build", 10, device)
 
 
 @pytest.mark.skipif(not hasattr(fastis._C, "cuda_update"), reason="built without CUDA")

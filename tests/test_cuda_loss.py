@@ -68,7 +68,7 @@ def agree(logits, target, *rest, **options):
 
 
 def test_the_device_picks_triton():
-    assert kernels.kernels_for("loss", "cuda").__name__.endswith("triton_loss")
+    assert kernels.kernels_for("loss", "cuda").__name__.endswith("triton.loss")
 
 
 @pytest.mark.parametrize(("shape", "dtype"), CASES, ids=str)

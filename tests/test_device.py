@@ -17,13 +17,13 @@ from conftest import observe, sweep
 
 import fastis
 from fastis import _C, kernels
-from fastis.kernels import cuda_launch
-from fastis.kernels.reference_weights import distribution
+from fastis.kernels.cuda import launch as cuda_launch
+from fastis.kernels.flatten import distribution
+from fastis.kernels.layout import CODE, LAST, MEAN, SEEN, TOTAL, UPDATES
 from fastis.methods import EMAIS
-from fastis.table import CODE, LAST, MEAN, SEEN, TOTAL, UPDATES
 
 FORWARDS, BACKWARDS, SCRAMBLED = 1, 0, 7919
-LIGHT, NUM_CAPPED, CEILING = 7, 8, 12  # of csrc/table.h's Scalars
+LIGHT, NUM_CAPPED, CEILING = 7, 8, 12  # of csrc/layout.h's Scalars
 
 
 class Emulator:
@@ -61,8 +61,7 @@ def emulated(monkeypatch):
 
     def enter(stride: int) -> None:
         emulator = Emulator(stride)
-        for operation in ("update", "sample"):
-            monkeypatch.setitem(kernels._chosen, (operation, "cpu"), emulator)
+        monkeypatch.setitem(kernels._chosen, ("table", "cpu"), emulator)
 
     yield enter
     kernels._chosen.clear()

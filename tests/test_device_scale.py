@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fastis import _C
-from fastis.kernels import cuda_scale, reference_loss
+from fastis.kernels.cuda import scale as cuda_scale
+from fastis.kernels.reference import loss as reference_loss
 
 FORMATS = [
     (torch.float32, torch.float32),

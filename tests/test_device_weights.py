@@ -1,6 +1,6 @@
 """Given weights on the device, run on the host: bit for bit what the reference does.
 
-The CUDA backend's own Python drives csrc/emulate_given_weights.cpp, which hands out the shares of a
+The CUDA backend's own Python drives csrc/emulate_categorical.cpp, which hands out the shares of a
 launch's threads and blocks one after the other, forwards, backwards and scrambled.
 """
 
@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from test_alias import FLOATS, SHAPES, SIZES, integer_weights, lognormal, seeded
 
 from fastis import _C
-from fastis.kernels import cuda_weights, reference_sample
+from fastis.kernels.cuda import categorical as cuda_categorical
+from fastis.kernels.reference import categorical as reference_categorical
 
 FORWARDS, BACKWARDS, SCRAMBLED = 1, 0, 7919
 ORDERS = [FORWARDS, BACKWARDS, SCRAMBLED]
@@ -22,8 +23,8 @@ def emulate(monkeypatch, stride):
     def call(name, device, *arguments):
         assert getattr(_C, f"emulate_{name}")(*arguments, stride) == 0
 
-    monkeypatch.setattr(cuda_weights, "_call", call)
-    monkeypatch.setattr(cuda_weights, "_scratch", lambda *_: torch.empty(1, dtype=torch.uint8))
+    monkeypatch.setattr(cuda_categorical, "_call", call)
+    monkeypatch.setattr(cuda_categorical, "_scratch", lambda *_: torch.empty(1, dtype=torch.uint8))
 
 
 @pytest.fixture
@@ -36,16 +37,18 @@ def assert_equal(ours, theirs):
 
 
 def check_against_reference(values):
-    expected, got = reference_sample.weigh(values), cuda_weights.weigh(values)
+    expected, got = reference_categorical.weigh(values), cuda_categorical.weigh(values)
     assert (got.shift, got.total) == (expected.shift, expected.total)
-    assert torch.equal(cuda_weights.integers(got), reference_sample.integers(expected))
-    table = reference_sample.alias_build(expected)
-    ours = cuda_weights.alias_build(got)
+    assert torch.equal(cuda_categorical.integers(got), reference_categorical.integers(expected))
+    table = reference_categorical.alias_build(expected)
+    ours = cuda_categorical.alias_build(got)
     assert torch.equal(ours, table)
     total = expected.total
-    drawn = reference_sample.alias_draw(table, total, 5, 3, 40)
-    assert_equal(cuda_weights.alias_draw(ours, total, 5, 3, 40), drawn)
-    assert_equal(cuda_weights.search(got, 5, 3, 40), reference_sample.search(expected, 5, 3, 40))
+    drawn = reference_categorical.alias_draw(table, total, 5, 3, 40)
+    assert_equal(cuda_categorical.alias_draw(ours, total, 5, 3, 40), drawn)
+    assert_equal(
+        cuda_categorical.search(got, 5, 3, 40), reference_categorical.search(expected, 5, 3, 40)
+    )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -124,8 +127,8 @@ def test_weights_that_do_not_start_at_sixteen_bytes(emulated):
 def test_bad_weights_are_refused(emulated, dtype, bad):
     values = torch.ones(300, dtype=dtype)
     values[257] = bad
-    assert cuda_weights.weigh(values) is None
-    assert cuda_weights.weigh(torch.zeros(5, dtype=dtype)) is None
+    assert cuda_categorical.weigh(values) is None
+    assert cuda_categorical.weigh(torch.zeros(5, dtype=dtype)) is None
 
 
 @pytest.mark.parametrize("total", [2**61, 2**61 + 12345, 7, 1])
@@ -133,26 +136,26 @@ def test_every_border_of_a_bucket(emulated, total):
     n = 5000
     weights = torch.full((n,), total // n)
     weights[: total - int(weights.sum())] += 1
-    table = cuda_weights.alias_build(cuda_weights.weigh(weights))
+    table = cuda_categorical.alias_build(cuda_categorical.weigh(weights))
     ends = torch.cumsum(weights, 0)
     some = weights > 0
     points = torch.cat([(ends - weights)[some], (ends - 1)[some]])
-    expected = reference_sample.alias_resolve(table, total, points)
-    assert_equal(cuda_weights.alias_resolve(table, total, points), expected)
+    expected = reference_categorical.alias_resolve(table, total, points)
+    assert_equal(cuda_categorical.alias_resolve(table, total, points), expected)
 
 
 def test_points_are_the_references(emulated):
     args = (2**62, 2**63 + 5, 2**33 - 250, 5001, torch.device("cpu"))
-    expected = reference_sample.draw_points(*args)
-    assert torch.equal(cuda_weights.draw_points(*args), expected)
+    expected = reference_categorical.draw_points(*args)
+    assert torch.equal(cuda_categorical.draw_points(*args), expected)
 
 
 @pytest.mark.parametrize("count", [1, 767, 768, 769, 3072, 3073, 20_000])
 def test_every_draw_is_made_once(emulated, count):
-    weights = cuda_weights.weigh(torch.rand(1000, generator=seeded()))
-    table = cuda_weights.alias_build(weights)
-    drawn = cuda_weights.alias_draw(table, weights.total, 9, 2**40, count)
-    assert_equal(drawn, reference_sample.alias_draw(table, weights.total, 9, 2**40, count))
+    weights = cuda_categorical.weigh(torch.rand(1000, generator=seeded()))
+    table = cuda_categorical.alias_build(weights)
+    drawn = cuda_categorical.alias_draw(table, weights.total, 9, 2**40, count)
+    assert_equal(drawn, reference_categorical.alias_draw(table, weights.total, 9, 2**40, count))
 
 
 @pytest.mark.parametrize("count", [0, 1, 255, 256, 100_001, 2**31, 2**32 + 3, 2**40])

@@ -11,10 +11,12 @@ from conftest import observe, sweep
 
 import fastis
 from fastis import _C
-from fastis.kernels import cpu_sample, kernels_for
-from fastis.kernels.reference_weights import code_of, distribution, weight_of
+from fastis.kernels import kernels_for
+from fastis.kernels.code import code_of, weight_of
+from fastis.kernels.cpu import table as cpu_table
+from fastis.kernels.flatten import distribution
+from fastis.kernels.layout import CODE, EXPONENT, LAST, SEEN, TOTAL, VALID
 from fastis.methods import EMAIS
-from fastis.table import CODE, EXPONENT, LAST, SEEN, TOTAL, VALID
 
 
 @pytest.fixture(params=["as it is", "resumed"])
@@ -45,7 +47,7 @@ def weights_in_the_structure(sampler: fastis.Sampler) -> torch.Tensor:
     found = []
     for points in ((ends - drawn.weights[order])[some], ends[some] - 1):
         indices, weights = torch.empty_like(points), torch.empty(len(points))
-        cpu_sample.locate(table, points, indices, weights)
+        cpu_table._locate(table, points, indices, weights)
         assert torch.equal(indices, order[some])
         expected = drawn.total / (len(order) * drawn.weights[indices].double())
         assert torch.equal(weights, expected.float())
@@ -126,7 +128,7 @@ def test_every_point_of_a_small_total(flatten, n, unseen):
         assert len(drawn.capped) > 0
     points = torch.arange(drawn.total)
     indices, weights = torch.empty_like(points), torch.empty(drawn.total)
-    cpu_sample.locate(sampler._table, points, indices, weights)
+    cpu_table._locate(sampler._table, points, indices, weights)
     assert torch.equal(torch.bincount(indices, minlength=n), drawn.weights)
     # Unbiased to the last digit: the sum over all points of r is total / N for every item.
     sums = torch.zeros(n, dtype=torch.float64).index_add_(0, indices, weights.double())
@@ -238,7 +240,7 @@ def test_backends_locate_the_same_items():
     for name in ("reference", "cpu"):
         with fastis.backend(name):
             indices, weights = torch.empty_like(points), torch.empty(5000)
-            kernels_for("sample", "cpu").locate(sampler._table, points, indices, weights)
+            kernels_for("table", "cpu")._locate(sampler._table, points, indices, weights)
             found.append((indices, weights))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])

@@ -108,7 +108,7 @@ def test_residents_follow_from_registers_warps_and_shared_memory():
 @pytest.mark.skipif(INTERPRETED, reason="compiles, which the interpreter does not")
 def test_a_kernel_with_faults_is_caught(monkeypatch, request):
     """The whole way from a launch to the complaint: half of the registers, twice the programs."""
-    from fastis.kernels import triton_geometry
+    from fastis.kernels.triton import geometry as triton_geometry
 
     def of(call):
         (launch,) = kernel_resources.recorded()[call][:1]

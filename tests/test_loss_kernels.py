@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastis
-from fastis.kernels.reference_loss import compute_dtype
+from fastis.kernels.formats import compute_dtype
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 CLASSES = [1, 2, 3, 7, 8, 9, 10, 16, 17, 33, 64, 65, 100, 1000]

@@ -13,10 +13,10 @@ from test_device import FORWARDS, Emulator
 
 import fastis
 from fastis import kernels
-from fastis.kernels import cpu_sample
+from fastis.kernels.cpu import categorical as cpu_categorical
+from fastis.kernels.layout import UPDATES
 from fastis.methods import BY_NAME, auto, prioritized, weighted
 from fastis.methods.weighted import is_first, kept
-from fastis.table import UPDATES
 
 NUM_SAMPLES, BATCH_SIZE, STEPS = 60, 16, 90
 METHODS = sorted(set(BY_NAME) - {"presampling", "scan", "uniform", "emais", "loss"})
@@ -93,14 +93,13 @@ def test_the_same_draws_and_states(method, request):
         uniform = [i for i in range(warmup, STEPS) if bool((drawn[i].weights == 1).all())]
         assert 5 < len(uniform) < STEPS - warmup - 5
         for i in uniform:
-            points = cpu_sample.draw_points(NUM_SAMPLES, 1, i * b, b, torch.device("cpu"))
+            points = cpu_categorical.draw_points(NUM_SAMPLES, 1, i * b, b, torch.device("cpu"))
             assert torch.equal(drawn[i].indices, points)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_rows_out_of_range_are_left_out(method, monkeypatch, unseen_by_the_host):
-    for operation in ("update", "sample"):
-        monkeypatch.setitem(kernels._chosen, (operation, "cpu"), Emulator(FORWARDS))
+    monkeypatch.setitem(kernels._chosen, ("table", "cpu"), Emulator(FORWARDS))
     inside, _ = run(method, draw=False)
     outside, _ = run(method, outside=True, draw=False)
     without = {"scalars", "variance"} | (BY_ROW if method == "rais" else set())

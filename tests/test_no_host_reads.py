@@ -9,9 +9,9 @@ from no_host_reads import META, losses_on_meta, no_host_reads, on_meta
 from torch import Tensor
 
 import fastis
+from fastis.kernels.layout import DRAWS, UPDATES
 from fastis.methods import BY_NAME, EMAIS, RAIS
 from fastis.methods.base import Method
-from fastis.table import DRAWS, UPDATES
 
 NUM_SAMPLES, BATCH_SIZE = 320, 16  # 20 minibatches an epoch
 # The choice between uniform draws and a forward pass is the host's.
@@ -209,7 +209,7 @@ def test_label_losses_read_nothing(loss_launches, loss, weighted):
 
 
 def test_a_read_in_a_loss_is_noticed(loss_launches, monkeypatch):
-    from fastis.kernels import triton_loss
+    from fastis.kernels.triton import loss as triton_loss
 
     plain = triton_loss.cross_entropy
 

@@ -64,7 +64,7 @@ def test_config_names_the_missing_extension():
     (line,) = [line for line in shown if line.startswith("compiled extension")]
     assert "missing" in line
     assert "installed with FASTIS_NO_EXTENSION=1, or not built for this Python" in line
-    for operation in ("loss", "update", "sample"):
+    for operation in ("loss", "table", "categorical"):
         (line,) = [line for line in shown if line.startswith(f"{operation} on cpu")]
         assert line.startswith(f"{operation} on cpu: reference; cpu: ")
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import fastis
-from fastis.kernels import cpu_sample, reference_random, reference_sample
-from fastis.kernels.reference_random import permute, random_words, scale
+from fastis.kernels.cpu import categorical as cpu_categorical
+from fastis.kernels.reference import categorical as reference_categorical
+from fastis.kernels.reference import philox as reference_philox
+from fastis.kernels.reference.philox import permute, random_words, scale
 
 # Known answers of Philox4x32-10 from Random123's kat_vectors: counter, key, output.
 KNOWN = [
@@ -47,7 +49,7 @@ def test_scale_is_exact(total):
 @pytest.mark.parametrize("total", [1, 10, 2**40 + 7, 2**62])
 def test_backends_draw_the_same_points(total):
     args = (total, 2**63 + 5, 2**33 - 250, 501, torch.device("cpu"))
-    assert torch.equal(cpu_sample.draw_points(*args), reference_sample.draw_points(*args))
+    assert torch.equal(cpu_categorical.draw_points(*args), reference_categorical.draw_points(*args))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 100, 1023, 1025, 4097])
@@ -83,9 +85,9 @@ def test_streams_do_not_share_blocks():
     streams = [
         tuple(w.tolist() for w in random_words(1, stream, 0, positions))
         for stream in (
-            reference_random.STREAM_DRAW,
-            reference_random.STREAM_PERMUTATION,
-            reference_random.STREAM_WEIGHTS,
+            reference_philox.STREAM_DRAW,
+            reference_philox.STREAM_PERMUTATION,
+            reference_philox.STREAM_WEIGHTS,
         )
     ]
     firsts = [set(zip(*words, strict=True)) for words in streams]

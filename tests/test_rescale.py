@@ -15,8 +15,8 @@ import torch
 
 import fastis
 from fastis import kernels
+from fastis.kernels.layout import CODE, EXPONENT, LAST, MEAN, SEEN, TOTAL, VALID, VAR
 from fastis.methods import EMAIS
-from fastis.table import CODE, EXPONENT, LAST, MEAN, SEEN, TOTAL, VALID, VAR
 
 TINIEST = 2.0**-100
 
@@ -73,7 +73,7 @@ def test_a_rescale_follows_the_formulas(any_backend, n, spread, floor, kind):
     unseen[0] = False
     table.column(MEAN)[:], table.column(VAR)[:] = mean, var
     table.column(LAST)[:] = torch.where(unseen, -1, 0)
-    kernels.kernels_for("update", "cpu").rescale(table)
+    kernels.kernels_for("table", "cpu").rescale(table)
     seen = (~unseen).nonzero().flatten().tolist()
     headroom = table.constants.headroom
     codes, e0, total = oracle(mean.tolist(), var.tolist(), seen, kind, floor, headroom, n)

@@ -13,8 +13,8 @@ from conftest import Observation, drive, observe, scores
 
 import fastis
 from fastis import methods
+from fastis.kernels.layout import EXPONENT, SEEN, TOTAL, UPDATES
 from fastis.methods import EMAIS
-from fastis.table import EXPONENT, SEEN, TOTAL, UPDATES
 
 WITH_WARMUP = {n for n, m in methods.BY_NAME.items() if "warmup_epochs" in m.__dataclass_fields__}
 FIXTURE = Path(__file__).parent / "data" / "state_v1.pt"

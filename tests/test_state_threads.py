@@ -15,7 +15,7 @@ from conftest import batch_of, losses_of, observe, scores, sweep
 
 import fastis
 from fastis import methods
-from fastis.kernels import reference_update
+from fastis.kernels.reference import table as reference_table
 from fastis.methods import EMAIS
 from fastis.saved import check_records
 
@@ -78,7 +78,7 @@ def test_a_state_saved_while_another_thread_trains_is_of_one_moment(
 @pytest.mark.parametrize("action", ["state_dict", "load_state_dict", "sample"])
 def test_steps_of_many_operations_are_waited_for(monkeypatch, name, action):
     """RAIS' own update, and that of EMAIS by the reference, each stopped in the middle."""
-    place = methods.RAIS if name == "rais" else reference_update
+    place = methods.RAIS if name == "rais" else reference_table
     backend = None if name == "rais" else "reference"
     update, inside, go_on, done = place.update, *(threading.Event() for _ in range(3))
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastis
-from fastis.kernels.reference_weights import distribution, water_level
+from fastis.kernels.flatten import distribution, water_level
+from fastis.kernels.layout import CODE, LAST, cap_ratio
 from fastis.methods import EMAIS
-from fastis.table import CODE, LAST, cap_ratio
 
 
 def padded(values, size):

@@ -21,7 +21,7 @@ from test_triton_loss import batch_of
 
 import fastis
 from fastis import kernels
-from fastis.kernels import reference_loss
+from fastis.kernels.reference import loss as reference_loss
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -32,7 +32,7 @@ pytestmark = [
 if INTERPRETED:
     import triton  # (in the order of a user: the variable, then the import)
 
-    from fastis.kernels import triton_loss
+    from fastis.kernels.triton import loss as triton_loss
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -68,10 +68,10 @@ def test_cpu_tensors_need_the_interpreter():
         fastis.cross_entropy(z, y)
     with (
         fastis.backend("triton"),
-        pytest.raises(RuntimeError, match="has no update kernels for cpu tensors"),
+        pytest.raises(RuntimeError, match="has no table kernels for cpu tensors"),
     ):
-        kernels.kernels_for("update", "cpu")
-    assert kernels.kernels_for("loss", "cpu").__name__.endswith(("cpu_loss", "reference_loss"))
+        kernels.kernels_for("table", "cpu")
+    assert kernels.kernels_for("loss", "cpu").__name__.endswith(("cpu.loss", "reference.loss"))
 
 
 def test_missing_triton_is_named(monkeypatch):
@@ -97,7 +97,7 @@ def test_old_triton_is_named(monkeypatch):
 
 def test_cuda_tensors_are_tritons():
     assert not kernels.missing("triton", "loss", "cuda")
-    assert "no sample kernels for cuda" in kernels.missing("triton", "sample", "cuda")
+    assert "no categorical kernels for cuda" in kernels.missing("triton", "categorical", "cuda")
     done = python("-c", "import fastis; fastis.show_config()")
     assert "\ntriton 3." in done.stdout
     assert "triton: its kernels run on CPU tensors only in" in done.stdout

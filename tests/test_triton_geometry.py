@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastis.kernels import triton_geometry as geometry
-from fastis.kernels.triton_geometry import Sweeps, Tiles
+from fastis.kernels.triton import geometry
+from fastis.kernels.triton.geometry import Sweeps, Tiles
 from fastis.loss import MAX_MEAN_GRAD
 
 SIZES = st.one_of(st.integers(1, 70), st.integers(1, 300_000))

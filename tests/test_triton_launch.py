@@ -21,7 +21,8 @@ def gpu(monkeypatch):
     import fake_triton_driver
     from triton.runtime import driver
 
-    from fastis.kernels import triton_launch, triton_reduce
+    from fastis.kernels.triton import launch as triton_launch
+    from fastis.kernels.triton import reduce as triton_reduce
 
     monkeypatch.setattr(triton_launch, "_ready", {})
     # (The kernels that Triton keeps belong to a device: an index of its own is a fresh one.)
@@ -34,14 +35,14 @@ def gpu(monkeypatch):
 
 
 def scale(grad, factor=2.0):
-    from fastis.kernels import triton_loss
+    from fastis.kernels.triton import loss as triton_loss
 
     return triton_loss.scale_grad(grad, torch.tensor(factor))
 
 
 def test_a_kernel_is_bound_once(gpu, monkeypatch):
     launches, compiled = gpu
-    from fastis.kernels import triton_reduce
+    from fastis.kernels.triton import reduce as triton_reduce
 
     grad = torch.rand(64, 16)
     scale(grad)
@@ -73,7 +74,7 @@ def test_what_triton_specialises_on_is_a_kernel_of_its_own(gpu, other):
 
 def test_another_device_has_kernels_of_its_own(gpu):
     """Compiled code is loaded for one device: the key must name it."""
-    from fastis.kernels import triton_launch
+    from fastis.kernels.triton import launch as triton_launch
 
     scale(torch.rand(64, 16))
     (key,) = triton_launch._ready
@@ -81,7 +82,7 @@ def test_another_device_has_kernels_of_its_own(gpu):
 
 
 def test_the_first_launch_in_a_capture_says_what_to_do(gpu, monkeypatch):
-    from fastis.kernels import triton_launch
+    from fastis.kernels.triton import launch as triton_launch
 
     launches, _ = gpu
     grad = torch.rand(64, 16)

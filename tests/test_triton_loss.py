@@ -14,15 +14,16 @@ import pytest
 import torch
 from conftest import INTERPRETED, interpreted
 
-from fastis.kernels import reference_loss, triton_geometry
-from fastis.kernels.triton_geometry import Sweeps, Tiles
+from fastis.kernels.reference import loss as reference_loss
+from fastis.kernels.triton import geometry as triton_geometry
+from fastis.kernels.triton.geometry import Sweeps, Tiles
 
 pytestmark = [
     pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton"),
     pytest.mark.usefixtures("unwritten_memory_is_nan"),
 ]
 if INTERPRETED:
-    from fastis.kernels import triton_loss
+    from fastis.kernels.triton import loss as triton_loss
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
 # Of the gradient's rounding to the logits' dtype; the interpreter truncates to bfloat16. float16

@@ -20,7 +20,7 @@ if importlib.util.find_spec("triton"):
     import triton
     import triton.language as tl
 
-    from fastis.kernels.triton_math import exp_full
+    from fastis.kernels.triton.math import exp_full
 
     @triton.jit
     def exp_kernel(x_ptr, out_ptr):

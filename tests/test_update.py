@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastis
-from fastis.kernels import reference_update
-from fastis.kernels.reference_weights import code_of
+from fastis.kernels import state
+from fastis.kernels.code import code_of
+from fastis.kernels.layout import LAST, UPDATES
 from fastis.methods import EMAIS
-from fastis.table import LAST, UPDATES
 
 
 def ema_in_float64(observations, tau=None, scale=1.0):
@@ -51,7 +51,7 @@ def test_update_follows_the_formulas(any_backend, tau, scale):
 @given(st.floats(1e-9, 100))
 @settings(max_examples=200, deadline=None)
 def test_decay_is_accurate(y):
-    alpha, one_minus_alpha = reference_update.decay(torch.tensor([y], dtype=torch.float32))
+    alpha, one_minus_alpha = state.decay(torch.tensor([y], dtype=torch.float32))
     exact = float(torch.tensor(y, dtype=torch.float32))
     if exact < 79:
         assert float(alpha) == pytest.approx(math.exp(-exact), rel=4e-7)

@@ -1,5 +1,5 @@
 // Integer weights from float ones, a vector at a time: floor(w 2^shift), but at least 1 where w >
-// 0. Bit for bit what integers() of fastis/kernels/reference_weights.py gives: a float is a
+// 0. Bit for bit what integers() of fastis/kernels/quantize.py gives: a float is a
 // mantissa times a power of two, so the product is a shift of the mantissa.
 #pragma once
 

@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cpu/simd.h"
-#include "table.h"
+#include "layout.h"
 
 namespace fastis::FASTIS_ISA {
 

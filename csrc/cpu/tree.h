@@ -7,7 +7,7 @@
 #pragma once
 
 #include "cpu/node.h"
-#include "table.h"
+#include "layout.h"
 
 namespace fastis::FASTIS_ISA {
 

@@ -3,7 +3,7 @@
 
 #include <cub/warp/warp_reduce.cuh>
 
-#include "device/given_weights.h"
+#include "device/categorical.h"
 #include "device/threads.h"
 
 namespace fastis::cuda {

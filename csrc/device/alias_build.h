@@ -14,7 +14,7 @@
 // thread for each.
 #pragma once
 
-#include "device/given_weights.h"
+#include "device/categorical.h"
 
 namespace fastis::device {
 

@@ -9,7 +9,7 @@
 #pragma once
 
 #include "device/divisor.h"
-#include "table.h"
+#include "layout.h"
 
 namespace fastis {
 

@@ -20,7 +20,7 @@ struct Flattening {
 };
 
 // The largest weight with which `capped` items meet the cap beside a rest of weight `rest`:
-// water_level() of weights.h. 0 if so many cannot.
+// water_level() of code.h. 0 if so many cannot.
 FASTIS_HD inline uint64_t level_of(const DeviceTable& t, uint64_t rest, uint64_t capped) {
   if (capped > t.max_capped) return 0;
   const uint64_t numerator = t.cap_numerator;

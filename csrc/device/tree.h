@@ -4,7 +4,7 @@
 
 #include "device/device_table.h"
 #include "device/grid.h"
-#include "weights.h"
+#include "code.h"
 
 namespace fastis::device {
 

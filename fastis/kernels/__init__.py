@@ -1,25 +1,27 @@
 """The contract between operations and backends, and the choice between them.
 
-The step's data flow is ``loss -> update -> sample``. Each operation has one module per backend that
-implements it, named ``{backend}_{operation}``, and all modules of a column have the same functions
-with the same signatures:
+The step's data flow is ``loss -> table``: a scored loss, what the table learns of it, and the next
+draw. Draws from a caller's own weights are a third column, which a training step does not enter.
+``fastis/kernels/{backend}/{operation}.py`` is a cell of the matrix, and all cells of a column have
+the same functions with the same signatures:
 
-==========  ==================  ====================  ====================
-backend     loss                update                sample
-==========  ==================  ====================  ====================
-reference   reference_loss      reference_update      reference_sample
-cpu         cpu_loss            cpu_update            cpu_sample
-triton      triton_loss
-cuda                            cuda_update           cuda_sample
-==========  ==================  ====================  ====================
-
-A column may be spread over further files: those of ``cuda_sample`` for given weights and alias
-tables are in ``cuda_weights``.
+==========  ====  =====  ===========
+backend     loss  table  categorical
+==========  ====  =====  ===========
+reference   yes   yes    yes
+cpu         yes   yes    yes
+triton      yes
+cuda              yes    yes
+==========  ====  =====  ===========
 
 ``reference`` is plain PyTorch and runs on every device: the oracle of the tests and the fall-back
 where nothing faster was built. ``triton`` serves CUDA tensors, and CPU tensors only for tests: in
 Triton's interpreter (``TRITON_INTERPRET=1``) and when it is asked for. The fastest backend that is
 installed for a device is chosen once and remembered; :func:`backend` forces one.
+
+The modules beside the folders are what all backends share: the table's tensors and constants
+(``layout``, ``memory``), and the arithmetic of csrc/*.h in PyTorch (``code``, ``flatten``,
+``quantize``, ``state``, ``variance``, ``alias``).
 """
 
 from __future__ import annotations
@@ -32,25 +34,15 @@ from types import ModuleType
 
 import torch
 
-try:
-    import fastis._C  # noqa: F401 (its error names what is missing; the next line's would not)
-    from fastis import _C as _C
-except ImportError as error:
-    _C = None  # type: ignore[assignment]
-    _C_MISSING = f"the compiled extension fastis._C could not be imported ({error})"
-    if isinstance(error, ModuleNotFoundError):
-        _C_MISSING += (
-            ": fastis was installed with FASTIS_NO_EXTENSION=1, or not built for this Python"
-        )
-else:
-    _C_MISSING = ""
+from fastis.kernels import extension
+from fastis.kernels.extension import _C
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-OPERATIONS = ("loss", "update", "sample")
+OPERATIONS = ("loss", "table", "categorical")
 # Backends in order of speed, by the device of the tensors and the operation.
-_FASTEST_FIRST = {
-    "cpu": {"loss": ("cpu",), "update": ("cpu",), "sample": ("cpu",)},
-    "cuda": {"loss": ("triton",), "update": ("cuda",), "sample": ("cuda",)},
+FASTEST_FIRST = {
+    "cpu": {"loss": ("cpu",), "table": ("cpu",), "categorical": ("cpu",)},
+    "cuda": {"loss": ("triton",), "table": ("cuda",), "categorical": ("cuda",)},
 }
 # (backend, device, operation) that serves only when it is forced.
 _ON_REQUEST = {("triton", "cpu", "loss")}
@@ -65,7 +57,7 @@ def missing(name: str, operation: str, device_type: str) -> str:
     """Why backend ``name`` can't do ``operation`` on ``device_type``; empty when it can."""
     if name == "reference":
         return ""
-    named = name in _FASTEST_FIRST.get(device_type, {}).get(operation, ())
+    named = name in FASTEST_FIRST.get(device_type, {}).get(operation, ())
     if not named and (name, device_type, operation) not in _ON_REQUEST:
         return f"backend {name!r} has no {operation} kernels for {device_type} tensors"
     if name == "triton" and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -82,7 +74,7 @@ def _not_installed(name: str) -> str:
         return _triton_missing()
     if name == "cuda" and _C is not None:
         return _cuda_missing()
-    return "" if name == "reference" else _C_MISSING
+    return "" if name == "reference" else extension.MISSING
 
 
 def _cuda_missing() -> str:
@@ -147,14 +139,14 @@ def kernels_for(operation: str, device_type: str) -> ModuleType:
     except KeyError:
         pass
     if _forced is None:
-        candidates = (*_FASTEST_FIRST.get(device_type, {}).get(operation, ()), "reference")
+        candidates = (*FASTEST_FIRST.get(device_type, {}).get(operation, ()), "reference")
         name = next(c for c in candidates if not missing(c, operation, device_type))
     else:
         name = _forced
         why = missing(name, operation, device_type)
         if why:
             raise RuntimeError(f"backend {name!r} was asked for, but {why}")
-    module = importlib.import_module(f"fastis.kernels.{name}_{operation}")
+    module = importlib.import_module(f"fastis.kernels.{name}.{operation}")
     _chosen[operation, device_type] = module
     return module
 
@@ -192,41 +184,3 @@ def backend(name: str) -> Iterator[None]:
     finally:
         _forced = before
         _chosen.clear()
-
-
-def show_config() -> None:
-    """Prints versions, devices, and which backend serves which operation (or why it can't)."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    import numpy
-
-    from fastis import __version__
-
-    print(f"fastis {__version__}, python {platform.python_version()}, {platform.platform()}")
-    print(f"torch {torch.__version__}, numpy {numpy.__version__}")
-    if _C is None:
-        print(f"compiled extension: missing: {_C_MISSING}")
-    else:
-        print(f"compiled extension: {_C.build_info()}, instruction set in use: {_C.isa()}")
-    try:
-        print(f"triton {version('triton')}")
-    except PackageNotFoundError:
-        print("triton: not installed")
-    print(f"threads: {torch.get_num_threads()}")
-    devices = ["cpu"]
-    if torch.cuda.is_available():
-        devices.append("cuda")
-        for index in range(torch.cuda.device_count()):
-            print(f"cuda:{index}: {torch.cuda.get_device_name(index)}")
-    else:
-        reason = "torch was built without CUDA" if torch.version.cuda is None else "no device found"
-        print(f"cuda: not available ({reason})")
-    for device_type in devices:
-        for operation in OPERATIONS:
-            candidates = (*_FASTEST_FIRST[device_type].get(operation, ()), "reference")
-            served = [b for b in candidates if not missing(b, operation, device_type)]
-            lacking = [
-                f"{b}: {why}" for b in BACKENDS if (why := missing(b, operation, device_type))
-            ]
-            print(f"{operation} on {device_type}: {', '.join(served)}", *lacking, sep="; ")

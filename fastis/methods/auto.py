@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fastis import check
 from fastis.kernels import kernels_for
+from fastis.kernels.layout import CODE, DRAWS, EXPONENT, FLATTEN, SEEN, TOTAL, Table
 from fastis.methods.base import FOREVER, Observation
 from fastis.methods.emais import EMAIS
 from fastis.methods.weighted import clamped, count_on_host, counted, in_range, may_read
 from fastis.saved import FINITE, Range
-from fastis.table import CODE, DRAWS, EXPONENT, FLATTEN, SEEN, TOTAL, Table
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Auto(EMAIS):
         uniform = self._prefers_uniform(table)
         if may_read(table.device) and not bool(uniform):
             return
-        kernels = kernels_for("sample", table.device.type)
+        kernels = kernels_for("categorical", table.device.type)
         n, b = constants.num_samples, constants.batch_size
         start = first * b % FOREVER  # the counters are 64 bits wide
         points = kernels.draw_points(n, constants.seed, start, b, table.device)

@@ -1,8 +1,8 @@
 """What a sampling method is: options, what it remembers, and how it draws and learns.
 
 A method is a small frozen dataclass of options. All that changes belongs to the sampler's
-:class:`fastis.table.Table`, which is saved and loaded as a whole: clocks, the states of the samples
-with the tree over them, variance averages, and the tensors that the method asks for in
+:class:`fastis.kernels.layout.Table`, which is saved and loaded as a whole: clocks, the states of
+the samples with the tree over them, variance averages, and the tensors that the method asks for in
 :meth:`Method.memory`. So one object can serve any number of samplers.
 """
 
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fastis import check
 from fastis.kernels import kernels_for
-from fastis.kernels.reference_weights import distribution
+from fastis.kernels.flatten import distribution
+from fastis.kernels.layout import DRAWS, FACTOR, UPDATES, Table
 from fastis.saved import Range
-from fastis.table import DRAWS, FACTOR, UPDATES, Table
 
 _PLAIN: tuple[type, ...] = (bool, int, float)
 ESTIMATORS = ("unbiased", "plugin")
@@ -99,7 +99,7 @@ class Method:
         raise NotImplementedError
 
     def constants(self) -> dict[str, Any]:
-        """The method's own entries of :class:`fastis.table.Constants`."""
+        """The method's own entries of :class:`fastis.kernels.layout.Constants`."""
         return {"smoothing": self.smoothing, "unbiased": self.estimator == "unbiased"}
 
     def memory(self, table: Table) -> dict[str, Tensor]:
@@ -110,7 +110,7 @@ class Method:
 
     def draw(self, table: Table, indices: Tensor, weights: Tensor) -> None:
         """The next minibatch, into ``indices`` int64 [B] and ``weights`` float32 [B]."""
-        kernels_for("sample", table.device.type).draw(table, indices, weights)
+        kernels_for("table", table.device.type).draw(table, indices, weights)
 
     def observed(self, out: Scored) -> Tensor:
         """[n]: what is observed of every sample of a minibatch."""
@@ -119,7 +119,7 @@ class Method:
     def update(self, table: Table, seen: Observation) -> bool:
         """One iteration; False when an index is out of range, and then nothing has changed."""
         indices, weights, observed, score, mean_grad = seen
-        update: Callable[..., bool] = kernels_for("update", table.device.type).update
+        update: Callable[..., bool] = kernels_for("table", table.device.type).update
         return update(table, indices, observed, weights, score, mean_grad)
 
     @property
@@ -133,7 +133,7 @@ class Method:
         """:meth:`update`, then :meth:`draw` into ``following``: by one kernel if both are plain."""
         if self.is_plain:
             indices, weights, observed, score, mean_grad = seen
-            both: Callable[..., bool] = kernels_for("sample", table.device.type).update_and_draw
+            both: Callable[..., bool] = kernels_for("table", table.device.type).update_and_draw
             return both(table, indices, observed, weights, score, mean_grad, *following)
         if not self.update(table, seen):
             return False

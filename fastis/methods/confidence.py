@@ -11,11 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastis.kernels.reference_update import LARGEST_SCORE
+from fastis.kernels.layout import UPDATES, Table
+from fastis.kernels.state import LARGEST_SCORE
 from fastis.methods.base import Observation, Scored
 from fastis.methods.weighted import WithoutCoefficients, assign, count_on_host, counted, kept
 from fastis.saved import FINITE, Range
-from fastis.table import UPDATES, Table
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from fastis import check
 from fastis.kernels import kernels_for
-from fastis.kernels.reference_update import observe_all
+from fastis.kernels.layout import IMPORTANCE, UPDATES, Table
+from fastis.kernels.state import observe_all
 from fastis.methods.base import Method, Observation, Scored, ScoreFn
 from fastis.methods.scoring import score_all
 from fastis.methods.weighted import count_on_host, counted
-from fastis.table import IMPORTANCE, UPDATES, Table
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class EMAIS(Method):
         counted(table, UPDATES)
         if scores is not None:
             observe_all(table, scores, iteration)
-            kernels_for("update", table.device.type).rescale(table)
+            kernels_for("table", table.device.type).rescale(table)
         return True
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastis import check
+from fastis.kernels.layout import MEAN, UPDATES, Table
 from fastis.methods.base import Observation, Scored, ScoreFn
 from fastis.methods.scoring import score_all
 from fastis.methods.weighted import (
@@ -22,7 +23,6 @@ from fastis.methods.weighted import (
     usable,
 )
 from fastis.saved import Range
-from fastis.table import MEAN, UPDATES, Table
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from fastis import check
 from fastis.kernels import kernels_for
-from fastis.kernels.reference_update import smooth
-from fastis.kernels.reference_variance import minibatch_moments, of_two_stages
+from fastis.kernels.layout import DRAWS, SKIPPED, UPDATES, Table
+from fastis.kernels.variance import minibatch_moments, of_two_stages, smooth
 from fastis.methods import scoring
 from fastis.methods.base import FOREVER, Method, Observation, Scored, ScoreFn
 from fastis.methods.weighted import in_range, usable
 from fastis.saved import Range
-from fastis.table import DRAWS, SKIPPED, UPDATES, Table
 
 SCORES = ("upper_bound", "loss", "gradient_norm")
 _FLOOR = 1e-3
@@ -106,7 +105,7 @@ class Presampling(Method):
         constants = table.constants
         n, b, seed = constants.num_samples, constants.batch_size, constants.seed
         m, threshold = self._sizes(table)
-        kernels = kernels_for("sample", table.device.type)
+        kernels = kernels_for("categorical", table.device.type)
         # A stretch of the counters for every iteration: m candidates, then b choices.
         first = int(table.scalars[DRAWS]) * (max(m, b) + b) % FOREVER  # they are 64 bits wide
         if float(table.memory["tau"]) <= threshold:

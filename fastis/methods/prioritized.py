@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.kernels.reference_update import LARGEST_SCORE
+from fastis.kernels.layout import DRAWS, Table
+from fastis.kernels.state import LARGEST_SCORE
 from fastis.methods.base import Observation, Scored
 from fastis.methods.weighted import Weighted, assign, kept, may_read
 from fastis.saved import Range
-from fastis.table import DRAWS, Table
 
 _EPSILON = 1e-8
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.kernels.reference_update import LARGEST_SCORE
+from fastis.kernels.layout import LAST, UPDATES, Table
+from fastis.kernels.state import LARGEST_SCORE
 from fastis.methods.base import FOREVER, Observation
 from fastis.methods.weighted import (
     Kept,
@@ -24,7 +25,6 @@ from fastis.methods.weighted import (
     usable,
 )
 from fastis.saved import FINITE, NOT_NEGATIVE, POSITIVE, Range
-from fastis.table import LAST, UPDATES, Table
 
 _DECAYS = (0.0, 0.5, 0.9)  # of the averages h_1, h_2, h_3
 _FEATURES = len(_DECAYS) + 1

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.kernels.reference_update import LARGEST_SCORE
+from fastis.kernels.layout import UPDATES, Table
+from fastis.kernels.state import LARGEST_SCORE
 from fastis.methods.base import FOREVER, Method, Observation, Scored
 from fastis.methods.weighted import counted, epoch_ended, kept
 from fastis.saved import Range
-from fastis.table import UPDATES, Table
 
 
 @dataclass(frozen=True)

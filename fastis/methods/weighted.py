@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastis import check
 from fastis.kernels import kernels_for
-from fastis.kernels.reference_update import LARGEST_SCORE, first_positions
+from fastis.kernels.layout import LAST, LATEST, MEAN, UPDATES, VAR, Table
+from fastis.kernels.state import LARGEST_SCORE, first_positions
 from fastis.methods.base import Method, Observation
-from fastis.table import LAST, LATEST, MEAN, UPDATES, VAR, Table
 
 
 @dataclass(frozen=True)
@@ -163,4 +163,4 @@ def assign(table: Table, weights: Tensor, which: Tensor | None = None) -> None:
     for at, values in ((MEAN, weights), (VAR, torch.zeros_like(weights)), (LAST, last)):
         column = table.column(at)
         column[:] = values if which is None else torch.where(which, values, column)
-    kernels_for("update", table.device.type).rescale(table)
+    kernels_for("table", table.device.type).rescale(table)

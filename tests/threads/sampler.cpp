@@ -1,4 +1,4 @@
-// The kernels of csrc/cuda/sampler.cu on threads, step by step beside HostGrid: equal draws, tables
+// The kernels of csrc/cuda/table.cu on threads, step by step beside HostGrid: equal draws, tables
 // and trees. Arguments: blocks, and the number of the barrier to leave out (-1: none).
 #include <cmath>
 #include <cstdio>
@@ -6,7 +6,7 @@
 #include <random>
 
 #include "cuda/grid.cuh"
-#include "device/draw.h"
+#include "device/table_draw.h"
 
 using namespace fastis;
 using namespace fastis::device;

@@ -11,10 +11,11 @@ The contract of the loss column (shapes: B samples, T tokens, C classes, L label
   probabilities in the compute dtype shaped as the logits; ``weights`` ``[B]`` (the coefficients
   ``r_i``), ``class_weights`` ``[C]`` and ``pos_weight`` ``[L]`` in the compute dtype, or None.
 - ``denominator`` is a number, a 0-d tensor, or None: torch's own, from the labels of the batch.
-- Results, in :func:`compute_dtype`: ``(loss, losses, score, mean_grad, grad)``. ``loss`` is
-  ``sum_i r_i loss_i / denominator`` when ``reduce``, else ``[B]``, ``r_i loss_i``; ``losses`` and
-  ``score`` ``[B]``; ``mean_grad`` ``(1/B) sum_i r_i g_i`` or None when it was not asked for;
-  ``grad`` d loss / d logits in :func:`grad_dtype`, contiguous, or None.
+- Results, in :func:`fastis.kernels.formats.compute_dtype`: ``(loss, losses, score, mean_grad,
+  grad)``. ``loss`` is ``sum_i r_i loss_i / denominator`` when ``reduce``, else ``[B]``,
+  ``r_i loss_i``; ``losses`` and ``score`` ``[B]``; ``mean_grad`` ``(1/B) sum_i r_i g_i`` or None
+  when it was not asked for; ``grad`` d loss / d logits, contiguous, in
+  :func:`fastis.kernels.formats.grad_dtype`, or None.
 - Nothing here waits for the device. A label out of range raises IndexError on the CPU; elsewhere
   its row becomes NaN.
 """
@@ -22,26 +23,11 @@ The contract of the loss column (shapes: B samples, T tokens, C classes, L label
 from __future__ import annotations
 
 import math
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-Scored: TypeAlias = "tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]"
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of losses and scores: float64 for float64 logits, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def grad_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which the gradient waits for the backward pass.
-
-    float32 for float16 logits: divided by the batch size it would underflow before a GradScaler's
-    factor arrives. Otherwise the logits' own.
-    """
-    return torch.float32 if dtype == torch.float16 else dtype
+from fastis.kernels.formats import Scored, compute_dtype, grad_dtype, raise_bad_label
 
 
 def cross_entropy(
@@ -149,14 +135,6 @@ def scale_grad(grad: Tensor, grad_output: Tensor, dtype: torch.dtype | None = No
     """
     scale = grad_output.reshape(grad_output.shape + (1,) * (grad.dim() - grad_output.dim()))
     return (grad * scale).to(grad.dtype if dtype is None else dtype)
-
-
-def raise_bad_label(labels: Tensor, row: int, num_classes: int) -> None:
-    """Raises the IndexError for the flat ``labels[row]``."""
-    raise IndexError(
-        f"target must hold class indices in [0, {num_classes}) or ignore_index, "
-        f"got {int(labels[row])} at flat position {row}"
-    )
 
 
 def _label_rows(z: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,9 +3,9 @@
     t_j = (1-a) w_y [j = y] + (a/C) w_j,  or  t_j = w_j ((1-a) T_j + a/C)
     loss = -sum t_j log p_j,  g = p sum(t) - t,  |g| from the sum of g_j^2
 
-as in :mod:`fastis.kernels.reference_loss` (the score: Kutsuna 2025, section 7). The largest logit
+as in :mod:`fastis.kernels.reference.loss` (the score: Kutsuna 2025, section 7). The largest logit
 stays out of every sum, so a confident row loses no digits; the norm is summed from the gradient
-itself, because its expanded form cancels. :mod:`fastis.kernels.triton_geometry` says who takes
+itself, because its expanded form cancels. :mod:`fastis.kernels.triton.geometry` says who takes
 which rows; a row is a token.
 """
 
@@ -14,9 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastis.kernels.triton_cross_entropy import by_lane, clear_row, columns_of, read_label
-from fastis.kernels.triton_math import RAISE, exp_full, log1p, root_of_squares
-from fastis.kernels.triton_reduce import inverse_of, over_denominator
+from fastis.kernels.triton.cross_entropy import by_lane, clear_row, columns_of, read_label
+from fastis.kernels.triton.math import RAISE, exp_full, log1p, root_of_squares
+from fastis.kernels.triton.reduce import inverse_of, over_denominator
 
 
 @triton.jit

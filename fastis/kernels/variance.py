@@ -6,14 +6,28 @@ under the sampling in force)::
     A = E[r^2 x^2]     U = E[r x^2]     O = E[r x]     G = E[r g]
 
 Plain arithmetic on tensors of any batch shape, as in csrc/variance.h; smoothed over iterations by
-reference_update, taken as they are by :mod:`fastis.estimators`.
+reference_table, taken as they are by :mod:`fastis.estimators`.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from fastis.kernels.layout import (
+    EFFECTIVE_BATCH_SIZE,
+    EFFICIENCY,
+    FACTOR,
+    SECOND,
+    TRACE_IS,
+    TRACE_OPTIMAL,
+    TRACE_UNIFORM,
+    UPDATES,
+    WEIGHT,
+    Table,
+)
 
 
 class Moments(NamedTuple):
@@ -74,3 +88,32 @@ def traces_of(moments: Moments, n: int, unbiased: bool) -> tuple[Tensor, Tensor,
     bessel = n / (n - 1) if n > 1 else float("inf")
     mu2 = (n * G2 - A) / (n - 1)
     return bessel * (A - G2), U - mu2, bessel * (O2 - G2)
+
+
+def smooth(table: Table, minibatch: Moments, n: int) -> None:
+    """Moments of one minibatch of n draws into the averages; none if one of them is not finite."""
+    moments = torch.stack(minibatch)
+    if not bool(moments.isfinite().all()):
+        return
+    v, constants = table.variance, table.constants
+    if int(table.scalars[UPDATES]) == constants.warmup_draws:
+        v[:TRACE_IS] = 0.0  # another distribution from here on
+    keep = constants.smoothing
+    v[WEIGHT] = keep * v[WEIGHT] + (1 - keep)
+    v[SECOND:TRACE_IS] = keep * v[SECOND:TRACE_IS] + (1 - keep) * moments
+    derive(table, n)
+
+
+def derive(table: Table, n: int) -> None:
+    """Traces, effective minibatch size, efficiency and factor from the smoothed moments."""
+    v, unbiased = table.variance, table.constants.unbiased
+    moments = Moments(*(v[SECOND:TRACE_IS] / v[WEIGHT]).unbind())
+    v[TRACE_IS], v[TRACE_UNIFORM], v[TRACE_OPTIMAL] = traces_of(moments, n, unbiased)
+    A, U, O2, _ = moments
+    o2 = (n * O2 - A) / (n - 1) if unbiased else O2
+    v[EFFECTIVE_BATCH_SIZE] = n * v[TRACE_UNIFORM] / v[TRACE_IS]
+    v[EFFICIENCY] = torch.where(U - o2 > 0, (A - o2) / (U - o2), torch.nan)
+    factor = v[EFFECTIVE_BATCH_SIZE] / n
+    adjust = int(table.scalars[UPDATES]) >= table.constants.warmup_draws
+    good = torch.isfinite(factor) & (factor > 0)
+    v[FACTOR] = torch.where(good, factor, 1.0) if adjust else 1.0

@@ -1,4 +1,4 @@
-"""Draws from given weights on a GPU: csrc/cuda/{given_weights,alias}.cu.
+"""Draws from given weights on a GPU: csrc/cuda/{categorical,alias}.cu.
 
 What the host has to know of the weights it reads twice: how large they are, for the shift, then
 their total in integers. Everything else stays on the device.
@@ -11,12 +11,12 @@ import math
 import torch
 from torch import Tensor
 
-from fastis.kernels import _C
-from fastis.kernels.cuda_launch import failure, launch
-from fastis.kernels.reference_weights import Weights
-from fastis.table import SUM_BITS
+from fastis.kernels.cuda.launch import failure, launch
+from fastis.kernels.extension import _C
+from fastis.kernels.layout import SUM_BITS
+from fastis.kernels.quantize import Weights
 
-_TILE = 256  # weights to one of the running sums (kTile of csrc/device/given_weights.h)
+_TILE = 256  # weights to one of the running sums (kTile of csrc/device/categorical.h)
 _ALIGNMENT = 16  # bytes: four weights are read by one access
 # Codes of the formats, as csrc/cpu/entry_points.h lists them.
 _FORMATS = {
@@ -45,7 +45,7 @@ def _described(values: Tensor) -> tuple[int, int, int]:
 
 
 def weigh(values: Tensor) -> Weights | None:
-    """See :func:`fastis.kernels.reference_sample.weigh`; one running sum for 256 weights."""
+    """See :func:`fastis.kernels.reference.categorical.weigh`; one running sum for 256 weights."""
     if values.data_ptr() % _ALIGNMENT:
         values = values.clone()
     shift = 0
@@ -62,7 +62,7 @@ def weigh(values: Tensor) -> Weights | None:
 
 
 def _shift_of(values: Tensor, most: float, total: float) -> int:
-    """What :func:`fastis.kernels.reference_weights.shift_of` says, mostly without reading again.
+    """What :func:`fastis.kernels.quantize.shift_of` says, mostly without reading again.
 
     It asks for the bit length of n plus the sum of integers that are each off by less than 1. The
     sum of the floats tells it, right to 2^-24, unless a power of two is that near.
@@ -96,7 +96,7 @@ def _running_sums(values: Tensor, shift: int) -> Tensor:
 
 
 def integers(weights: Weights) -> Tensor:
-    """See :func:`fastis.kernels.reference_sample.integers`."""
+    """See :func:`fastis.kernels.reference.categorical.integers`."""
     values = weights.values
     out = torch.empty(values.numel(), dtype=torch.int64, device=values.device)
     _call("integers", values.device, *_described(values), weights.shift, out.data_ptr())
@@ -104,7 +104,7 @@ def integers(weights: Weights) -> Tensor:
 
 
 def search(weights: Weights, seed: int, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """See :func:`fastis.kernels.reference_sample.search`."""
+    """See :func:`fastis.kernels.reference.categorical.search`."""
     values, drawn = weights.values, _empty_draws(count, weights.values.device)
     _call(
         "search",
@@ -122,7 +122,7 @@ def search(weights: Weights, seed: int, first: int, count: int) -> tuple[Tensor,
 
 
 def alias_build(weights: Weights) -> Tensor:
-    """See :func:`fastis.kernels.reference_sample.alias_build`."""
+    """See :func:`fastis.kernels.reference.categorical.alias_build`."""
     values, device, n = weights.values, weights.values.device, weights.values.numel()
     table = torch.empty((n, 2), dtype=torch.int64, device=device)
     before = torch.empty((-(-n // _TILE) + 1, 3), dtype=torch.int64, device=device)
@@ -145,7 +145,7 @@ def alias_build(weights: Weights) -> Tensor:
 def alias_draw(
     table: Tensor, total: int, seed: int, first: int, count: int
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`fastis.kernels.reference_sample.alias_draw`."""
+    """See :func:`fastis.kernels.reference.categorical.alias_draw`."""
     drawn = _empty_draws(count, table.device)
     of_table = table.data_ptr(), len(table), total
     where = (part.data_ptr() for part in drawn)
@@ -154,7 +154,7 @@ def alias_draw(
 
 
 def alias_resolve(table: Tensor, total: int, points: Tensor) -> tuple[Tensor, Tensor]:
-    """See :func:`fastis.kernels.reference_sample.alias_resolve`."""
+    """See :func:`fastis.kernels.reference.categorical.alias_resolve`."""
     count = points.numel()
     drawn = _empty_draws(count, table.device)
     of_table = table.data_ptr(), len(table), total
@@ -164,7 +164,7 @@ def alias_resolve(table: Tensor, total: int, points: Tensor) -> tuple[Tensor, Te
 
 
 def draw_points(total: int, seed: int, first: int, count: int, device: torch.device) -> Tensor:
-    """See :func:`fastis.kernels.reference_sample.draw_points`."""
+    """See :func:`fastis.kernels.reference.categorical.draw_points`."""
     points = torch.empty(count, dtype=torch.int64, device=device)
     _call("draw_points", points.device, total, seed, first, count, points.data_ptr())
     return points

@@ -1,7 +1,7 @@
 // Weights that a caller gives, on the device: their integers floor(w 2^shift), but at least 1 where
 // w > 0, as cpu/integers.h makes them; what a survey of them finds; and the search in running sums
-// of their integers. Each is written for one thread's share; csrc/cuda/given_weights.cu and
-// emulate_given_weights.cpp hand out the shares.
+// of their integers. Each is written for one thread's share; csrc/cuda/categorical.cu and
+// emulate_categorical.cpp hand out the shares.
 #pragma once
 
 #include <cstring>

@@ -1,14 +1,13 @@
-"""Draws on the CPU: csrc/cpu/{sample,weigh,search,alias_*}.cpp."""
+"""Draws from given weights on the CPU: csrc/cpu/{categorical,alias_*}.cpp."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastis.kernels import _C, cpu_update
-from fastis.kernels.reference_weights import Weights
-from fastis.memory import empty
-from fastis.table import Table
+from fastis.kernels.extension import _C
+from fastis.kernels.memory import empty
+from fastis.kernels.quantize import Weights
 
 # Of given weights: code of the format.
 _FORMATS = {
@@ -28,37 +27,8 @@ def _threads(n: int) -> int:
     return 1 if n < _PARALLEL_WEIGHTS else torch.get_num_threads()
 
 
-def draw(table: Table, indices: Tensor, weights: Tensor) -> None:
-    """See :func:`fastis.kernels.reference_sample.draw`."""
-    _C.draw(table.handle, indices.data_ptr(), weights.data_ptr())
-
-
-def update_and_draw(
-    table: Table,
-    indices: Tensor,
-    observed: Tensor,
-    weights: Tensor,
-    score: Tensor,
-    mean_grad: Tensor | None,
-    next_indices: Tensor,
-    next_weights: Tensor,
-) -> bool:
-    """See :func:`fastis.kernels.reference_sample.update_and_draw`."""
-    if not cpu_update.update(table, indices, observed, weights, score, mean_grad):
-        return False
-    draw(table, next_indices, next_weights)
-    return True
-
-
-def locate(table: Table, points: Tensor, indices: Tensor, weights: Tensor) -> None:
-    """See :func:`fastis.kernels.reference_sample.locate`."""
-    count = points.numel()
-    addresses = points.data_ptr(), count, indices.data_ptr(), weights.data_ptr()
-    _C.locate(table.handle, *addresses)
-
-
 def weigh(values: Tensor) -> Weights | None:
-    """See :func:`fastis.kernels.reference_sample.weigh`; one running sum for 64 weights."""
+    """See :func:`fastis.kernels.reference.categorical.weigh`; one running sum for 64 weights."""
     n = values.numel()
     ends = values.new_empty(-(-n // _GROUP), dtype=torch.int64)
     found = values.new_empty(2, dtype=torch.int64)
@@ -70,7 +40,7 @@ def weigh(values: Tensor) -> Weights | None:
 
 
 def integers(weights: Weights) -> Tensor:
-    """See :func:`fastis.kernels.reference_sample.integers`."""
+    """See :func:`fastis.kernels.reference.categorical.integers`."""
     values, n = weights.values, weights.values.numel()
     out = empty((n,), torch.int64, values.device)
     code = _FORMATS[values.dtype]
@@ -79,7 +49,7 @@ def integers(weights: Weights) -> Tensor:
 
 
 def search(weights: Weights, seed: int, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """See :func:`fastis.kernels.reference_sample.search`."""
+    """See :func:`fastis.kernels.reference.categorical.search`."""
     indices = weights.ends.new_empty(count)
     coefficients = weights.ends.new_empty(count, dtype=torch.float32)
     _C.search(
@@ -99,7 +69,7 @@ def search(weights: Weights, seed: int, first: int, count: int) -> tuple[Tensor,
 
 
 def alias_build(weights: Weights) -> Tensor:
-    """See :func:`fastis.kernels.reference_sample.alias_build`."""
+    """See :func:`fastis.kernels.reference.categorical.alias_build`."""
     values, n = weights.values, weights.values.numel()
     table = empty((n, 2), torch.int64, values.device)
     _C.alias_build(
@@ -117,7 +87,7 @@ def alias_build(weights: Weights) -> Tensor:
 def alias_draw(
     table: Tensor, total: int, seed: int, first: int, count: int
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`fastis.kernels.reference_sample.alias_draw`."""
+    """See :func:`fastis.kernels.reference.categorical.alias_draw`."""
     indices = table.new_empty(count)
     coefficients = table.new_empty(count, dtype=torch.float32)
     _C.alias_draw(
@@ -134,7 +104,7 @@ def alias_draw(
 
 
 def alias_resolve(table: Tensor, total: int, points: Tensor) -> tuple[Tensor, Tensor]:
-    """See :func:`fastis.kernels.reference_sample.alias_resolve`."""
+    """See :func:`fastis.kernels.reference.categorical.alias_resolve`."""
     indices = torch.empty_like(points)
     coefficients = points.new_empty(points.shape, dtype=torch.float32)
     _C.alias_resolve(
@@ -150,7 +120,7 @@ def alias_resolve(table: Tensor, total: int, points: Tensor) -> tuple[Tensor, Te
 
 
 def draw_points(total: int, seed: int, first: int, count: int, device: torch.device) -> Tensor:
-    """See :func:`fastis.kernels.reference_sample.draw_points`."""
+    """See :func:`fastis.kernels.reference.categorical.draw_points`."""
     points = torch.empty(count, dtype=torch.int64, device=device)
     _C.draw_points(total, seed, first, count, points.data_ptr())
     return points

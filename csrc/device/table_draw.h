@@ -4,7 +4,7 @@
 #pragma once
 
 #include "device/flatten.h"
-#include "device/update.h"
+#include "device/table_update.h"
 
 namespace fastis::device {
 

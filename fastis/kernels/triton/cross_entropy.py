@@ -1,10 +1,10 @@
 """Cross-entropy against class labels on the GPU: loss, score and gradient, one read of the logits.
 
 Equations: Kutsuna 2025, section 7; Katharopoulos and Fleuret 2018, eq. 19, in the form of
-:mod:`fastis.kernels.reference_loss` that loses no digits: sums over ``j != y`` with the largest of
+:mod:`fastis.kernels.reference.loss` that loses no digits: sums over ``j != y`` with the largest of
 those logits as reference point, then a closed form a row (:func:`triton_math.solve_label_row`).
 
-A row is a token: row r belongs to sample r / tokens. :mod:`fastis.kernels.triton_geometry` says who
+A row is a token: row r belongs to sample r / tokens. :mod:`fastis.kernels.triton.geometry` says who
 takes which rows. An element costs one exponential in a sweep, and 7 to 9 instructions in all: at
 4 TB/s a multiprocessor of an H200 has 13 issue slots for each bfloat16 that arrives.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastis.kernels.triton_math import (
+from fastis.kernels.triton.math import (
     correction,
     exp2_term,
     rounded_product,
@@ -22,7 +22,7 @@ from fastis.kernels.triton_math import (
     to_float32,
     unit_of,
 )
-from fastis.kernels.triton_reduce import inverse_of, over_denominator
+from fastis.kernels.triton.reduce import inverse_of, over_denominator
 
 
 @triton.jit

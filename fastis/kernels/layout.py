@@ -1,12 +1,12 @@
 """A sampler's memory: the state of every sample, two clocks, the variance averages.
 
 It owns tensors and constants and does no arithmetic; the kernels of ``fastis.kernels`` do. The
-layout is that of csrc/table.h, position by position.
+layout is that of csrc/layout.h, position by position.
 
 =============  ==============  =================================================================
 ``records``    int32 [N, 4]    mean (float32 bits), variance (float32 bits), iteration of the last
                                observation (-1: unseen), code of the importance (see math in
-                               csrc/weights.h). One record is 16 bytes: one cache line a sample.
+                               csrc/code.h). One record is 16 bytes: one cache line a sample.
 ``scalars``    int64 [24]      clocks and totals, named below
 ``variance``   float64 [11]    minibatch moments, smoothed, and what follows from them
 ``memory``     dict            tensors that the method asked for, by name
@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastis.kernels import _C
-from fastis.memory import zeros
+from fastis.kernels.extension import _C
+from fastis.kernels.memory import zeros
 
 # Positions in `scalars`.
 DRAWS, UPDATES, SKIPPED, EXPONENT, TOTAL, SEEN, VALID = range(7)
@@ -51,7 +51,7 @@ DURABLE_SCALARS = VALID  # the rest describes the structure and is rebuilt
 # Columns of `records`.
 MEAN, VAR, LAST, CODE = range(4)
 
-LEAF = 4  # records below a node of the sampling structure (kLeaf in csrc/table.h)
+LEAF = 4  # records below a node of the sampling structure (kLeaf in csrc/layout.h)
 LATEST = 2**31 - 1  # the iteration in a record is modulo one more
 LATE = 1 << 20  # by so much a record may be ahead of an update that comes late
 NO_EXPONENT = -1000  # e0 of a table that has seen nothing
@@ -65,7 +65,7 @@ IMPORTANCE = {"rms": 0, "sum": 1}
 
 @dataclass(frozen=True)
 class Constants:
-    """What stays the same for a sampler's life. Names and meanings are those of csrc/table.h."""
+    """What stays the same for a sampler's life. Names and meanings are those of csrc/layout.h."""
 
     num_samples: int
     batch_size: int

@@ -7,7 +7,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fastis.kernels import _C
+from fastis.kernels.extension import _C
 
 HUGE_PAGE = 2 << 20  # bytes
 

@@ -4,7 +4,7 @@
 // 128 a level (192 while samples are unseen) and 64.
 #include "cuda/grid.cuh"
 #include "cuda/launch.h"
-#include "device/draw.h"
+#include "device/table_draw.h"
 #include "fastis.h"
 
 namespace fastis::cuda {

@@ -1,6 +1,6 @@
 """The loss column on the CPU: allocates the outputs and calls the compiled kernels.
 
-Same functions, signatures and results as :mod:`fastis.kernels.reference_loss`.
+Same functions, signatures and results as :mod:`fastis.kernels.reference.loss`.
 """
 
 from __future__ import annotations
@@ -12,17 +12,8 @@ import torch
 from torch import Tensor
 
 from fastis import _C
-from fastis.kernels.reference_loss import Scored, compute_dtype, grad_dtype, raise_bad_label
-from fastis.kernels.reference_loss import scale_grad as _multiply
-
-__all__ = [
-    "binary_cross_entropy_with_logits",
-    "compute_dtype",
-    "cross_entropy",
-    "grad_dtype",
-    "mse_loss",
-    "scale_grad",
-]
+from fastis.kernels.formats import Scored, compute_dtype, grad_dtype, raise_bad_label
+from fastis.kernels.reference.loss import scale_grad as _multiply
 
 # Of the logits: code of the format, dtype of the results, dtype of the gradient.
 _FORMATS = {

@@ -1,6 +1,6 @@
 """The loss column in Triton: allocates the outputs and launches the kernels.
 
-Same functions, signatures and results as :mod:`fastis.kernels.reference_loss`, from float32,
+Same functions, signatures and results as :mod:`fastis.kernels.reference.loss`, from float32,
 bfloat16 and float16 logits, in float32 arithmetic. Float64 logits and empty batches go to that
 reference. Nothing here waits for the device, and equal calls give equal bits: partial sums in
 memory and fixed orders of addition, no atomics. A label out of range makes its row NaN: to raise,
@@ -23,14 +23,12 @@ import torch
 from torch import Tensor
 
 from fastis import kernels
-from fastis.kernels import cuda_scale, reference_loss
-from fastis.kernels.reference_loss import Scored, compute_dtype, grad_dtype
-from fastis.kernels.triton_cross_entropy import label_sweeps_kernel, label_tiles_kernel
-from fastis.kernels.triton_distribution import (
-    distribution_sweeps_kernel,
-    distribution_tiles_kernel,
-)
-from fastis.kernels.triton_geometry import (
+from fastis.kernels.cuda import scale as cuda_scale
+from fastis.kernels.formats import Scored, compute_dtype, grad_dtype
+from fastis.kernels.reference import loss as reference_loss
+from fastis.kernels.triton.cross_entropy import label_sweeps_kernel, label_tiles_kernel
+from fastis.kernels.triton.elementwise import label_loss_kernel
+from fastis.kernels.triton.geometry import (
     SWEEP_REGISTERS,
     Tiles,
     access_width,
@@ -44,15 +42,15 @@ from fastis.kernels.triton_geometry import (
     row_launch,
     scaling,
 )
-from fastis.kernels.triton_label_loss import label_loss_kernel
-from fastis.kernels.triton_launch import launch as _launch
-from fastis.kernels.triton_reduce import (
+from fastis.kernels.triton.launch import launch as _launch
+from fastis.kernels.triton.reduce import (
     denominator_kernel,
     finish_columns_kernel,
     finish_tokens_kernel,
     scale_all_kernel,
     scale_rows_kernel,
 )
+from fastis.kernels.triton.soft_targets import distribution_sweeps_kernel, distribution_tiles_kernel
 
 __all__ = [
     "binary_cross_entropy_with_logits",
@@ -264,7 +262,7 @@ def scale_grad(grad: Tensor, grad_output: Tensor, dtype: torch.dtype | None = No
 @functools.cache
 def _compiled_scales(device_type: str) -> bool:
     """Whether the compiled kernel does the scaling: a launch of it takes the host a third."""
-    return device_type == "cuda" and not kernels.missing("cuda", "update", "cuda")
+    return device_type == "cuda" and not kernels.missing("cuda", "table", "cuda")
 
 
 def _serves(logits: Tensor) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastis.kernels import _C
-from fastis.kernels.cuda_launch import launch
+from fastis.kernels.cuda.launch import launch
+from fastis.kernels.extension import _C
 
 # Codes of the formats, as csrc/device/scale.h lists them.
 _FORMATS = {
@@ -21,7 +21,7 @@ def scale(grad: Tensor, grad_output: Tensor, out: Tensor) -> Tensor:
     """``out = grad * grad_output``; in place (``out is grad``) a 0-d 1 changes nothing.
 
     ``grad`` and ``out`` are contiguous and not empty: float32, float64 or bfloat16 and the same, or
-    float32 and float16, as gradients wait (:func:`fastis.kernels.reference_loss.grad_dtype`).
+    float32 and float16, as gradients wait (:func:`fastis.kernels.formats.grad_dtype`).
     ``grad_output`` is 0-d or ``[B]``, any strides.
     """
     dtype = grad.dtype

@@ -1,4 +1,4 @@
-// csrc/cuda/{given_weights,alias}.cu on the host: the same shares of threads and blocks, one after
+// csrc/cuda/{categorical,alias}.cu on the host: the same shares of threads and blocks, one after
 // the other, in an order that `stride` permutes.
 #include <memory>
 

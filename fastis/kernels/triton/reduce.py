@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastis.kernels.triton_math import RAISE, root_of_squares
+from fastis.kernels.triton.math import RAISE, root_of_squares
 
 
 @triton.jit

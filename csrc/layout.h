@@ -3,16 +3,16 @@
 
 #include <cstdint>
 
-#include "weights.h"
+#include "code.h"
 
 namespace fastis {
 
-// One int64 each, on the sampler's device; fastis/table.py names the same positions.
+// One int64 each, on the sampler's device; fastis/kernels/layout.py names the same positions.
 struct Scalars {
   int64_t draws;         // minibatches issued: the clock of the randomness and of the warm-up
   int64_t updates;       // minibatches observed: the clock of the moving averages
   int64_t skipped;       // non-finite scores left out
-  int64_t exponent;      // e0 of weights.h; kNoExponent while nothing has been seen
+  int64_t exponent;      // e0 of code.h; kNoExponent while nothing has been seen
   int64_t total;         // sum of the integer weights of the seen samples
   int64_t seen;          // how many those are
   int64_t valid;         // does the sampling structure below match the codes?

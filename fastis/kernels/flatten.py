@@ -1,59 +1,25 @@
-"""Integer weights and flattening in PyTorch: csrc/weights.h and csrc/cpu/update_cap.cpp."""
+"""Flattening in PyTorch: csrc/flatten.h. What the next importance draw is made from."""
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastis.table import (
+from fastis.kernels.code import weight_of
+from fastis.kernels.layout import (
     EXPONENT,
     FLATTEN,
     LAST,
     NO_EXPONENT,
     SEEN,
-    SUM_BITS,
     TOTAL,
     UNIFORM_WEIGHT,
     Constants,
     Table,
 )
-
-TINIEST = 2.0**-100
-
-
-def exponent_of(code: Tensor) -> Tensor:
-    """Binary exponent of a code (int32 or int64) as int64."""
-    return ((code.long() >> 23) & 0xFF) - 127
-
-
-def mantissa_of(code: Tensor) -> Tensor:
-    """The 16 significant bits of a code as int64."""
-    return ((code.long() >> 8) & 0x7FFF) | 0x8000
-
-
-def code_of(importance: Tensor, floor: float) -> Tensor:
-    """float32 -> int32: floored, and rounded half-even to 16 significant bits."""
-    floored = importance.clamp(min=max(floor, TINIEST))
-    bits = floored.view(torch.int32)
-    return (bits + 0x7F + ((bits >> 8) & 1)) & ~0xFF
-
-
-def weight_of(code: Tensor, e0: int) -> Tensor:
-    """mantissa16 << (exponent - e0) as int64; 0 for code 0 (unseen)."""
-    shift = torch.where(code == 0, 0, exponent_of(code) - e0)
-    return torch.where(code == 0, 0, mantissa_of(code) << shift)
-
-
-def floor_of(total: int, seen: int, e0: int, eps: float) -> float:
-    """eps times the mean importance of the seen samples, as a float32 value."""
-    if seen == 0 or total == 0:
-        return 0.0
-    value = float(total) / float(seen) * 2.0 ** (e0 - 15) * eps
-    return float(torch.tensor(value, dtype=torch.float64, device="cpu").float())
 
 
 class Distribution(NamedTuple):
@@ -110,32 +76,3 @@ def mix_offset(weights: Tensor, constants: Constants) -> int:
     over = batch * int(weights.max()) - constants.cap_numerator * int(weights.sum())
     divisor = constants.cap_numerator * constants.num_samples - batch
     return max(0, -(-over // divisor))
-
-
-class Weights(NamedTuple):
-    """Weights that add up to an integer."""
-
-    values: Tensor  # float [N], whose integers are those of integers(); or int64 [N], the integers
-    shift: int
-    total: int
-    ends: Tensor  # int64: running sums of the integers, spaced as the backend likes
-
-
-def integers(values: Tensor, shift: int) -> Tensor:
-    """floor(w 2^shift) as int64, but at least 1 where w > 0."""
-    w = values.double()
-    half = shift // 2  # in two factors, since 2^shift itself may overflow
-    return torch.where(w > 0, (w * 2.0**half * 2.0 ** (shift - half)).long().clamp(min=1), 0)
-
-
-def shift_of(values: Tensor) -> int:
-    """The shift with which the integers of ``values``, not all 0, add up to about 2^61.
-
-    A power of two alone, so that every backend gets the same integers. With it the bit length of
-    the sum, were nothing cut off, is 61.
-    """
-    n = values.numel()
-    _, exponent = math.frexp(float(values.max()))  # max < 2^exponent
-    first = SUM_BITS - (n - 1).bit_length() - exponent
-    at_most = int(integers(values, first).sum()) + n  # each integer is off by less than 1
-    return first + SUM_BITS - at_most.bit_length()

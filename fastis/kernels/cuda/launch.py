@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastis.kernels import _C
+from fastis.kernels.extension import _C
 
 
 def launch(entry_point: Callable[..., int], device: torch.device, *arguments: int) -> None:

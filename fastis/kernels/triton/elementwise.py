@@ -13,8 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastis.kernels.triton_math import RAISE, exp_full, log1p, root_of_squares
-from fastis.kernels.triton_reduce import inverse_of, over_denominator
+from fastis.kernels.triton.math import RAISE, exp_full, log1p, root_of_squares
+from fastis.kernels.triton.reduce import inverse_of, over_denominator
 
 
 @triton.jit

@@ -1,0 +1,45 @@
+"""Float weights as integers of a fixed sum, in PyTorch."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastis.kernels.layout import SUM_BITS
+
+
+class Weights(NamedTuple):
+    """Weights that add up to an integer."""
+
+    values: Tensor  # float [N], whose integers are those of integers(); or int64 [N], the integers
+    shift: int
+    total: int
+    ends: Tensor  # int64: running sums of the integers, spaced as the backend likes
+
+
+def integers(values: Tensor, shift: int) -> Tensor:
+    """floor(w 2^shift) as int64, but at least 1 where w > 0."""
+    w = values.double()
+    half = shift // 2  # in two factors, since 2^shift itself may overflow
+    return torch.where(w > 0, (w * 2.0**half * 2.0 ** (shift - half)).long().clamp(min=1), 0)
+
+
+def shift_of(values: Tensor) -> int:
+    """The shift with which the integers of ``values``, not all 0, add up to about 2^61.
+
+    A power of two alone, so that every backend gets the same integers. With it the bit length of
+    the sum, were nothing cut off, is 61.
+    """
+    n = values.numel()
+    _, exponent = math.frexp(float(values.max()))  # max < 2^exponent
+    first = SUM_BITS - (n - 1).bit_length() - exponent
+    at_most = int(integers(values, first).sum()) + n  # each integer is off by less than 1
+    return first + SUM_BITS - at_most.bit_length()
+
+
+def coefficients(weights: Tensor, total: int, indices: Tensor) -> Tensor:
+    """r = 1 / (N p) = total / (N W), float32 [n], for the drawn ``indices`` int64 [n]."""
+    return (float(total) / (float(weights.numel()) * weights[indices].double())).float()

@@ -1,0 +1,101 @@
+"""Draws from given weights in plain PyTorch: the oracle of every other backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastis.kernels import quantize
+from fastis.kernels.alias import capacities, index_bits
+from fastis.kernels.quantize import Weights, coefficients
+from fastis.kernels.reference.philox import STREAM_WEIGHTS, random_words, scale
+
+
+def draw_points(total: int, seed: int, first: int, count: int, device: torch.device) -> Tensor:
+    """int64 [count]: points below ``total`` of draws ``first`` ... of the stream of ``seed``."""
+    positions = torch.arange(first, first + count, device=device)
+    return scale(random_words(seed, STREAM_WEIGHTS, 0, positions), total)
+
+
+def weigh(values: Tensor) -> Weights | None:
+    """The weights ``values`` (float [N], or int64 [N] with 0 < sum < 2^62) as integers, and sums.
+
+    None: a weight is negative or not finite, or all of them are 0.
+    """
+    shift = 0
+    if values.is_floating_point():
+        least, most = (float(v) for v in torch.aminmax(values))
+        if not (least >= 0 and 0 < most < float("inf")):
+            return None
+        shift = quantize.shift_of(values)
+    weights = Weights(values, shift, 0, values)
+    ends = torch.cumsum(integers(weights), 0)
+    return weights._replace(total=int(ends[-1]), ends=ends)
+
+
+def integers(weights: Weights) -> Tensor:
+    """int64 [N], of sum ``weights.total``."""
+    if weights.values.dtype == torch.int64:
+        return weights.values
+    return quantize.integers(weights.values, weights.shift)
+
+
+def search(weights: Weights, seed: int, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Draws ``first`` ... of the stream of ``seed``: indices int64 and r float32, [count]."""
+    points = draw_points(weights.total, seed, first, count, weights.values.device)
+    indices = torch.searchsorted(weights.ends, points, right=True)
+    return indices, coefficients(integers(weights), weights.total, indices)
+
+
+def alias_build(weights: Weights) -> Tensor:
+    """The alias table of the weights, int64 [N, 2]: 16 bytes a bucket (csrc/alias.h).
+
+    A bucket's first number is ``own << bits | alias``: bucket i gives its first ``own`` units to
+    item i and the rest to item ``alias``. The second holds r of item i and of ``alias`` (float32).
+
+    Huebschle-Schneider & Sanders 2019: sweep light items (weight below their bucket's capacity) and
+    heavy ones in order; the heavy item fills light buckets until what is left of it fits its own.
+    Where the sweep stands follows from prefix sums of deficits and surpluses.
+    """
+    w, total = integers(weights), weights.total
+    n = w.numel()
+    capacity = capacities(total, n, w.device)
+    light = torch.nonzero(w < capacity).flatten()
+    heavy = torch.nonzero(w >= capacity).flatten()
+    deficit = torch.cumsum((capacity - w)[light], 0)
+    surplus = torch.cumsum((w - capacity)[heavy], 0)
+    own, alias = w.clone(), torch.arange(n, device=w.device)
+    before = deficit - (capacity - w)[light]
+    alias[light] = heavy[torch.searchsorted(surplus, before, right=True)]
+    # A heavy item leaves its own bucket short by what the last light bucket took too much.
+    reached = torch.cat([deficit.new_zeros(1), deficit])
+    given = reached[torch.searchsorted(reached, surplus)]
+    own[heavy] = capacity[heavy] + surplus - given
+    alias[heavy[:-1]] = heavy[1:]
+    r = coefficients(w, total, torch.arange(n, device=w.device))
+    second = torch.stack([r, r[alias]], dim=1).view(torch.int64)
+    return torch.cat([(own << index_bits(n) | alias)[:, None], second], dim=1)
+
+
+def alias_draw(
+    table: Tensor, total: int, seed: int, first: int, count: int
+) -> tuple[Tensor, Tensor]:
+    """Draws ``first`` ... of the stream of ``seed``: indices int64 and r float32, [count]."""
+    return alias_resolve(table, total, draw_points(total, seed, first, count, table.device))
+
+
+def alias_resolve(table: Tensor, total: int, points: Tensor) -> tuple[Tensor, Tensor]:
+    """The items (and their r) that ``points`` below ``total``, int64 [n], fall on."""
+    n = len(table)
+    larger, capacity = total % n, total // n
+    border = larger * (capacity + 1)
+    in_larger = points < border
+    unit = torch.where(in_larger, capacity + 1, max(capacity, 1))
+    base = torch.where(in_larger, 0, border)
+    bucket = torch.div(points - base, unit, rounding_mode="floor")
+    offset = points - base - bucket * unit
+    bucket = bucket + torch.where(in_larger, 0, larger)
+    word = table[bucket, 0]
+    is_alias = offset >= word >> index_bits(n)
+    indices = torch.where(is_alias, word & ((1 << index_bits(n)) - 1), bucket)
+    return indices, table.view(torch.float32)[bucket, 2 + is_alias.long()]
