@@ -95,7 +95,7 @@ T* address(const py::dict& tensors, const char* name) {
 // From the tensors' addresses and the constants of fastis/kernels/layout.py, both by name.
 void fill_table(fastis::Table& t, const py::dict& tensors, const py::dict& constants) {
   const auto integer = [&](const char* name) { return constants[name].cast<int64_t>(); };
-  t.records = address<fastis::Record>(tensors, "records");
+  t.states = address<fastis::State>(tensors, "states");
   t.scalars = address<fastis::Scalars>(tensors, "scalars");
   t.variance = address<fastis::Variance>(tensors, "variance");
   t.num_samples = integer("num_samples");
@@ -115,14 +115,15 @@ void fill_table(fastis::Table& t, const py::dict& tensors, const py::dict& const
   t.importance = static_cast<fastis::Importance>(integer("importance"));
   t.flatten = static_cast<fastis::Flatten>(integer("flatten"));
   t.scheme = static_cast<fastis::Scheme>(integer("scheme"));
+  t.derive();
 }
 
 fastis::Table make_table(const py::dict& tensors, const py::dict& constants) {
   fastis::Table t;
   fill_table(t, tensors, constants);
-  t.starts = address<uint64_t>(tensors, "starts");
-  t.unseen_starts = address<uint32_t>(tensors, "unseen_starts");
-  t.capped_starts = address<uint32_t>(tensors, "capped_starts");
+  t.prefix = address<uint64_t>(tensors, "prefix");
+  t.unseen_prefix = address<uint32_t>(tensors, "unseen_prefix");
+  t.capped_prefix = address<uint32_t>(tensors, "capped_prefix");
   t.near = address<int64_t>(tensors, "near");
   t.listed = address<int64_t>(tensors, "listed");
   t.flipped = address<int64_t>(tensors, "flipped");
@@ -141,7 +142,6 @@ fastis::DeviceTable make_device_table(const py::dict& tensors, const py::dict& c
   t.claims = address<uint32_t>(tensors, "claims");
   t.work = address<fastis::Work>(tensors, "work");
   t.arrivals = address<unsigned>(tensors, "arrivals");
-  t.derive();
   t.levels = fastis::Levels(t.num_samples, fastis::kDeviceTop);
   return t;
 }
@@ -188,8 +188,8 @@ PYBIND11_MODULE(_C, m) {
       .def_readwrite("seed", &fastis::DeviceTable::seed)
       .def_property_readonly("address", [](const fastis::DeviceTable& t) { return uintptr_t(&t); });
   m.def("advise_huge_pages", &advise_huge_pages);
-  m.def("structure_nodes", [](int64_t n) { return fastis::Levels(n).total(); });
-  m.def("device_structure_nodes",
+  m.def("tree_nodes", [](int64_t n) { return fastis::Levels(n).total(); });
+  m.def("device_tree_nodes",
         [](int64_t n) { return fastis::Levels(n, fastis::kDeviceTop).total(); });
   m.attr("DEVICE_WORK") = sizeof(fastis::Work) / sizeof(int64_t);
   m.def("emulate_update", &fastis::emulated::update);
@@ -211,7 +211,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("emulate_blocks_for", &fastis::emulated::blocks_for);
   m.def("rescale", FASTIS_CPU(rescale));
   m.def("copy_state", FASTIS_CPU(copy_state));
-  m.def("check_records", FASTIS_CPU(check_records));
+  m.def("check_states", FASTIS_CPU(check_states));
   m.def("locate", FASTIS_CPU(locate));
   m.def("integers", FASTIS_CPU(integers));
   m.def("alias_build", FASTIS_CPU(alias_build));

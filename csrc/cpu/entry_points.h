@@ -6,9 +6,9 @@ namespace fastis::FASTIS_NAMESPACE {
 // SIMD lanes (floats) that this build uses.
 int lanes();
 
-// One iteration: the observed scores into the state and the sampling structure (unless the table
-// has no records), the variance moments, and the clock of updates. False: an index is out of range,
-// and nothing has changed.
+// One iteration: the observed scores into the states and the tree (unless the table has no states),
+// the variance moments, and the clock of updates. False: an index is out of range, and nothing has
+// changed.
 bool update(Pointer<const Table> table, Pointer<const int64_t> indices /* [n] */,
             Pointer<const float> observed /* [n] */, Pointer<const float> weights /* [n] */,
             Pointer<const float> score /* [n] */, int64_t n,
@@ -19,22 +19,22 @@ void rescale(Pointer<const Table> table);
 
 // One state into another, without the flags of capped items. A caller that holds the GIL gets all
 // of one moment.
-void copy_state(int64_t num_scalars, int64_t num_records, Pointer<const int64_t> from_scalars,
-                Pointer<const Variance> from_variance, Pointer<const Record> from_records /* [N] */,
+void copy_state(int64_t num_scalars, int64_t num_states, Pointer<const int64_t> from_scalars,
+                Pointer<const Variance> from_variance, Pointer<const State> from_states /* [N] */,
                 Pointer<int64_t> to_scalars, Pointer<Variance> to_variance,
-                Pointer<Record> to_records /* [N] */);
+                Pointer<State> to_states /* [N] */);
 
-// Can these records be those of a table with this clock and e0? The first that can't, or -1; then
+// Can these states be those of a table with this clock and e0? The first that can't, or -1; then
 // `found` is how many are seen and the sum of their integer weights (-1: 2^63 or more).
-int64_t check_records(Pointer<const Record> records /* [N] */, int64_t n, int64_t updates,
-                      int exponent, int importance, Pointer<int64_t> found /* [2] */);
+int64_t check_states(Pointer<const State> states /* [N] */, int64_t n, int64_t updates,
+                     int exponent, int importance, Pointer<int64_t> found /* [2] */);
 
 // The next minibatch: without replacement in the warm-up, by importance (or uniformly) after it.
 void draw(Pointer<const Table> table, Pointer<int64_t> indices /* [B] */,
           Pointer<float> weights /* [B] */);
 
 // What a draw does with points of its own: the items at `points`, each below the total of the
-// distribution as it stands (past the warm-up; only for tables with records).
+// distribution as it stands (past the warm-up; only for tables with states).
 void locate(Pointer<const Table> table, Pointer<const uint64_t> points /* [count] */, int64_t count,
             Pointer<int64_t> indices /* [count] */, Pointer<float> weights /* [count] */);
 

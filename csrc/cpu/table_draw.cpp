@@ -19,20 +19,20 @@ struct Search {
   int64_t node[kBlock];
 };
 
-// What has weights beside the seen light items that the nodes' starts add up.
+// What has weights beside the seen, uncapped items that the prefix sums add up.
 enum class Beside { nothing, unseen, unseen_and_offset };
 
 // The child of `parent` that x falls into; x is then counted from that child's beginning.
 template <Beside beside>
 int find_child(const Table& t, int level, int64_t parent, uint64_t& x) {
   const int64_t first = parent * kRadix, at = t.levels.first[level] + first;
-  const uint64_t* starts = t.starts + at;
+  const uint64_t* prefix = t.prefix + at;
   alignas(64) uint64_t all[kRadix];
   if (beside != Beside::nothing) {
-    const uint32_t* before = t.unseen_starts + at;
+    const uint32_t* before = t.unseen_prefix + at;
     const uint64_t unseen = static_cast<uint64_t>(t.scalars->unseen);
-    for (int j = 0; j < kRadix; ++j) all[j] = starts[j] + before[j] * unseen;
-    starts = all;
+    for (int j = 0; j < kRadix; ++j) all[j] = prefix[j] + before[j] * unseen;
+    prefix = all;
   }
   if (beside == Beside::unseen_and_offset) {
     const int64_t span = int64_t{1} << (2 + 4 * level), offset = t.scalars->offset;
@@ -41,23 +41,23 @@ int find_child(const Table& t, int level, int64_t parent, uint64_t& x) {
       all[j] += static_cast<uint64_t>((j * span < items ? j * span : items) * offset);
     }
   }
-  const int child = find_in_node(starts, x);
-  x -= starts[child];
+  const int child = find_in_node(prefix, x);
+  x -= prefix[child];
   return child;
 }
 
-// The record of a leaf that x falls into, and its weight. Records beyond the last weigh nothing
+// The state of a leaf that x falls into, and its weight. States beyond the last weigh nothing
 // that x could fall into.
 template <Beside beside>
 int64_t find_in_leaf(const Table& t, int64_t node, uint64_t x, uint64_t& weight) {
-  const Record* records = t.records + node * kLeaf;
+  const State* states = t.states + node * kLeaf;
   const int e0 = static_cast<int>(t.scalars->exponent);
   uint64_t weights[kLeaf];
   for (int j = 0; j < kLeaf; ++j) {
-    weights[j] = light_weight(records[j].code, e0);
+    weights[j] = uncapped_weight(states[j].code, e0);
     if (beside == Beside::nothing) continue;
-    const uint64_t unseen = records[j].last < 0 ? t.scalars->unseen : 0;
-    weights[j] += records[j].code & kCappedFlag ? 0 : unseen + t.scalars->offset;
+    const uint64_t unseen = states[j].last < 0 ? t.scalars->unseen : 0;
+    weights[j] += states[j].code & kCappedFlag ? 0 : unseen + t.scalars->offset;
   }
   const uint64_t second = weights[0], third = second + weights[1], fourth = third + weights[2];
   const int at = (x >= second) + (x >= third) + (x >= fourth);
@@ -76,13 +76,13 @@ void descend(const Table& t, Search& s) {
       const int64_t node = s.node[b] * kRadix + child;
       s.node[b] = node;
       if (level == 0) {
-        __builtin_prefetch(t.records + node * kLeaf);
+        __builtin_prefetch(t.states + node * kLeaf);
         continue;
       }
       const int64_t at = below + node * kRadix;
-      __builtin_prefetch(t.starts + at);
-      __builtin_prefetch(t.starts + at + kRadix / 2);
-      if (beside != Beside::nothing) __builtin_prefetch(t.unseen_starts + at);
+      __builtin_prefetch(t.prefix + at);
+      __builtin_prefetch(t.prefix + at + kRadix / 2);
+      if (beside != Beside::nothing) __builtin_prefetch(t.unseen_prefix + at);
     }
   }
   for (int b = 0; b < s.size; ++b) {
@@ -96,20 +96,20 @@ void descend_capped(const Table& t, Search& s) {
   for (int level = t.levels.depth - 1; level >= 0; --level) {
     const int64_t below = level > 0 ? t.levels.first[level - 1] : 0;
     for (int b = 0; b < s.size; ++b) {
-      const uint32_t* starts = t.capped_starts + t.levels.first[level] + s.node[b] * kRadix;
-      const int child = find_in_node(starts, static_cast<uint32_t>(s.x[b]));
-      s.x[b] -= starts[child];
+      const uint32_t* prefix = t.capped_prefix + t.levels.first[level] + s.node[b] * kRadix;
+      const int child = find_in_node(prefix, static_cast<uint32_t>(s.x[b]));
+      s.x[b] -= prefix[child];
       s.node[b] = s.node[b] * kRadix + child;
       __builtin_prefetch(
-          level > 0 ? static_cast<const void*>(t.capped_starts + below + s.node[b] * kRadix)
-                    : t.records + s.node[b] * kLeaf);
+          level > 0 ? static_cast<const void*>(t.capped_prefix + below + s.node[b] * kRadix)
+                    : t.states + s.node[b] * kLeaf);
     }
   }
   for (int b = 0; b < s.size; ++b) {
-    const Record* records = t.records + s.node[b] * kLeaf;
+    const State* states = t.states + s.node[b] * kLeaf;
     int at = 0;
     for (uint64_t left = s.x[b]; at < kLeaf - 1; ++at) {
-      if ((records[at].code & kCappedFlag) != 0 && left-- == 0) break;
+      if ((states[at].code & kCappedFlag) != 0 && left-- == 0) break;
     }
     s.node[b] = s.node[b] * kLeaf + at;
   }
@@ -127,8 +127,9 @@ class Distribution {
                                         : Beside::nothing;
     theta_ = static_cast<uint64_t>(s.theta);
     capped_total_ = s.num_capped > 0 ? s.num_capped * theta_ : 0;
-    total_ = capped_total_ + static_cast<uint64_t>(s.light + (t_.num_samples - s.seen) * s.unseen +
-                                                   t_.num_samples * s.offset);
+    total_ =
+        capped_total_ + static_cast<uint64_t>(s.uncapped + (t_.num_samples - s.seen) * s.unseen +
+                                              t_.num_samples * s.offset);
   }
 
   uint64_t total() const { return total_; }
@@ -189,7 +190,7 @@ void place(const Table& t, uint64_t iteration, uint64_t total, int64_t first, in
   }
   if (t.scheme == Scheme::multinomial) return;
   for (int b = 0; b < size; ++b) {
-    points[b] = slice_point(first + b, points[b], total, t.batch_size);
+    points[b] = slice_point(t, static_cast<uint64_t>(first + b), points[b], total);
   }
 }
 
@@ -222,7 +223,7 @@ void draw(Pointer<const Table> table, Pointer<int64_t> indices, Pointer<float> w
     const int64_t first = (iteration - epoch * t.batches_per_epoch) * t.batch_size;
     const Permutation permutation(t.seed, epoch, t.num_samples);
     for (int64_t b = 0; b < t.batch_size; ++b) indices[b] = permutation(first + b);
-  } else if (t.records == nullptr) {
+  } else if (t.states == nullptr) {
     random_points(t.seed, Stream::draw, iteration, 0, t.batch_size, t.num_samples,
                   reinterpret_cast<uint64_t*>(indices.address));
   } else {

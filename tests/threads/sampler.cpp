@@ -21,11 +21,11 @@ struct World {
   Variance variance{};
   Work work{};
   unsigned arrivals = 0;
-  std::vector<Record> records;
+  std::vector<State> states;
   std::vector<uint64_t> sums;
   std::vector<uint32_t> unseen, capped, claims;
 
-  World(int64_t n, Flatten flatten, bool has_records) {
+  World(int64_t n, Flatten flatten, bool has_states) {
     DeviceTable& t = table;
     t.num_samples = n;
     t.batch_size = kBatch;
@@ -41,14 +41,14 @@ struct World {
     t.flatten = flatten;
     t.levels = Levels(n, kDeviceTop);
     t.derive();
-    records.assign(static_cast<size_t>(n + kLeaf - 1) / kLeaf * kLeaf, Record{0, 0, -1, 0});
+    states.assign(static_cast<size_t>(n + kLeaf - 1) / kLeaf * kLeaf, State{0, 0, -1, 0});
     const auto nodes = static_cast<size_t>(t.levels.total());
     sums.resize(nodes);
     unseen.resize(nodes);
     capped.resize(nodes);
     claims.assign(static_cast<size_t>(n), kUnclaimed);
     scalars.exponent = kNoExponent;
-    t.records = has_records ? records.data() : nullptr;
+    t.states = has_states ? states.data() : nullptr;
     t.scalars = &scalars;
     t.variance = &variance;
     t.work = &work;
@@ -60,7 +60,7 @@ struct World {
   }
 
   bool operator==(const World& o) const {
-    return std::memcmp(records.data(), o.records.data(), records.size() * sizeof(Record)) == 0 &&
+    return std::memcmp(states.data(), o.states.data(), states.size() * sizeof(State)) == 0 &&
            sums == o.sums && unseen == o.unseen && capped == o.capped && claims == o.claims &&
            std::memcmp(&scalars, &o.scalars, sizeof scalars) == 0 && arrivals == 0 &&
            std::abs(variance.second - o.variance.second) <= 1e-12 * std::abs(o.variance.second);
@@ -75,8 +75,8 @@ struct Draws {
 
 class Test {
  public:
-  Test(unsigned blocks, int64_t n, Flatten flatten, bool has_records)
-      : blocks_(blocks), ours_(n, flatten, has_records), theirs_(n, flatten, has_records) {}
+  Test(unsigned blocks, int64_t n, Flatten flatten, bool has_states)
+      : blocks_(blocks), ours_(n, flatten, has_states), theirs_(n, flatten, has_states) {}
 
   // Scores that rise and fall by decades, with duplicates and unusable ones.
   bool run(int steps) {
