@@ -1,34 +1,72 @@
-"""What a minibatch has shown: a loss's output, checked and made ready for the table.
+"""What goes round between a training loop and the table: a minibatch, and what it has shown.
 
-Between the user's loop and :meth:`fastis.methods.Method.update`. The checks come before anything
-changes; where all is as it should be they are a handful of comparisons.
+A loss's output is checked and made ready for the kernels here, before anything changes; where all
+is as it should be that is a handful of comparisons.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.dense import readable
-from fastis.kernels.layout import Table
-from fastis.methods import Method
-from fastis.methods.base import Observation, Scored
-from fastis.sampling import Batch
 
 _int64, _float32, _cpu = torch.int64, torch.float32, torch.device("cpu")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_observe_score = Method.observed
 _new_tuple = tuple.__new__  # half the time of a named tuple's own
 
 
-def observation(
-    table: Table, method: Method, batch: Batch, out: Scored | Sequence[Scored]
+class Batch(NamedTuple):
+    """A minibatch: which samples to train on, and how much each counts.
+
+    Attributes
+    ----------
+    indices : Tensor
+        int64 ``[B]``: positions in the training set, in [0, N).
+    weights : Tensor
+        float32 ``[B]``: the coefficients ``r = 1/(N p)`` of the draws; the weighted mean of the
+        losses is an unbiased estimate of the mean over the training set.
+
+    Both on the sampler's device.
+    """
+
+    indices: Tensor
+    weights: Tensor
+
+
+class Scored(Protocol):
+    """What the sampler needs of a loss: :class:`fastis.ScoredLoss` is one."""
+
+    @property
+    def losses(self) -> Tensor: ...
+    @property
+    def score(self) -> Tensor: ...
+    @property
+    def mean_grad(self) -> Tensor | None: ...
+
+
+class Observation(NamedTuple):
+    """What one minibatch of n draws has shown, on the table's device, contiguous and detached."""
+
+    indices: Tensor  # int64 [n]; duplicates are legal, the first usable position wins
+    weights: Tensor  # float32 [n], the coefficients of the draw
+    observed: Tensor  # float32 [n], what the table keeps averages of (the score, or the loss)
+    score: Tensor  # float32 [n], for the variance traces
+    mean_grad: Tensor | None  # float32 [C], minibatch mean of r g
+
+
+def observe(
+    device: torch.device,
+    observed_of: Callable[[Scored], Tensor] | None,
+    batch: Batch,
+    out: Scored | Sequence[Scored],
 ) -> Observation:
-    """What the method is to learn from.
+    """The observation of ``batch`` from its scored loss, or from its parts in order.
+
+    ``observed_of`` gives what the table keeps averages of; None: the score.
 
     Raises
     ------
@@ -41,23 +79,22 @@ def observation(
         raise TypeError(f"batch must be a Batch, got {type(batch).__name__}") from None
     try:
         score, mean_grad = out.score, out.mean_grad  # type: ignore[union-attr]
-        if type(method).observed is _observe_score:
-            observed = score
-        else:
-            observed = _observed(method, "out", cast(Scored, out))
+        observed = score if observed_of is None else _observed(observed_of, "out", out)  # type: ignore[arg-type]
     except AttributeError:
-        observed, score, mean_grad = _join(method, out)
-    seen = _new_tuple(Observation, (indices, weights, observed, score, mean_grad))
-    return seen if _is_ready(table.device, seen) else _made_ready(table.device, seen)
+        observed, score, mean_grad = _join(observed_of, out)
+    observation = _new_tuple(Observation, (indices, weights, observed, score, mean_grad))
+    return observation if _is_ready(device, observation) else _made_ready(device, observation)
 
 
-def _observed(method: Method, name: str, out: Scored) -> Tensor:
-    """``method.observed``, which may compute with the losses."""
-    readable(f"{name}.losses", out.losses)
-    return method.observed(out)
+def _observed(observed_of: Callable[[Scored], Tensor], name: str, out: Scored) -> Tensor:
+    """``observed_of(out)``, which may compute with the losses."""
+    check.readable(f"{name}.losses", out.losses)
+    return observed_of(out)
 
 
-def _join(method: Method, parts: Scored | Sequence[Scored]) -> tuple[Tensor, Tensor, Tensor | None]:
+def _join(
+    observed_of: Callable[[Scored], Tensor] | None, parts: Scored | Sequence[Scored]
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Parts of one minibatch, in order: concatenated, mean gradients weighted by their sizes."""
     if not isinstance(parts, Sequence) or not all(hasattr(part, "score") for part in parts):
         raise TypeError(
@@ -70,11 +107,14 @@ def _join(method: Method, parts: Scored | Sequence[Scored]) -> tuple[Tensor, Ten
     for i, part in enumerate(parts):
         name = f"out[{i}]"
         scores.append(_vector(f"{name}.score", part.score))
-        all_observed.append(_vector(f"{name}.losses", _observed(method, name, part)))
+        if observed_of is not None:
+            observed = _observed(observed_of, name, part)
+            all_observed.append(_vector(f"{name}.losses", observed))
         if part.mean_grad is not None:
             mean_grad = _vector(f"{name}.mean_grad", part.mean_grad)
             shares.append(mean_grad * part.score.numel())
-    observed, score = torch.cat(all_observed), torch.cat(scores)
+    score = torch.cat(scores)
+    observed = torch.cat(all_observed) if all_observed else score
     if len(shares) < len(parts):
         return observed, score, None
     if len({len(share) for share in shares}) > 1:
@@ -85,18 +125,18 @@ def _join(method: Method, parts: Scored | Sequence[Scored]) -> tuple[Tensor, Ten
 
 def _vector(name: str, value: object) -> Tensor:
     """A floating vector without graph, whose memory can be read."""
-    tensor = readable(name, value).detach()
+    tensor = check.readable(name, value).detach()
     if tensor.dtype not in _FLOATS and not tensor.is_complex():
         tensor = tensor.float()
     return check.vector(name, tensor, None, _FLOATS, tensor.device)
 
 
-def _is_ready(device: torch.device, seen: Observation) -> bool:
+def _is_ready(device: torch.device, observation: Observation) -> bool:
     """Whether the kernels can take it as it is; what fails here may still be legal.
 
     Wrappers of other tensors have no address.
     """
-    indices, weights, observed, score, mean_grad = seen
+    indices, weights, observed, score, mean_grad = observation
     try:
         shape = score.shape
         return (
@@ -137,7 +177,7 @@ def _is_vector(device: torch.device, tensor: Tensor, shape: torch.Size | None = 
     )
 
 
-def _made_ready(device: torch.device, seen: Observation) -> Observation:
+def _made_ready(device: torch.device, observation: Observation) -> Observation:
     """Converts what is legal and explains what is not."""
     ready: dict[str, Tensor] = {}
     length: int | None = None
@@ -147,7 +187,8 @@ def _made_ready(device: torch.device, seen: Observation) -> Observation:
         ("score", "out.score", None),
         ("observed", "out.losses", None),
     ):
-        tensor = readable(name, getattr(seen, field)).detach()  # a memory must not hold graphs
+        value = getattr(observation, field)
+        tensor = check.readable(name, value).detach()  # a memory must not hold graphs
         if dtype is None and not tensor.is_complex():
             tensor = tensor.float()
         check.vector(name, tensor, length, (dtype or _float32,), device)
@@ -155,7 +196,7 @@ def _made_ready(device: torch.device, seen: Observation) -> Observation:
             raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
         length = len(tensor)
         ready[field] = tensor
-    if seen.mean_grad is not None:
-        mean_grad = readable("out.mean_grad", seen.mean_grad).detach()
+    if observation.mean_grad is not None:
+        mean_grad = check.readable("out.mean_grad", observation.mean_grad).detach()
         ready["mean_grad"] = check.vector("out.mean_grad", mean_grad, None, _FLOATS, device).float()
-    return seen._replace(**ready)
+    return observation._replace(**ready)
