@@ -21,10 +21,10 @@ from fastis.batch import Batch, Observation, Scored
 from fastis.kernels import kernels_for
 from fastis.kernels.flatten import distribution
 from fastis.kernels.layout import DRAWS, FACTOR, UPDATES, Table
+from fastis.kernels.variance import ESTIMATORS
 from fastis.saved import Range
 
 _PLAIN: tuple[type, ...] = (bool, int, float)
-ESTIMATORS = ("unbiased", "plugin")
 FOREVER = 2**62
 
 
