@@ -139,42 +139,32 @@ def _is_ready(device: torch.device, observation: Observation) -> bool:
     indices, weights, observed, score, mean_grad = observation
     try:
         shape = score.shape
-        return (
-            len(shape) == 1
-            and shape == indices.shape == weights.shape
-            and indices.dtype is _int64
-            and weights.dtype is score.dtype is _float32
-            and (
-                indices.is_cpu and weights.is_cpu and score.is_cpu
-                if device == _cpu
-                else indices.device == weights.device == score.device == device
-            )
-            and indices.is_contiguous()
-            and weights.is_contiguous()
-            and score.is_contiguous()
-            and not score.requires_grad
-            and indices.data_ptr() != 0
-            and weights.data_ptr() != 0
-            and score.data_ptr() != 0
-            and not (weights.is_neg() or score.is_neg())  # only floats are negated lazily
-            and (observed is score or _is_vector(device, observed, shape))
-            and (mean_grad is None or _is_vector(device, mean_grad))
-        )
+        if len(shape) != 1 or shape != indices.shape or shape != weights.shape:
+            return False
+        vectors = [indices, weights, score]
+        if observed is not score:
+            if observed.shape != shape:
+                return False
+            vectors.append(observed)
+        if mean_grad is not None:
+            if mean_grad.dim() != 1:
+                return False
+            vectors.append(mean_grad)
+        dtype, on_cpu = _int64, device == _cpu
+        for vector in vectors:
+            if (
+                vector.dtype is not dtype
+                or not (vector.is_cpu if on_cpu else vector.device == device)
+                or not vector.is_contiguous()
+                or vector.requires_grad
+                or vector.data_ptr() == 0
+                or vector.is_neg()  # lazily
+            ):
+                return False
+            dtype = _float32
     except (AttributeError, RuntimeError):  # no tensor, or one without memory
         return False
-
-
-def _is_vector(device: torch.device, tensor: Tensor, shape: torch.Size | None = None) -> bool:
-    """float32, as the kernels read it."""
-    return (
-        (tensor.dim() == 1 if shape is None else tensor.shape == shape)
-        and tensor.dtype is _float32
-        and tensor.device == device
-        and tensor.is_contiguous()
-        and not tensor.requires_grad
-        and tensor.data_ptr() != 0
-        and not tensor.is_neg()
-    )
+    return True
 
 
 def _made_ready(device: torch.device, observation: Observation) -> Observation:
