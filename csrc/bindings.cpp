@@ -17,6 +17,12 @@ namespace py = pybind11;
 
 void fastis::out_of_memory() { throw std::bad_alloc(); }
 
+void fastis::index_out_of_range(int64_t num_samples, int64_t least, int64_t most) {
+  throw std::out_of_range("batch.indices must be in [0, " + std::to_string(num_samples) +
+                          "), got values from " + std::to_string(least) + " to " +
+                          std::to_string(most));
+}
+
 namespace {
 
 enum class Isa { baseline, avx2, avx512 };
@@ -190,7 +196,7 @@ PYBIND11_MODULE(_C, m) {
   FASTIS_CPU(update)
   FASTIS_CPU(draw)
   FASTIS_CPU(rescale)
-  FASTIS_CPU(locate)
+  FASTIS_CPU(table_inverse_cdf)
   FASTIS_CPU(copy_state)
   FASTIS_CPU(check_states)
 

@@ -13,14 +13,8 @@ namespace fastis {
 
 // Throws std::bad_alloc: a MemoryError in Python. Never from within an OpenMP region.
 [[noreturn]] void out_of_memory();
-
-// A raw device or host address that arrives from Python as an integer (0: no such tensor).
-template <class T>
-struct Pointer {
-  T* address = nullptr;
-  operator T*() const { return address; }
-  T* operator->() const { return address; }
-};
+// Throws std::out_of_range: an IndexError in Python.
+[[noreturn]] void index_out_of_range(int64_t num_samples, int64_t least, int64_t most);
 
 }  // namespace fastis
 
@@ -28,17 +22,11 @@ struct Pointer {
 // but the launch (see device/grid.h).
 namespace fastis::emulated {
 
-void update(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
-            Pointer<const float> observed, Pointer<const float> weights, Pointer<const float> score,
-            int64_t n, Pointer<const float> mean_grad, int64_t num_classes, uint64_t stride);
-void draw(Pointer<const DeviceTable> table, Pointer<int64_t> indices, Pointer<float> weights,
-          uint64_t stride);
+void update(Pointer<const DeviceTable> table, const Observation& observation, uint64_t stride);
+void draw(Pointer<const DeviceTable> table, const Batch& batch, uint64_t stride);
+void update_and_draw(Pointer<const DeviceTable> table, const Observation& observation,
+                     const Batch& next_batch, uint64_t stride);
 void rescale(Pointer<const DeviceTable> table, uint64_t stride);
-void update_and_draw(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
-                     Pointer<const float> observed, Pointer<const float> weights,
-                     Pointer<const float> score, int64_t n, Pointer<const float> mean_grad,
-                     int64_t num_classes, Pointer<int64_t> next_indices,
-                     Pointer<float> next_weights, uint64_t stride);
 int64_t survey(int64_t format, Pointer<const void> values, int64_t n, Pointer<int64_t> found,
                uint64_t stride);
 int64_t running_sums_bytes(int64_t n);
@@ -79,22 +67,16 @@ namespace fastis::cuda {
 const char* error_string(int64_t error);
 // Why the kernels can't run on a device; empty when they can. Creates the device's context.
 std::string missing(int64_t device);
-int64_t update(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
-               Pointer<const float> observed, Pointer<const float> weights,
-               Pointer<const float> score, int64_t n, Pointer<const float> mean_grad,
-               int64_t num_classes, int64_t device, uint64_t stream);
-int64_t draw(Pointer<const DeviceTable> table, Pointer<int64_t> indices, Pointer<float> weights,
-             int64_t device, uint64_t stream);
+int64_t update(Pointer<const DeviceTable> table, const Observation& observation, int64_t device,
+               uint64_t stream);
+int64_t draw(Pointer<const DeviceTable> table, const Batch& batch, int64_t device, uint64_t stream);
+// Both in one launch: what is learnt of a minibatch, then the next one.
+int64_t update_and_draw(Pointer<const DeviceTable> table, const Observation& observation,
+                        const Batch& next_batch, int64_t device, uint64_t stream);
 // For states that were written from outside. O(N).
 int64_t rescale(Pointer<const DeviceTable> table, int64_t device, uint64_t stream);
 // Loads the sampler's kernels, which a stream that is being captured might refuse to do.
 int64_t load_sampler(int64_t device);
-// Both in one launch: what is learnt of a minibatch, then the next one.
-int64_t update_and_draw(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
-                        Pointer<const float> observed, Pointer<const float> weights,
-                        Pointer<const float> score, int64_t n, Pointer<const float> mean_grad,
-                        int64_t num_classes, Pointer<int64_t> next_indices,
-                        Pointer<float> next_weights, int64_t device, uint64_t stream);
 
 // Given weights: what cpu/entry_points.h says of them, in pieces. `values` are aligned to 16 bytes;
 // `memory` is for the launch alone, as many bytes as ..._bytes(n) says (an error, negated, if it

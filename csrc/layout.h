@@ -71,6 +71,38 @@ struct Levels {
 };
 static_assert(kLeaf == 1 << 2 && kRadix == 1 << 4);
 
+// A raw device or host address that arrives from Python as an integer (0: no such tensor).
+template <class T>
+struct Pointer {
+  T* address = nullptr;
+  FASTIS_HD operator T*() const { return address; }
+  FASTIS_HD T* operator->() const { return address; }
+};
+
+// What is learnt of a minibatch of n, in the order of fastis.batch.Observation.
+struct Observation {
+  Pointer<const int64_t> indices;  // [n]
+  Pointer<const float> weights;    // [n] coefficients that they were drawn with
+  Pointer<const float> observed;   // [n] what the states average: the score, or the loss
+  Pointer<const float> score;      // [n] for the variance traces
+  int64_t n;
+  Pointer<const float> mean_grad;  // [C] minibatch mean of r g
+  int64_t num_classes;
+};
+
+// The tensors that a resumed run needs.
+struct Durable {
+  Pointer<int64_t> scalars;    // the first of Scalars
+  Pointer<Variance> variance;  // [1]
+  Pointer<State> states;       // [N], or null
+};
+
+// A minibatch of B as it is drawn.
+struct Batch {
+  Pointer<int64_t> indices;  // [B]
+  Pointer<float> weights;    // [B] coefficients
+};
+
 struct Table {
   // Tensors. N: num_samples, K: levels.total().
   State* states = nullptr;       // [N, to a multiple of kLeaf], null for the uniform methods

@@ -24,8 +24,8 @@ def rescale(table: int) -> None: ...
 def emulate_update(
     table: int,
     indices: int,
-    observed: int,
     weights: int,
+    observed: int,
     score: int,
     n: int,
     mean_grad: int,
@@ -37,8 +37,8 @@ def emulate_rescale(table: int, stride: int) -> None: ...
 def emulate_update_and_draw(
     table: int,
     indices: int,
-    observed: int,
     weights: int,
+    observed: int,
     score: int,
     n: int,
     mean_grad: int,
@@ -71,8 +71,8 @@ def cuda_scale_grad(
 def cuda_update(
     table: int,
     indices: int,
-    observed: int,
     weights: int,
+    observed: int,
     score: int,
     n: int,
     mean_grad: int,
@@ -87,8 +87,8 @@ def cuda_load_sampler(device: int) -> int: ...
 def cuda_update_and_draw(
     table: int,
     indices: int,
-    observed: int,
     weights: int,
+    observed: int,
     score: int,
     n: int,
     mean_grad: int,
@@ -102,13 +102,14 @@ def cuda_update_and_draw(
 def update(
     table: int,
     indices: int,
-    observed: int,
     weights: int,
+    observed: int,
     score: int,
     n: int,
     mean_grad: int,
     num_classes: int,
-) -> bool: ...
+    /,
+) -> None: ...
 def copy_state(
     num_scalars: int,
     num_states: int,
@@ -123,7 +124,9 @@ def check_states(
     states: int, n: int, updates: int, exponent: int, importance: int, found: int
 ) -> int: ...
 def draw(table: int, indices: int, weights: int, /) -> None: ...
-def locate(table: int, points: int, count: int, indices: int, weights: int) -> None: ...
+def table_inverse_cdf(
+    table: int, points: int, count: int, indices: int, weights: int, /
+) -> None: ...
 def weigh(
     format: int, weights: int, n: int, threads: int, ends: int, shift_and_total: int, /
 ) -> bool: ...

@@ -47,7 +47,7 @@ def weights_in_the_tree(sampler: fastis.Sampler) -> torch.Tensor:
     found = []
     for points in ((ends - drawn.weights[order])[some], ends[some] - 1):
         indices, weights = torch.empty_like(points), torch.empty(len(points))
-        cpu_table._locate(table, points, indices, weights)
+        cpu_table._inverse_cdf(table, points, indices, weights)
         assert torch.equal(indices, order[some])
         expected = drawn.total / (len(order) * drawn.weights[indices].double())
         assert torch.equal(weights, expected.float())
@@ -128,7 +128,7 @@ def test_every_point_of_a_small_total(flatten, n, unseen):
         assert len(drawn.capped) > 0
     points = torch.arange(drawn.total)
     indices, weights = torch.empty_like(points), torch.empty(drawn.total)
-    cpu_table._locate(sampler._table, points, indices, weights)
+    cpu_table._inverse_cdf(sampler._table, points, indices, weights)
     assert torch.equal(torch.bincount(indices, minlength=n), drawn.weights)
     # Unbiased to the last digit: the sum over all points of r is total / N for every item.
     sums = torch.zeros(n, dtype=torch.float64).index_add_(0, indices, weights.double())
@@ -233,14 +233,14 @@ def test_backends_draw_the_same_indices(flatten, scheme, resumed):
         assert torch.equal(batches[0].weights, batches[1].weights)
 
 
-def test_backends_locate_the_same_items():
+def test_backends_find_the_same_items_at_points():
     sampler = small_sampler(200, "cap", 7, seed=1)
     points = torch.randint(distribution(sampler._table).total, (5000,))
     found = []
     for name in ("reference", "cpu"):
         with fastis.backend(name):
             indices, weights = torch.empty_like(points), torch.empty(5000)
-            kernels_for("table", "cpu")._locate(sampler._table, points, indices, weights)
+            kernels_for("table", "cpu")._inverse_cdf(sampler._table, points, indices, weights)
             found.append((indices, weights))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])

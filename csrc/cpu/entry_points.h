@@ -7,36 +7,29 @@ namespace fastis::FASTIS_NAMESPACE {
 int lanes();
 
 // One iteration: the observed scores into the states and the tree (unless the table has no states),
-// the variance moments, and the clock of updates. False: an index is out of range, and nothing has
-// changed.
-bool update(Pointer<const Table> table, Pointer<const int64_t> indices /* [n] */,
-            Pointer<const float> observed /* [n] */, Pointer<const float> weights /* [n] */,
-            Pointer<const float> score /* [n] */, int64_t n,
-            Pointer<const float> mean_grad /* [C] */, int64_t num_classes);
+// the variance moments, and the clock of updates. An index out of range is an IndexError, before
+// anything has changed.
+void update(Pointer<const Table> table, const Observation& observation);
+
+// The next minibatch: without replacement in the warm-up, by importance (or uniformly) after it.
+void draw(Pointer<const Table> table, const Batch& batch);
 
 // Codes, e0 and totals anew from the states of all samples, which have been written from outside.
 void rescale(Pointer<const Table> table);
 
-// One state into another, without the flags of capped items. A caller that holds the GIL gets all
-// of one moment.
-void copy_state(int64_t num_scalars, int64_t num_states, Pointer<const int64_t> from_scalars,
-                Pointer<const Variance> from_variance, Pointer<const State> from_states /* [N] */,
-                Pointer<int64_t> to_scalars, Pointer<Variance> to_variance,
-                Pointer<State> to_states /* [N] */);
+// What a draw does with points of its own: the items at `points`, each below the total of the
+// distribution as it stands (past the warm-up; only for tables with states).
+void table_inverse_cdf(Pointer<const Table> table, Pointer<const uint64_t> points /* [count] */,
+                       int64_t count, const Batch& found /* [count] */);
+
+// One saved state into another, without the flags of capped items. A caller that holds the GIL gets
+// all of one moment.
+void copy_state(int64_t num_scalars, int64_t num_states, const Durable& from, const Durable& to);
 
 // Can these states be those of a table with this clock and e0? The first that can't, or -1; then
 // `found` is how many are seen and the sum of their integer weights (-1: 2^63 or more).
 int64_t check_states(Pointer<const State> states /* [N] */, int64_t n, int64_t updates,
-                     int exponent, int importance, Pointer<int64_t> found /* [2] */);
-
-// The next minibatch: without replacement in the warm-up, by importance (or uniformly) after it.
-void draw(Pointer<const Table> table, Pointer<int64_t> indices /* [B] */,
-          Pointer<float> weights /* [B] */);
-
-// What a draw does with points of its own: the items at `points`, each below the total of the
-// distribution as it stands (past the warm-up; only for tables with states).
-void locate(Pointer<const Table> table, Pointer<const uint64_t> points /* [count] */, int64_t count,
-            Pointer<int64_t> indices /* [count] */, Pointer<float> weights /* [count] */);
+                     int exponent, Importance importance, Pointer<int64_t> found /* [2] */);
 
 // Draws from given weights. format: 0 float, 1 double, 2 bfloat16, 3 float16 of the weights, whose
 // integers are floor(w 2^shift), at least 1 where w > 0; 4: int64, the integers themselves.

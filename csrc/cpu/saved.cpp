@@ -53,21 +53,18 @@ bool all_good(int size, int32_t latest, int exponent, Block& block) {
 
 }  // namespace
 
-void copy_state(int64_t num_scalars, int64_t num_states, Pointer<const int64_t> from_scalars,
-                Pointer<const Variance> from_variance, Pointer<const State> from_states,
-                Pointer<int64_t> to_scalars, Pointer<Variance> to_variance,
-                Pointer<State> to_states) {
-  std::memcpy(to_scalars, from_scalars, num_scalars * sizeof(int64_t));
-  *to_variance.address = *from_variance.address;
+void copy_state(int64_t num_scalars, int64_t num_states, const Durable& from, const Durable& to) {
+  std::memcpy(to.scalars, from.scalars, num_scalars * sizeof(int64_t));
+  *to.variance.address = *from.variance.address;
   for (int64_t i = 0; i < num_states; ++i) {
-    State state = from_states[i];
+    State state = from.states[i];
     state.code &= ~kCappedFlag;
-    to_states[i] = state;
+    to.states[i] = state;
   }
 }
 
 int64_t check_states(Pointer<const State> states, int64_t n, int64_t updates, int exponent,
-                     int importance, Pointer<int64_t> found) {
+                     Importance importance, Pointer<int64_t> found) {
   // The clock in a state is modulo 2^31: from then on it can have every value.
   const auto latest = static_cast<int32_t>(updates > INT32_MAX ? INT32_MAX : updates - 1);
   int64_t seen = 0;
@@ -75,7 +72,7 @@ int64_t check_states(Pointer<const State> states, int64_t n, int64_t updates, in
   Block block;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int size = static_cast<int>(n - begin < kBlock ? n - begin : kBlock);
-    gather(states + begin, size, static_cast<Importance>(importance), block);
+    gather(states + begin, size, importance, block);
     if (!all_good(size, latest, exponent, block)) {
       for (int at = 0;; ++at) {
         if (!block.good[at]) return begin + at;

@@ -135,7 +135,7 @@ class Distribution {
   uint64_t total() const { return total_; }
 
   // A block of at most kBlock points: the items they fall into and their coefficients.
-  void find(const uint64_t* points, int size, int64_t* indices, float* weights) const {
+  void find(const uint64_t* points, int size, const Batch& found) const {
     Search capped, search;
     for (int b = 0; b < size; ++b) {
       Search& side = points[b] < capped_total_ ? capped : search;
@@ -159,18 +159,18 @@ class Distribution {
       case Beside::unseen_and_offset:
         descend<Beside::unseen_and_offset>(t_, search);
     }
-    put(capped, indices, weights);
-    put(search, indices, weights);
+    put(capped, found);
+    put(search, found);
   }
 
  private:
   // Coefficients are 1 / (N p).
-  void put(const Search& found, int64_t* indices, float* weights) const {
+  void put(const Search& s, const Batch& found) const {
     const double total = static_cast<double>(total_), n = static_cast<double>(t_.num_samples);
-    for (int b = 0; b < found.size; ++b) {
-      indices[found.position[b]] = found.node[b];
-      weights[found.position[b]] =
-          static_cast<float>(total / (n * static_cast<double>(found.weight[b])));
+    for (int b = 0; b < s.size; ++b) {
+      found.indices[s.position[b]] = s.node[b];
+      found.weights[s.position[b]] =
+          static_cast<float>(total / (n * static_cast<double>(s.weight[b])));
     }
   }
 
@@ -194,42 +194,42 @@ void place(const Table& t, uint64_t iteration, uint64_t total, int64_t first, in
   }
 }
 
-void draw_by_importance(const Table& t, uint64_t iteration, int64_t* indices, float* weights) {
+void draw_by_importance(const Table& t, uint64_t iteration, const Batch& batch) {
   const Distribution distribution(t);
   uint64_t points[kBlock];
   for (int64_t first = 0; first < t.batch_size; first += kBlock) {
     const int size = static_cast<int>(std::min<int64_t>(kBlock, t.batch_size - first));
     place(t, iteration, distribution.total(), first, size, points);
-    distribution.find(points, size, indices + first, weights + first);
+    distribution.find(points, size, {batch.indices + first, batch.weights + first});
   }
 }
 
 }  // namespace
 
-void locate(Pointer<const Table> table, Pointer<const uint64_t> points, int64_t count,
-            Pointer<int64_t> indices, Pointer<float> weights) {
+void table_inverse_cdf(Pointer<const Table> table, Pointer<const uint64_t> points, int64_t count,
+                       const Batch& found) {
   const Distribution distribution(*table.address);
   for (int64_t first = 0; first < count; first += kBlock) {
     const int size = static_cast<int>(std::min<int64_t>(kBlock, count - first));
-    distribution.find(points + first, size, indices + first, weights + first);
+    distribution.find(points + first, size, {found.indices + first, found.weights + first});
   }
 }
 
-void draw(Pointer<const Table> table, Pointer<int64_t> indices, Pointer<float> weights) {
+void draw(Pointer<const Table> table, const Batch& batch) {
   const Table& t = *table.address;
   const int64_t iteration = t.scalars->draws++;
   if (iteration < t.warmup_draws) {
     const int64_t epoch = iteration / t.batches_per_epoch;
     const int64_t first = (iteration - epoch * t.batches_per_epoch) * t.batch_size;
     const Permutation permutation(t.seed, epoch, t.num_samples);
-    for (int64_t b = 0; b < t.batch_size; ++b) indices[b] = permutation(first + b);
+    for (int64_t b = 0; b < t.batch_size; ++b) batch.indices[b] = permutation(first + b);
   } else if (t.states == nullptr) {
     random_points(t.seed, Stream::draw, iteration, 0, t.batch_size, t.num_samples,
-                  reinterpret_cast<uint64_t*>(indices.address));
+                  reinterpret_cast<uint64_t*>(batch.indices.address));
   } else {
-    return draw_by_importance(t, iteration, indices, weights);
+    return draw_by_importance(t, iteration, batch);
   }
-  std::fill_n(weights.address, t.batch_size, 1.0f);
+  std::fill_n(batch.weights.address, t.batch_size, 1.0f);
 }
 
 }  // namespace fastis::FASTIS_ISA

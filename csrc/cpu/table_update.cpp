@@ -146,57 +146,61 @@ void add_to_tree(const Table& t, const Block& block, int exponent, Spread& sprea
   s.ceiling = std::max(s.ceiling, static_cast<int64_t>(weight_of(largest, exponent)));
 }
 
-void update_state(const Table& t, const int64_t* indices, const float* observed, int64_t n) {
+void prefetch_first(const Table& t, const Observation& o, int end) {
+  for (int64_t b = 0; b < std::min<int64_t>(kBlock, o.n); ++b) {
+    prefetch_state(t, o.indices[b]);
+    if (t.scalars->valid) prefetch_nodes(t, o.indices[b], end);
+  }
+}
+
+void update_states(const Table& t, const Observation& o) {
   Scalars& s = *t.scalars;
-  const UpdateParameters p(t, n);
+  const UpdateParameters p(t, o.n);
   // Items of larger codes may be near theta.
   const uint32_t near_code = code_below(s.near_size < 0 ? s.theta : s.near_low, p.exponent);
   bool in_range = true;
   Block block;
-  Spread spread(t, n);
-  for (int64_t b = 0; b < std::min<int64_t>(kBlock, n); ++b) {
-    prefetch_state(t, indices[b]);
-    if (s.valid) prefetch_nodes(t, indices[b], spread.level());
-  }
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t size = std::min<int64_t>(kBlock, n - begin), end = begin + size;
-    const int64_t ahead = std::min<int64_t>(size, n - end);
-    gather(t, indices + begin, observed + begin, size, ahead, p.now, block);
+  Spread spread(t, o.n);
+  prefetch_first(t, o, spread.level());
+  for (int64_t begin = 0; begin < o.n; begin += kBlock) {
+    const int64_t size = std::min<int64_t>(kBlock, o.n - begin), end = begin + size;
+    const int64_t ahead = std::min<int64_t>(size, o.n - end);
+    gather(t, o.indices + begin, o.observed + begin, size, ahead, p.now, block);
     in_range = compute(p, t.importance, near_code, block) && in_range;
-    if (in_range && s.valid && block.near_cap) mark_capped(p, block);
+    if (in_range && p.valid && block.near_cap) mark_capped(p, block);
     write_back(t, block);
     if (!in_range) continue;  // the table will be rescaled from its state
     uint64_t added = 0;
     for (int at = 0; at < block.size; ++at) added += block.delta[at];
     s.total += static_cast<int64_t>(added);
     s.seen += block.num_fresh;
-    if (!s.valid) continue;
+    if (!p.valid) continue;
     if (block.near_cap) {
-      add_to_tree<true>(t, block, p.exponent, spread, indices + end, ahead);
+      add_to_tree<true>(t, block, p.exponent, spread, o.indices + end, ahead);
     } else {
-      add_to_tree<false>(t, block, p.exponent, spread, indices + end, ahead);
+      add_to_tree<false>(t, block, p.exponent, spread, o.indices + end, ahead);
     }
   }
   if (!in_range || exceeds_limit(t)) {
     rescale(t);
-  } else if (s.valid) {
+  } else if (p.valid) {
     spread.finish();
   }
 }
 
-void update_variance(const Table& t, const float* weights, const float* score, int64_t n,
-                     const float* mean_grad, int64_t num_classes) {
+void update_variance(const Table& t, const Observation& o) {
   constexpr int kLanes = 8;
-  double a[kLanes] = {}, u[kLanes] = {}, o[kLanes] = {}, A = 0, U = 0, O = 0, G2 = 0;
-  for (int64_t b = 0; b + kLanes <= n; b += kLanes) {
+  double a[kLanes] = {}, u[kLanes] = {}, m[kLanes] = {}, A = 0, U = 0, O = 0, G2 = 0;
+  const float *weights = o.weights, *score = o.score;
+  for (int64_t b = 0; b + kLanes <= o.n; b += kLanes) {
     for (int j = 0; j < kLanes; ++j) {
       const double r = weights[b + j], x = score[b + j], rx = r * x;
       a[j] += rx * rx;
       u[j] += rx * x;
-      o[j] += rx;
+      m[j] += rx;
     }
   }
-  for (int64_t b = n - n % kLanes; b < n; ++b) {
+  for (int64_t b = o.n - o.n % kLanes; b < o.n; ++b) {
     const double r = weights[b], x = score[b], rx = r * x;
     A += rx * rx;
     U += rx * x;
@@ -205,39 +209,38 @@ void update_variance(const Table& t, const float* weights, const float* score, i
   for (int j = 0; j < kLanes; ++j) {
     A += a[j];
     U += u[j];
-    O += o[j];
+    O += m[j];
   }
-  for (int64_t c = 0; c < num_classes; ++c) G2 += double(mean_grad[c]) * double(mean_grad[c]);
-  A /= n;
-  U /= n;
-  O /= n;
-  smooth(t, {A, U, O * O, G2}, static_cast<double>(n));
+  for (int64_t c = 0; c < o.num_classes; ++c) G2 += double(o.mean_grad[c]) * double(o.mean_grad[c]);
+  A /= o.n;
+  U /= o.n;
+  O /= o.n;
+  smooth(t, {A, U, O * O, G2}, static_cast<double>(o.n));
 }
 
-bool in_range(const int64_t* indices, int64_t n, int64_t num_samples) {
+void check_indices(const Table& t, const Observation& o) {
   bool good = true;
-  for (int64_t b = 0; b < n; ++b) {
-    good &= static_cast<uint64_t>(indices[b]) < static_cast<uint64_t>(num_samples);
+  for (int64_t b = 0; b < o.n; ++b) {
+    good &= static_cast<uint64_t>(o.indices[b]) < static_cast<uint64_t>(t.num_samples);
   }
-  return good;
+  if (good) return;
+  const auto [least, most] = std::minmax_element(o.indices.address, o.indices + o.n);
+  index_out_of_range(t.num_samples, *least, *most);
 }
 
 }  // namespace
 
-bool update(Pointer<const Table> table, Pointer<const int64_t> indices,
-            Pointer<const float> observed, Pointer<const float> weights, Pointer<const float> score,
-            int64_t n, Pointer<const float> mean_grad, int64_t num_classes) {
+void update(Pointer<const Table> table, const Observation& o) {
   const Table& t = *table.address;
-  if (!in_range(indices, n, t.num_samples)) return false;
-  if (n == 0) return true;
+  check_indices(t, o);
+  if (o.n == 0) return;
   if (t.states != nullptr) {
-    update_state(t, indices, observed, n);
+    update_states(t, o);
   } else {
-    for (int64_t b = 0; b < n; ++b) t.scalars->skipped += !usable(observed[b]);
+    for (int64_t b = 0; b < o.n; ++b) t.scalars->skipped += !usable(o.observed[b]);
   }
-  update_variance(t, weights, score, n, mean_grad, num_classes);
+  update_variance(t, o);
   ++t.scalars->updates;
-  return true;
 }
 
 void rescale(Pointer<const Table> table) { rescale(*table.address); }

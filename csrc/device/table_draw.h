@@ -192,7 +192,7 @@ FASTIS_HD inline uint64_t point_of(const DeviceTable& t, uint64_t iteration, uin
 
 template <class Grid>
 FASTIS_HD void draw_by_importance(Grid& grid, const DeviceTable& t, int64_t iteration,
-                                  int64_t* indices, float* weights) {
+                                  const Batch& batch) {
   const auto& block = grid.block();
   auto top = read_top(block, t);  // under way while the flattening is computed
   Flattening flattening = flattening_of(t);
@@ -202,52 +202,53 @@ FASTIS_HD void draw_by_importance(Grid& grid, const DeviceTable& t, int64_t iter
   }
   const Distribution distribution(block, t, flattening, top);
   grid.each(t.batch_size, [&](int64_t b) {
-    distribution.find(point_of(t, iteration, distribution.total(), b), indices[b], weights[b]);
+    distribution.find(point_of(t, iteration, distribution.total(), b), batch.indices[b],
+                      batch.weights[b]);
   });
 }
 
 // The minibatch of `iteration`, the clock of draws, which stands still meanwhile.
 template <class Grid>
-FASTIS_HD void draw_minibatch(Grid& grid, const DeviceTable& t, int64_t iteration, int64_t* indices,
-                              float* weights) {
+FASTIS_HD void draw_minibatch(Grid& grid, const DeviceTable& t, int64_t iteration,
+                              const Batch& batch) {
   if (iteration < t.warmup_draws) {
     const int64_t epoch = iteration / t.batches_per_epoch;
     const int64_t first = (iteration - epoch * t.batches_per_epoch) * t.batch_size;
     const Permutation permutation(t.seed, epoch, t.num_samples);
     grid.each(t.batch_size, [&](int64_t b) {
-      indices[b] = static_cast<int64_t>(permutation(first + b));
-      weights[b] = 1.0f;
+      batch.indices[b] = static_cast<int64_t>(permutation(first + b));
+      batch.weights[b] = 1.0f;
     });
   } else if (t.states == nullptr) {
     grid.each(t.batch_size, [&](int64_t b) {
       const Random128 random = random128(t.seed, Stream::draw, iteration, b);
-      indices[b] = static_cast<int64_t>(scale(random, t.num_samples));
-      weights[b] = 1.0f;
+      batch.indices[b] = static_cast<int64_t>(scale(random, t.num_samples));
+      batch.weights[b] = 1.0f;
     });
   } else {
-    draw_by_importance(grid, t, iteration, indices, weights);
+    draw_by_importance(grid, t, iteration, batch);
   }
 }
 
 template <class Grid>
-FASTIS_HD void draw(Grid& grid, const DeviceTable& t, int64_t* indices, float* weights) {
-  draw_minibatch(grid, t, t.scalars->draws, indices, weights);
+FASTIS_HD void draw(Grid& grid, const DeviceTable& t, const Batch& batch) {
+  draw_minibatch(grid, t, t.scalars->draws, batch);
   grid.last([&] { ++t.scalars->draws; });
 }
 
 template <class Grid>
-FASTIS_HD void update_and_draw(Grid& grid, const DeviceTable& t, const Minibatch& m,
-                               int64_t* indices, float* weights) {
+FASTIS_HD void update_and_draw(Grid& grid, const DeviceTable& t, const Observation& o,
+                               const Batch& next_batch) {
   const int64_t iteration = t.scalars->draws;
-  const Products products = add_products(grid, m);
+  const Products products = add_products(grid, o);
   if (t.states != nullptr) {
-    update_states(grid, t, m);
+    update_states(grid, t, o);
   } else {
     grid.wait();  // all have read the clock
   }
-  draw_minibatch(grid, t, iteration, indices, weights);
+  draw_minibatch(grid, t, iteration, next_batch);
   grid.once([&] {
-    finish_update(t, m, products);
+    finish_update(t, o, products);
     ++t.scalars->draws;
   });
 }

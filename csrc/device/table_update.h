@@ -7,16 +7,6 @@
 
 namespace fastis::device {
 
-struct Minibatch {
-  const int64_t* indices;  // [n]
-  const float* observed;   // [n]
-  const float* weights;    // [n]
-  const float* score;      // [n]
-  int64_t n;
-  const float* mean_grad;  // [C]
-  int64_t num_classes;
-};
-
 // What the items of a block change besides their own states and nodes; what seldom changes is
 // added one by one.
 struct Tally {
@@ -33,9 +23,9 @@ FASTIS_HD inline bool in_table(const Table& t, int64_t index) {
   return static_cast<uint64_t>(index) < static_cast<uint64_t>(t.num_samples);
 }
 
-FASTIS_HD inline void claim(const DeviceTable& t, const Minibatch& m, int32_t now, int64_t b) {
-  const int64_t index = m.indices[b];
-  if (!in_table(t, index) || !usable(m.observed[b])) return;
+FASTIS_HD inline void claim(const DeviceTable& t, const Observation& o, int32_t now, int64_t b) {
+  const int64_t index = o.indices[b];
+  if (!in_table(t, index) || !usable(o.observed[b])) return;
   const int32_t last = t.states[index].last;
   if (last < 0 || interval(now, last) > 0) atomic_min(t.claims + index, static_cast<uint32_t>(b));
 }
@@ -56,12 +46,12 @@ FASTIS_HD inline void move_weight(const DeviceTable& t, int64_t index, const Sta
 }
 
 // The winner gives the claim back; a loser then finds another's position or none, never its own.
-FASTIS_HD inline Tally apply(const DeviceTable& t, const Minibatch& m, const UpdateParameters& p,
+FASTIS_HD inline Tally apply(const DeviceTable& t, const Observation& o, const UpdateParameters& p,
                              int64_t b) {
   Tally tally;
-  const int64_t index = m.indices[b];
+  const int64_t index = o.indices[b];
   if (!in_table(t, index)) return tally;
-  const float x = m.observed[b];
+  const float x = o.observed[b];
   if (!usable(x)) {
     atomic_add(&t.scalars->skipped, int64_t{1});
     return tally;
@@ -99,23 +89,23 @@ struct Products {
   }
 };
 
-FASTIS_HD inline Products products_of(const Minibatch& m, int64_t i) {
+FASTIS_HD inline Products products_of(const Observation& o, int64_t i) {
   Products p;
-  if (i < m.n) {
-    const double score = m.score[i], first = double(m.weights[i]) * score;
-    p = {first * first, first * score, first, 0, usable(m.observed[i]) ? 0.0 : 1.0};
+  if (i < o.n) {
+    const double score = o.score[i], first = double(o.weights[i]) * score;
+    p = {first * first, first * score, first, 0, usable(o.observed[i]) ? 0.0 : 1.0};
   }
-  if (i < m.num_classes) p.mean_squared = double(m.mean_grad[i]) * double(m.mean_grad[i]);
+  if (i < o.num_classes) p.mean_squared = double(o.mean_grad[i]) * double(o.mean_grad[i]);
   return p;
 }
 
 // On the first thread of a block that is not needed elsewhere.
 template <class Grid>
-FASTIS_HD Products add_products(Grid& grid, const Minibatch& m) {
+FASTIS_HD Products add_products(Grid& grid, const Observation& o) {
   Products sum;
   grid.aside([&](auto& block) {
     block.template reduce<Products>(
-        m.n > m.num_classes ? m.n : m.num_classes, [&](int64_t i) { return products_of(m, i); },
+        o.n > o.num_classes ? o.n : o.num_classes, [&](int64_t i) { return products_of(o, i); },
         [&](const Products& all) { sum = all; });
   });
   return sum;
@@ -123,8 +113,8 @@ FASTIS_HD Products add_products(Grid& grid, const Minibatch& m) {
 
 // The end of an iteration of the clock of updates, on the thread that has the products. Nobody
 // waits for it: a dozen divisions, one after the other.
-FASTIS_HD inline void finish_update(const Table& t, const Minibatch& m, const Products& p) {
-  const double n = static_cast<double>(m.n), first = p.first / n;
+FASTIS_HD inline void finish_update(const Table& t, const Observation& o, const Products& p) {
+  const double n = static_cast<double>(o.n), first = p.first / n;
   // In a table with states apply() has counted them.
   if (t.states == nullptr) t.scalars->skipped += static_cast<int64_t>(p.unusable);
   smooth(t, {p.second / n, p.uniform / n, first * first, p.mean_squared}, n);
@@ -132,13 +122,13 @@ FASTIS_HD inline void finish_update(const Table& t, const Minibatch& m, const Pr
 }
 
 template <class Grid>
-FASTIS_HD void update_states(Grid& grid, const DeviceTable& t, const Minibatch& m) {
+FASTIS_HD void update_states(Grid& grid, const DeviceTable& t, const Observation& o) {
   Scalars& s = *t.scalars;
-  const UpdateParameters p(t, m.n);
-  grid.each(m.n, [&](int64_t b) { claim(t, m, p.now, b); });
+  const UpdateParameters p(t, o.n);
+  grid.each(o.n, [&](int64_t b) { claim(t, o, p.now, b); });
   grid.wait();  // all claims are there before the first winner is found
   grid.template reduce<Tally>(
-      m.n, [&](int64_t b) { return apply(t, m, p, b); },
+      o.n, [&](int64_t b) { return apply(t, o, p, b); },
       [&](const Tally& tally) {
         atomic_add(&s.total, static_cast<int64_t>(tally.total));
         atomic_add(&s.uncapped, static_cast<int64_t>(tally.uncapped));
@@ -152,10 +142,10 @@ FASTIS_HD void update_states(Grid& grid, const DeviceTable& t, const Minibatch& 
 
 // Indices out of range are left out.
 template <class Grid>
-FASTIS_HD void update(Grid& grid, const DeviceTable& t, const Minibatch& m) {
-  const Products products = add_products(grid, m);
-  if (t.states != nullptr) update_states(grid, t, m);
-  grid.once([&] { finish_update(t, m, products); });
+FASTIS_HD void update(Grid& grid, const DeviceTable& t, const Observation& o) {
+  const Products products = add_products(grid, o);
+  if (t.states != nullptr) update_states(grid, t, o);
+  grid.once([&] { finish_update(t, o, products); });
 }
 
 }  // namespace fastis::device

@@ -70,6 +70,7 @@ struct World {
 struct Draws {
   std::vector<int64_t> indices = std::vector<int64_t>(kBatch);
   std::vector<float> weights = std::vector<float>(kBatch);
+  Batch batch() { return {{indices.data()}, {weights.data()}}; }
   bool operator==(const Draws& o) const { return indices == o.indices && weights == o.weights; }
 };
 
@@ -90,8 +91,13 @@ class Test {
     }
     gradient.assign(kClasses, 0.1f);
     Draws batch;
-    update({indices.data(), all.data(), ones.data(), all.data(),
-            static_cast<int64_t>(indices.size()), gradient.data(), kClasses});
+    update({{indices.data()},
+            {ones.data()},
+            {all.data()},
+            {all.data()},
+            static_cast<int64_t>(indices.size()),
+            {gradient.data()},
+            kClasses});
     for (int step = 0; step < steps; ++step) {
       if (!draw(batch)) return failed("draw", step);
       std::vector<float> score(kBatch);
@@ -99,14 +105,18 @@ class Test {
       for (float& x : score) x = std::exp(3 * normal(random)) * trend;
       batch.indices[3] = batch.indices[1];
       score[5] = NAN;
-      const Minibatch minibatch{
-          batch.indices.data(), score.data(), batch.weights.data(), score.data(), kBatch,
-          gradient.data(),      kClasses};
+      const Observation observation{{batch.indices.data()},
+                                    {batch.weights.data()},
+                                    {score.data()},
+                                    {score.data()},
+                                    kBatch,
+                                    {gradient.data()},
+                                    kClasses};
       if (step % 3 == 0) {
-        update(minibatch);
+        update(observation);
       } else {
         Draws next;
-        if (!update_and_draw(minibatch, next)) return failed("update and draw", step);
+        if (!update_and_draw(observation, next)) return failed("update and draw", step);
       }
       if (!(ours_ == theirs_)) return failed("table", step);
     }
@@ -127,27 +137,22 @@ class Test {
     });
   }
 
-  void update(const Minibatch& m) {
-    on_threads([&](CudaGrid& grid) { device::update(grid, ours_.table, m); });
-    device::update(host_, theirs_.table, m);
+  void update(const Observation& o) {
+    on_threads([&](CudaGrid& grid) { device::update(grid, ours_.table, o); });
+    device::update(host_, theirs_.table, o);
   }
 
   bool draw(Draws& out) {
     Draws expected;
-    on_threads([&](CudaGrid& grid) {
-      device::draw(grid, ours_.table, out.indices.data(), out.weights.data());
-    });
-    device::draw(host_, theirs_.table, expected.indices.data(), expected.weights.data());
+    on_threads([&](CudaGrid& grid) { device::draw(grid, ours_.table, out.batch()); });
+    device::draw(host_, theirs_.table, expected.batch());
     return out == expected;
   }
 
-  bool update_and_draw(const Minibatch& m, Draws& out) {
+  bool update_and_draw(const Observation& o, Draws& out) {
     Draws expected;
-    on_threads([&](CudaGrid& grid) {
-      device::update_and_draw(grid, ours_.table, m, out.indices.data(), out.weights.data());
-    });
-    device::update_and_draw(host_, theirs_.table, m, expected.indices.data(),
-                            expected.weights.data());
+    on_threads([&](CudaGrid& grid) { device::update_and_draw(grid, ours_.table, o, out.batch()); });
+    device::update_and_draw(host_, theirs_.table, o, expected.batch());
     return out == expected;
   }
 

@@ -14,17 +14,16 @@ IS_ATOMIC = True  # an update or a draw is one call, which holds the GIL
 def update(table: Table, observation: Observation) -> None:
     """See :func:`fastis.kernels.reference.table.update`."""
     indices, weights, observed, score, mean_grad = observation
-    if not _C.update(
+    _C.update(
         table.handle,
         indices.data_ptr(),
-        observed.data_ptr(),
         weights.data_ptr(),
+        observed.data_ptr(),
         score.data_ptr(),
         indices.numel(),
         0 if mean_grad is None else mean_grad.data_ptr(),
         0 if mean_grad is None else mean_grad.numel(),
-    ):
-        table.check_indices(indices)
+    )
 
 
 def rescale(table: Table) -> None:
@@ -44,8 +43,8 @@ def update_and_draw(table: Table, observation: Observation, next_batch: Batch) -
     draw(table, next_batch)
 
 
-def _locate(table: Table, points: Tensor, indices: Tensor, weights: Tensor) -> None:
-    """See :func:`fastis.kernels.reference.table._locate`."""
+def _inverse_cdf(table: Table, points: Tensor, indices: Tensor, weights: Tensor) -> None:
+    """See :func:`fastis.kernels.reference.table._inverse_cdf`."""
     count = points.numel()
     addresses = points.data_ptr(), count, indices.data_ptr(), weights.data_ptr()
-    _C.locate(table.handle, *addresses)
+    _C.table_inverse_cdf(table.handle, *addresses)

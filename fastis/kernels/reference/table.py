@@ -174,7 +174,7 @@ def _draw_by_importance(
     _find(drawn, points, indices, weights)
 
 
-def _locate(table: Table, points: Tensor, indices: Tensor, weights: Tensor) -> None:
+def _inverse_cdf(table: Table, points: Tensor, indices: Tensor, weights: Tensor) -> None:
     """The items at ``points`` (int64 [n], below the total of the distribution as it stands).
 
     What a draw does, with points of the caller's. Capped items come first in the order of the
