@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with without_a_device():
-        times = timing.interleaved(calls(), seconds=args.seconds, clock=timing.thread)
+        times = timing.interleaved(calls(), seconds=args.seconds, turn=5e-3, clock=timing.thread)
     report = Report("host time", ("call", "us"))
     for name in times:
         report.line(name, times.spread_us(name).text())
