@@ -11,7 +11,7 @@ add to it.
 EMAIS multiplies its rate by N_ems/B: at one base rate for all, the comparison would be of learning
 rates. The rates were searched by
 
-    python bench/experiments/train.py --rates --seeds 3
+    python bench/experiments/train.py --rates
 
 into bench/results/main_job.jsonl. A method's best rate is that of least final train loss, the mean
 over seeds: the loss is what is minimised, and tells runs apart that 2,000 test images do not.
@@ -72,7 +72,7 @@ def arguments() -> argparse.ArgumentParser:
     how.add_argument("--batch-size", type=count, default=RunConfig.batch_size)
     how.add_argument("--momentum", type=float, default=RunConfig.momentum, help="sgd only")
     how.add_argument("--weight-decay", type=float, default=RunConfig.weight_decay)
-    how.add_argument("--seeds", type=count, default=2, help="how many: 0, 1, ...")
+    how.add_argument("--seeds", type=count, default=3, help="how many: 0, 1, ...")
     add("--device", default="cpu")
     add("--threads", type=count, default=1, help="CPU threads of each run")
     add("--jobs", type=count, default=1, help="runs at the same time, each in its own process")
