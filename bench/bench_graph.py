@@ -113,9 +113,9 @@ def fused(sampler: fastis.Sampler, held: fastis.Batch, learn: Learn, finish: Fin
 
     def step() -> fastis.Batch:
         out = learn(held)
-        following = sampler.update_and_sample(held, out)
+        next_batch = sampler.update_and_sample(held, out)
         finish(out.loss)
-        return hold(held, following)
+        return hold(held, next_batch)
 
     return step
 
@@ -128,12 +128,12 @@ def ahead(sampler: fastis.Sampler, held: fastis.Batch, learn: Learn, finish: Fin
         main = torch.cuda.current_stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):
-            following = sampler.sample()
+            next_batch = sampler.sample()
         out = learn(held)
         main.wait_stream(side)  # the draw and the update use the same table
         sampler.update(held, out)
         finish(out.loss)
-        return hold(held, following)
+        return hold(held, next_batch)
 
     return step
 
@@ -196,9 +196,9 @@ def follow(
         twin.update(present, out)
         return present
     if way == "ahead":
-        following = twin.sample()
+        next_batch = twin.sample()
         twin.update(present, out)
-        return following
+        return next_batch
     twin.update(present, out)
     return twin.sample()
 

@@ -10,7 +10,7 @@ call. The peers:
 - a float64 cumulative sum with ``searchsorted``: cached (weights then never change), or renewed;
 - torchrl's ``SumSegmentTreeFp32`` (prioritised replay), a binary tree of float32 sums, when
   torchrl is installed. Its update sets leaves; ours also averages the scores, derives the weights
-  and the variance traces, and caps: ``tree`` is what keeping the structure adds to that.
+  and the variance traces, and caps: ``tree`` is what keeping the tree adds to that.
 
 What is checked before anything is timed: both backends draw the same indices and coefficients from
 the same scores, after updates too, and the alias table holds the weights it was given.
@@ -149,7 +149,7 @@ def measure_kernels(n: int, batch_size: int, seconds: float) -> dict[str, Row]:
     """The compiled functions alone, on memory that exists, against torchrl's."""
     data = Data(n, batch_size)
     with_tree = make_sampler(n, batch_size, data.score)
-    with_tree.sample()  # builds the structure, which updates keep from then on
+    with_tree.sample()  # builds the tree, which updates keep from then on
     without_tree = make_sampler(n, batch_size, data.score)
     indices, weights = torch.empty(batch_size, dtype=torch.int64), torch.ones(batch_size)
 
@@ -245,7 +245,7 @@ def bytes_per_sample(n: int, batch_size: int) -> float:
     """All of a sampler's tensors, over N."""
     sampler = fastis.Sampler(n, batch_size)
     table = sampler._table
-    _ = table.handle  # allocates the structure
+    _ = table.handle  # allocates the tree
     tensors = [table.scalars, table.variance, table.records, *table._structure.values()]
     return sum(t.numel() * t.element_size() for t in tensors if t is not None) / n
 
@@ -261,7 +261,7 @@ def validate() -> None:
         batch = samplers[1].sample()
         samplers[1].update(batch, scored(data.scores[k]))
         assert torch.equal(batch.indices, expected.indices), "backends draw different indices"
-        assert torch.equal(batch.weights, expected.weights), "... or coefficients"
+        assert torch.equal(batch.weights, expected.weights), "backends draw different coefficients"
     p = fastis.AliasTable(data.score).probabilities
     torch.testing.assert_close(p, data.score.double() / data.score.double().sum())
 

@@ -77,18 +77,18 @@ def validate(sampler: fastis.Sampler, eager: Eager, batch, out) -> None:
 
 
 def measure(batch_size: int, n: int, rounds: int) -> Times:
-    """By the public API: the table alone, with the structure kept, and eager torch."""
+    """By the public API: the table alone, with the tree kept, and eager torch."""
     batch, out = make_case(batch_size, n)
     method = fastis.methods.EMAIS(warmup_epochs=0)
-    table = fastis.Sampler(n, batch_size, method=method)  # never draws: no structure to keep
-    structure = fastis.Sampler(n, batch_size, method=method)
+    table = fastis.Sampler(n, batch_size, method=method)  # never draws: no tree to keep
+    tree = fastis.Sampler(n, batch_size, method=method)
     eager = Eager(n)
     validate(table, eager, batch, out)
-    structure.update(batch, out)
-    structure.sample()  # builds the structure, which every further update then keeps
+    tree.update(batch, out)
+    tree.sample()  # builds the tree, which every further update then keeps
     contenders = {
         "update": lambda: table.update(batch, out),
-        "update_and_structure": lambda: structure.update(batch, out),
+        "update_and_tree": lambda: tree.update(batch, out),
         "eager": lambda: eager.update(*batch, out.score),
     }
     return interleaved(contenders, rounds=rounds, turn=0.01)
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a few rounds only")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    head = ("B", "N", "update us", "with structure us", "eager us", "ratio", "target")
+    head = ("B", "N", "update us", "with tree us", "eager us", "ratio", "target")
     report = Report("update", head, args.json)
     for batch_size, n in CASES:
         times = measure(batch_size, n, 3 if args.quick else args.rounds)

@@ -100,7 +100,7 @@ def rescale(device: str) -> None:
 
 
 @case
-def given_weights_and_alias_tables(device: str) -> None:
+def categorical_and_alias_tables(device: str) -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64):
         values = torch.empty(100_003).log_normal_(0, 2, generator=generator()).clamp(max=6e4)
         values = (values * 1000).long() + 1 if dtype == torch.int64 else values.to(dtype)

@@ -137,12 +137,12 @@ def check(args: argparse.Namespace, pending: list[RunConfig]) -> None:
 
 
 def overview(settings: Settings, rows: dict[str, Row]) -> str:
-    lines = [("experiment", "what", "runs", "there")]
+    lines = [("experiment", "runs", "there")]
     for name, experiment in EXPERIMENTS.items():
         configs = experiment.configs(settings, rows)
         there = sum(experiment.has(c, rows) for c in configs)
-        lines.append((name, experiment.title, str(len(configs)), str(there)))
-    lines.append((STEP_TIMES, "Time per step of each method ([K] Table 5)", "-", "-"))
+        lines.append((f"{name} - {experiment.title}", str(len(configs)), str(there)))
+    lines.append((f"{STEP_TIMES} - Time per step of each method ([K] Table 5)", "-", "-"))
     return markdown_table(lines)
 
 
