@@ -63,18 +63,31 @@ def summary(groups: Iterable[Group]) -> str:
     for title, name, digits in FINALS:
         ours, theirs = (mean_sd(group.finals(name), digits) for group in (emais, other))
         lines.append(f"{title}: {ours} against {theirs}")
-    if 0 < other.final_loss < math.inf:
+    if other.final_loss > 0 and math.isfinite(emais.final_loss):
         lines[1] += f", {100 * (emais.final_loss / other.final_loss - 1):+.0f} %"
     return "\n".join(lines)
 
 
-def show(rows: Iterable[Row], out: Path | None, compared_with: str = "scan") -> None:
+def reference_of(groups: Sequence[Group], compared_with: str) -> Group:
+    """The runs named METHOD or METHOD:LR, at their best rate; unnamed SGD-Scan's, or the first's.
+
+    Raises
+    ------
+    ValueError
+        where there are no such runs.
+    """
+    label, _, lr = (compared_with or "scan").partition(":")
+    found = [g for g in groups if g.label == label and lr in ("", f"{g.config.lr:g}")]
+    if not found and compared_with:
+        names = ", ".join(f"{g.label}:{g.config.lr:g}" for g in groups)
+        raise ValueError(f"--compared-with must be one of {names}, got {compared_with}")
+    return next(iter(best_rates(found or groups).values()))
+
+
+def show(rows: Iterable[Row], out: Path | None, compared_with: str = "") -> None:
     """Prints the tables of one setting's rows and draws them into ``out``."""
     groups = in_order(groups_of(rows))
-    best = list(best_rates(groups).values())
-    label, _, lr = compared_with.partition(":")
-    named = [g for g in (groups if lr else best) if g.label == label]
-    reference = next((g for g in named if not lr or g.config.lr == float(lr)), best[0])
+    best, reference = list(best_rates(groups).values()), reference_of(groups, compared_with)
     print(results_table(groups, reference, brief=True))
     if math.isfinite(reference.final_loss):
         words, table = time_to_loss(best, reference, aligned=True).split("\n\n")
@@ -83,14 +96,15 @@ def show(rows: Iterable[Row], out: Path | None, compared_with: str = "scan") -> 
     if out is not None:
         from bench.experiments import plot  # matplotlib: for this alone
 
-        plot.draw(best, PANELS, "seconds", out, heading(best))
+        timed = all("seconds" in row["curves"] for group in best for row in group.rows)
+        plot.draw(best, PANELS, "seconds" if timed else "step", out, heading(best))
         print(f"\ncurves: {out}")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
     parser.add_argument("file", type=Path, help="results.jsonl of train.py")
-    parser.add_argument("--compared-with", default="scan", metavar="METHOD[:LR]")
+    parser.add_argument("--compared-with", default="", metavar="METHOD[:LR]", help="default: scan")
     parser.add_argument("--out", type=Path, help="the PNG (default: none)")
     args = parser.parse_args(argv)
     rows = read_rows(args.file)
@@ -100,12 +114,10 @@ def main(argv: list[str] | None = None) -> int:
     shown = [row for row in rows if setting_of(RunConfig(**row["config"])) == setting]
     if len(shown) < len(rows):
         print(f"{args.file} holds several settings; shown is the last: {setting}", file=sys.stderr)
-    label, _, lr = args.compared_with.partition(":")
-    if lr and not any(
-        (group.label, f"{group.config.lr:g}") == (label, lr) for group in groups_of(shown)
-    ):
-        parser.error(f"--compared-with must name runs of the file, got {args.compared_with}")
-    show(shown, args.out, args.compared_with)
+    try:
+        show(shown, args.out, args.compared_with)
+    except ValueError as error:
+        parser.error(str(error))
     return 0
 
 
