@@ -208,7 +208,8 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
 
     broken = fastis.methods.BY_NAME["scan"]
     monkeypatch.setitem(EXPERIMENTS, "fig6", Experiment("three", plan))
-    monkeypatch.setattr(broken, "constants", lambda self: 1 / 0)
+    monkeypatch.setattr(broken, "fused", False)
+    monkeypatch.setattr(broken, "update", lambda *_: 1 / 0)
     assert reproduce_here(tmp_path / "out", "fig6") == 1
     assert "scan lr 0.01 seed 0: ZeroDivisionError" in capsys.readouterr().err
     rows = reproduce.read_all(tmp_path / "out").values()
