@@ -24,7 +24,7 @@ class HasFactor(Protocol):
 
 
 class HasProgress(HasFactor, Protocol):
-    """... and how far the run is."""
+    """What a scheduler by effective iterations needs of a sampler."""
 
     @property
     def effective_iterations(self) -> Tensor: ...
@@ -43,10 +43,10 @@ class EffectiveBatchLR:
         the rule: N_ems / B for SGD, its square root for Adam and its family. None: by the class of
         the scheduler's optimizer.
     max_factor : float, optional
-        an upper limit of the factor.
+        upper bound on the factor.
     max_lr : float, optional
-        an upper limit of what the factor makes of a rate: the largest that trains stably. Rates of
-        the inner scheduler beyond it stay as they are.
+        upper bound on the scaled rate: the largest that trains stably. Rates of the inner scheduler
+        beyond it stay as they are.
 
     Raises
     ------
@@ -169,18 +169,24 @@ class EffectiveBatchLR:
 
 
 class EffectiveIterationsLR(EffectiveBatchLR):
-    """... and lets the inner scheduler advance with the sampler's effective iterations.
+    """Scales the rate, and advances the schedule, by the sampler's effective iterations.
 
     For RAIS (Johnson & Guestrin 2018): lr = gain eta(t_eff), t_eff the sum of the gains so far. The
     inner scheduler has taken ``floor(sampler.effective_iterations)`` steps, so that a step of the
     training may take several of them, or none; the run is over when :attr:`finished`. Reads the
-    sampler on the host at every step. Parameters, errors and methods of :class:`EffectiveBatchLR`,
-    and
+    sampler on the host at every step.
 
     Parameters
     ----------
+    scheduler, sampler, optimizer, max_factor, max_lr
+        as in :class:`EffectiveBatchLR`.
     total_iterations : int, optional
         length of the run in effective iterations; the inner scheduler does not go beyond it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        as :class:`EffectiveBatchLR`; ValueError also for a total that is not positive.
 
     Equivalent to::
 

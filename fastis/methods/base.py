@@ -43,6 +43,11 @@ class Method:
     smoothing : float in [0, 1)
         how much of the moments' moving averages an iteration keeps.
 
+    Raises
+    ------
+    TypeError, ValueError
+        naming the option, what was expected and what came.
+
     The traces are those of a method with coefficients; for the others they have no meaning.
     """
 
