@@ -177,7 +177,6 @@ PYBIND11_MODULE(_C, m) {
       "Compiled kernels of fastis: raw pointers and sizes, no checks. Use the fastis package.";
   m.def("isa", [isa] { return name(isa); });
   m.def("build_info", &build_info);
-  m.def("lanes", FASTIS_CPU(lanes));
 
   py::class_<fastis::Table>(m, "Table")
       .def(py::init(&make_table))
@@ -192,27 +191,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("device_structure_nodes",
         [](int64_t n) { return fastis::Levels(n, fastis::kDeviceTop).total(); });
   m.attr("DEVICE_WORK") = sizeof(fastis::Work) / sizeof(int64_t);
-  m.def("emulate_update", &fastis::emulated::update);
-  m.def("emulate_draw", &fastis::emulated::draw);
-  m.def("emulate_rescale", &fastis::emulated::rescale);
-  m.def("emulate_update_and_draw", &fastis::emulated::update_and_draw);
-  m.def("emulate_survey", &fastis::emulated::survey);
-  m.def("emulate_running_sums_bytes", &fastis::emulated::running_sums_bytes);
-  m.def("emulate_running_sums", &fastis::emulated::running_sums);
-  m.def("emulate_integers", &fastis::emulated::integers);
-  m.def("emulate_search", &fastis::emulated::search);
-  m.def("emulate_alias_build_bytes", &fastis::emulated::alias_build_bytes);
-  m.def("emulate_alias_build", &fastis::emulated::alias_build);
-  m.def("emulate_alias_draw", &fastis::emulated::alias_draw);
-  m.def("emulate_alias_resolve", &fastis::emulated::alias_resolve);
-  m.def("emulate_draw_points", &fastis::emulated::draw_points);
-  m.def("emulate_scale_grad", &fastis::emulated::scale_grad);
-  m.def("emulate_share", &fastis::emulated::share);
-  m.def("emulate_blocks_for", &fastis::emulated::blocks_for);
   m.def("rescale", FASTIS_CPU(rescale));
   m.def("copy_state", FASTIS_CPU(copy_state));
   m.def("check_records", FASTIS_CPU(check_records));
-  m.def("locate", FASTIS_CPU(locate));
   m.def("integers", FASTIS_CPU(integers));
   m.def("alias_build", FASTIS_CPU(alias_build));
   m.def("alias_resolve", FASTIS_CPU(alias_resolve));

@@ -23,54 +23,6 @@ struct Pointer {
 
 }  // namespace fastis
 
-// The device's code run on the host, in an order that `stride` permutes: for tests of everything
-// but the launch (see device/grid.h).
-namespace fastis::emulated {
-
-void update(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
-            Pointer<const float> observed, Pointer<const float> weights, Pointer<const float> score,
-            int64_t n, Pointer<const float> mean_grad, int64_t num_classes, uint64_t stride);
-void draw(Pointer<const DeviceTable> table, Pointer<int64_t> indices, Pointer<float> weights,
-          uint64_t stride);
-void rescale(Pointer<const DeviceTable> table, uint64_t stride);
-void update_and_draw(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
-                     Pointer<const float> observed, Pointer<const float> weights,
-                     Pointer<const float> score, int64_t n, Pointer<const float> mean_grad,
-                     int64_t num_classes, Pointer<int64_t> next_indices,
-                     Pointer<float> next_weights, uint64_t stride);
-int64_t survey(int64_t format, Pointer<const void> values, int64_t n, Pointer<int64_t> found,
-               uint64_t stride);
-int64_t running_sums_bytes(int64_t n);
-int64_t running_sums(int64_t format, Pointer<const void> values, int64_t n, int64_t shift,
-                     Pointer<uint64_t> ends, Pointer<void> memory, int64_t bytes, uint64_t stride);
-int64_t integers(int64_t format, Pointer<const void> values, int64_t n, int64_t shift,
-                 Pointer<uint64_t> out, uint64_t stride);
-int64_t search(int64_t format, Pointer<const void> values, int64_t n, int64_t shift,
-               Pointer<const uint64_t> ends, uint64_t total, uint64_t seed, int64_t first,
-               int64_t count, Pointer<int64_t> indices, Pointer<float> coefficients,
-               uint64_t stride);
-int64_t alias_build_bytes(int64_t n);
-int64_t alias_build(int64_t format, Pointer<const void> values, int64_t n, int64_t shift,
-                    uint64_t total, Pointer<int64_t> before, Pointer<uint64_t> table,
-                    Pointer<void> memory, int64_t bytes, uint64_t stride);
-int64_t alias_draw(Pointer<const uint64_t> table, int64_t n, uint64_t total, uint64_t seed,
-                   int64_t first, int64_t count, Pointer<int64_t> indices,
-                   Pointer<float> coefficients, uint64_t stride);
-int64_t alias_resolve(Pointer<const uint64_t> table, int64_t n, uint64_t total,
-                      Pointer<const uint64_t> points, int64_t count, Pointer<int64_t> indices,
-                      Pointer<float> coefficients, uint64_t stride);
-int64_t draw_points(uint64_t total, uint64_t seed, int64_t first, int64_t count,
-                    Pointer<uint64_t> points, uint64_t stride);
-int64_t scale_grad(int64_t from, int64_t to, Pointer<const void> grad, Pointer<void> out,
-                   Pointer<const void> scale, int64_t rows, int64_t columns, int64_t scale_stride,
-                   uint64_t stride);
-// What thread number `thread` of block `block` of `blocks` does of n items: the first, the step to
-// the next, and how many.
-void share(unsigned block, unsigned thread, unsigned blocks, int64_t n, Pointer<int64_t> found);
-unsigned blocks_for(int64_t items, int64_t most);
-
-}  // namespace fastis::emulated
-
 #ifdef FASTIS_CUDA
 // Launches on `stream` of `device`; the CUDA error, 0 for none. A table's address is on the host.
 namespace fastis::cuda {

@@ -16,40 +16,13 @@ DEVICE_WORK: int
 
 def isa() -> str: ...
 def build_info() -> str: ...
-def lanes() -> int: ...
 def advise_huge_pages(address: int, num_bytes: int) -> None: ...
 def structure_nodes(num_samples: int) -> int: ...
 def device_structure_nodes(num_samples: int) -> int: ...
 def rescale(table: int) -> None: ...
-def emulate_update(
-    table: int,
-    indices: int,
-    observed: int,
-    weights: int,
-    score: int,
-    n: int,
-    mean_grad: int,
-    num_classes: int,
-    stride: int,
-) -> None: ...
-def emulate_draw(table: int, indices: int, weights: int, stride: int) -> None: ...
-def emulate_rescale(table: int, stride: int) -> None: ...
-def emulate_update_and_draw(
-    table: int,
-    indices: int,
-    observed: int,
-    weights: int,
-    score: int,
-    n: int,
-    mean_grad: int,
-    num_classes: int,
-    next_indices: int,
-    next_weights: int,
-    stride: int,
-) -> None: ...
 
-# The kernels for given weights, cuda_NAME(..., device, stream) and emulate_NAME(..., stride), are
-# called by name: fastis/kernels/cuda/categorical.py. Their arguments: csrc/fastis.h.
+# The kernels for given weights, cuda_NAME(..., device, stream), are called by name:
+# fastis/kernels/cuda/categorical.py. Their arguments: csrc/fastis.h.
 
 cuda_targets: str
 
@@ -123,7 +96,6 @@ def check_records(
     records: int, n: int, updates: int, exponent: int, importance: int, found: int
 ) -> int: ...
 def draw(table: int, indices: int, weights: int, /) -> None: ...
-def locate(table: int, points: int, count: int, indices: int, weights: int) -> None: ...
 def weigh(
     format: int, weights: int, n: int, threads: int, ends: int, shift_and_total: int, /
 ) -> bool: ...

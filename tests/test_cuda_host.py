@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -146,10 +148,7 @@ def targets_of(tmp_path, monkeypatch):
         monkeypatch.delenv("FASTIS_CUDA_ARCHS", raising=False)
         if archs is not None:
             monkeypatch.setenv("FASTIS_CUDA_ARCHS", archs)
-        source = (ROOT / "setup.py").read_text().partition("\nsetup(")[0]
-        names = {"__file__": str(ROOT / "setup.py"), "__name__": "setup"}
-        exec(compile(source, "setup.py", "exec"), names)
-        return names["cuda_targets"](str(nvcc))
+        return runpy.run_path(str(ROOT / "setup.py"))["cuda_targets"](str(nvcc))
 
     return ask
 
@@ -179,10 +178,10 @@ def test_targets_that_nvcc_lacks(targets_of):
 def test_entry_points_with_cuda_are_declared():
     """A build with CUDA binds every one that the backend calls."""
     bound = (ROOT / "csrc" / "bindings.cpp").read_text()
-    code = "".join(p.read_text() for p in (ROOT / "fastis" / "kernels").glob("cuda_*.py"))
-    import re
-
-    for name in set(re.findall(r"_C\.(cuda_\w+)", code)):
+    code = "".join(p.read_text() for p in (ROOT / "fastis/kernels/cuda").glob("*.py"))
+    called = set(re.findall(r"_C\.(cuda_\w+)", code))
+    assert "cuda_update_and_draw" in called
+    for name in called:
         assert f'"{name}"' in bound, name
 
 

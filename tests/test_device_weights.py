@@ -1,7 +1,7 @@
 """Given weights on the device, run on the host: bit for bit what the reference does.
 
-The CUDA backend's own Python drives csrc/emulate_categorical.cpp, which hands out the shares of a
-launch's threads and blocks one after the other, forwards, backwards and scrambled.
+The CUDA backend's own Python drives tests/csrc/emulate_categorical.cpp, which hands out the shares
+of a launch's threads and blocks one after the other, forwards, backwards and scrambled.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
+from native import native
 from test_alias import FLOATS, SHAPES, SIZES, integer_weights, lognormal, seeded
 
-from fastis import _C
 from fastis.kernels.cuda import categorical as cuda_categorical
 from fastis.kernels.reference import categorical as reference_categorical
 
@@ -21,7 +21,7 @@ ORDERS = [FORWARDS, BACKWARDS, SCRAMBLED]
 
 def emulate(monkeypatch, stride):
     def call(name, device, *arguments):
-        assert getattr(_C, f"emulate_{name}")(*arguments, stride) == 0
+        assert getattr(native(), name)(*arguments, stride) == 0
 
     monkeypatch.setattr(cuda_categorical, "_call", call)
     monkeypatch.setattr(cuda_categorical, "_scratch", lambda *_: torch.empty(1, dtype=torch.uint8))
@@ -164,13 +164,13 @@ def test_threads_share_every_index_in_64_bits(count, blocks):
     found, threads = torch.zeros(3, dtype=torch.int64), 256 * blocks
     seen = 0
     for block, thread in [(0, 0), (0, 255), (blocks // 2, 17), (blocks - 1, 255)]:
-        _C.emulate_share(block, thread, blocks, count, found.data_ptr())
+        native().share(block, thread, blocks, count, found.data_ptr())
         first, step, number = found.tolist()
         assert (first, step) == (256 * block + thread, threads)
         assert number == len(range(first, count, threads))
     if count <= 100_001:
         for k in range(threads):
-            _C.emulate_share(k // 256, k % 256, blocks, count, found.data_ptr())
+            native().share(k // 256, k % 256, blocks, count, found.data_ptr())
             seen += int(found[2])
         assert seen == count
 
@@ -183,4 +183,4 @@ def test_threads_share_every_index_in_64_bits(count, blocks):
     ],
 )  # fmt: skip
 def test_blocks_of_a_launch(items, most, expected):
-    assert _C.emulate_blocks_for(items, most) == expected
+    assert native().blocks_for(items, most) == expected

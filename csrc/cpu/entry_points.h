@@ -3,9 +3,6 @@
 
 namespace fastis::FASTIS_NAMESPACE {
 
-// SIMD lanes (floats) that this build uses.
-int lanes();
-
 // One iteration: the observed scores into the state and the sampling structure (unless the table
 // has no records), the variance moments, and the clock of updates. False: an index is out of range,
 // and nothing has changed.
@@ -32,11 +29,6 @@ int64_t check_records(Pointer<const Record> records /* [N] */, int64_t n, int64_
 // The next minibatch: without replacement in the warm-up, by importance (or uniformly) after it.
 void draw(Pointer<const Table> table, Pointer<int64_t> indices /* [B] */,
           Pointer<float> weights /* [B] */);
-
-// What a draw does with points of its own: the items at `points`, each below the total of the
-// distribution as it stands (past the warm-up; only for tables with records).
-void locate(Pointer<const Table> table, Pointer<const uint64_t> points /* [count] */, int64_t count,
-            Pointer<int64_t> indices /* [count] */, Pointer<float> weights /* [count] */);
 
 // Draws from given weights. format: 0 float, 1 double, 2 bfloat16, 3 float16 of the weights, whose
 // integers are floor(w 2^shift), at least 1 where w > 0; 4: int64, the integers themselves.

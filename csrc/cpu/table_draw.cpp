@@ -205,15 +205,6 @@ void draw_by_importance(const Table& t, uint64_t iteration, int64_t* indices, fl
 
 }  // namespace
 
-void locate(Pointer<const Table> table, Pointer<const uint64_t> points, int64_t count,
-            Pointer<int64_t> indices, Pointer<float> weights) {
-  const Distribution distribution(*table.address);
-  for (int64_t first = 0; first < count; first += kBlock) {
-    const int size = static_cast<int>(std::min<int64_t>(kBlock, count - first));
-    distribution.find(points + first, size, indices + first, weights + first);
-  }
-}
-
 void draw(Pointer<const Table> table, Pointer<int64_t> indices, Pointer<float> weights) {
   const Table& t = *table.address;
   const int64_t iteration = t.scalars->draws++;

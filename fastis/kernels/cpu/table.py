@@ -54,10 +54,3 @@ def update_and_draw(
         return False
     draw(table, next_indices, next_weights)
     return True
-
-
-def _locate(table: Table, points: Tensor, indices: Tensor, weights: Tensor) -> None:
-    """See :func:`fastis.kernels.reference.table._locate`."""
-    count = points.numel()
-    addresses = points.data_ptr(), count, indices.data_ptr(), weights.data_ptr()
-    _C.locate(table.handle, *addresses)
