@@ -15,7 +15,7 @@ are medians. Data vary from call to call. The peers:
 What is checked before anything is timed: both backends draw the same indices and coefficients from
 the same scores, after updates too, and the alias table holds the weights it was given.
 
-Bytes touched a sample: update 64 of records and 128 a level (the small levels once a minibatch),
+Bytes touched a sample: update 64 of states and 128 a level (the small levels once a minibatch),
 draw 128 a level and 64.
 
 Targets: update + draw through ``Sampler`` at N = 1e6, B = 128 at most 0.03 of one call of
@@ -266,7 +266,7 @@ def bytes_per_sample(n: int, batch_size: int) -> float:
     sampler = fastis.Sampler(n, batch_size)
     table = sampler._table
     _ = table.handle  # allocates the structure
-    tensors = [table.scalars, table.variance, table.records, *table._structure.values()]
+    tensors = [table.scalars, table.variance, table.states, *table._structure.values()]
     return sum(t.numel() * t.element_size() for t in tensors if t is not None) / n
 
 

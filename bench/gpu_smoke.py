@@ -57,9 +57,9 @@ def follow(
         else:
             other.update(drawn, scored(score.to(device)))
             drawn = other.sample()
-    if host.method.has_records:
-        states = [sampler.state_dict()["records"].cpu() for sampler in (host, other)]
-        assert torch.equal(*states), "records differ"
+    if host.method.has_states:
+        states = [sampler.state_dict()["states"].cpu() for sampler in (host, other)]
+        assert torch.equal(*states), "states differ"
     torch.testing.assert_close(other.lr_factor().cpu(), host.lr_factor())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastis.dense import readable
+from fastis.dense import readable as readable
 
 
 def integer(name: str, value: Any, least: int, most: int | None = None) -> int:

@@ -6,14 +6,15 @@ scored loss after it. Between the two it knows neither the model nor the data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastis import check, kernels, saved
-from fastis.kernels.extension import _C
+from fastis import check, saved
+from fastis.batch import Batch, Scored, observe
+from fastis.kernels import kernels_for
 from fastis.kernels.layout import (
     FLATTEN,
     LAST,
@@ -28,12 +29,11 @@ from fastis.kernels.layout import (
     is_uniform,
 )
 from fastis.methods import Method, from_name
-from fastis.methods.base import FOREVER, Scored
-from fastis.observation import observation
-from fastis.sampling import Batch, MinibatchSource
+from fastis.methods.base import FOREVER
+from fastis.sampling import MinibatchSource
 from fastis.variance import Variance
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 _empty_like = torch.empty_like
 
 
@@ -104,7 +104,7 @@ class Sampler(MinibatchSource):
             "num_samples": n,
             "batch_size": b,
             "method": self._method,
-            "max_duplicates": _duplicates(max_duplicates, n, b, self._method.has_records),
+            "max_duplicates": _duplicates(max_duplicates, n, b, self._method.has_states),
             "flatten": check.choice("flatten", flatten, ["cap", "mix"]),
             "scheme": check.choice("scheme", scheme, SCHEMES),
             "seed": check.integer("seed", seed, 0, 2**64 - 1),
@@ -130,7 +130,7 @@ class Sampler(MinibatchSource):
             max_duplicates=min(duplicates, b),
             flatten=FLATTEN[flatten],
             scheme=SCHEMES[a["scheme"]],
-            has_records=self._method.has_records,
+            has_states=self._method.has_states,
             **self._method.constants(),
         )
 
@@ -141,11 +141,9 @@ class Sampler(MinibatchSource):
 
     def _use(self, table: Table) -> None:
         self._table, self._variance = table, Variance(table)
-        # A step that is one call into the extension holds the GIL: whoever reads or writes the
-        # state in one call too (Table.state, Table.load) can't meet it halfway. All other steps
-        # take the table's lock, which would cost this one 3 % of its time.
-        compiled = _C is not None and table.device.type == "cpu"
-        self._is_one_call = compiled and self._method.is_plain
+        self._device_type = table.device.type
+        observes_score = type(self._method).observed is Method.observed
+        self._observed_of = None if observes_score else self._method.observed
         size = table.constants.batch_size
         self._like = Batch(  # what a minibatch looks like; copying is faster than describing
             torch.empty(size, dtype=torch.int64, device=table.device),
@@ -159,12 +157,14 @@ class Sampler(MinibatchSource):
 
         May run ahead of :meth:`update` (prefetching): coefficients stay those of the draw.
         """
-        indices, weights = _empty_like(self._like.indices), _empty_like(self._like.weights)
-        if self._is_one_call and kernels._forced is None:
-            self._method.draw(self._table, indices, weights)
+        batch = self._new_batch()
+        kernels = kernels_for("table", self._device_type)
+        if self._method.fused and kernels.IS_ATOMIC:
+            kernels.draw(self._table, batch)
         else:
-            self._alone(self._method.draw, indices, weights)
-        return Batch(indices, weights)
+            with self._table.lock:
+                self._method.draw(self._table, batch)
+        return batch
 
     def update(self, batch: Batch, out: Scored | Sequence[Scored]) -> None:
         """Learns from one minibatch, once its scores are known: one iteration of ``.step``.
@@ -185,13 +185,13 @@ class Sampler(MinibatchSource):
         counted in ``.skipped``; scores below 2^-100 all weigh the same. A sample drawn twice is
         observed once: its first position wins.
         """
-        seen = observation(self._table, self._method, batch, out)
-        if self._is_one_call and kernels._forced is None:
-            is_in_range = self._method.update(self._table, seen)
+        observation = observe(self._table.device, self._observed_of, batch, out)
+        kernels = kernels_for("table", self._device_type)
+        if self._method.fused and kernels.IS_ATOMIC:
+            kernels.update(self._table, observation)
         else:
-            is_in_range = self._alone(self._method.update, seen)
-        if not is_in_range:
-            raise self._out_of_range(batch.indices)
+            with self._table.lock:
+                self._method.update(self._table, observation)
 
     def update_and_sample(self, batch: Batch, out: Scored | Sequence[Scored]) -> Batch:
         """:meth:`update`, then :meth:`sample`: exactly these two, in one launch on a CUDA device.
@@ -201,35 +201,23 @@ class Sampler(MinibatchSource):
             batch = sampler.sample()
             for step in range(total_steps):
                 out = fastis.cross_entropy(model(x[batch.indices]), y[batch.indices], batch.weights)
-                following = sampler.update_and_sample(batch, out)
+                next_batch = sampler.update_and_sample(batch, out)
                 ...
-                batch = following
+                batch = next_batch
 
         Raises
         ------
         TypeError, ValueError, IndexError
             as :meth:`update`, before anything has changed: nothing was drawn then.
         """
-        seen = observation(self._table, self._method, batch, out)
-        following = Batch(_empty_like(self._like.indices), _empty_like(self._like.weights))
-        if self._is_one_call and kernels._forced is None:
-            is_in_range = self._method.update_and_draw(self._table, seen, following)
-        else:
-            is_in_range = self._alone(self._method.update_and_draw, seen, following)
-        if not is_in_range:
-            raise self._out_of_range(batch.indices)
-        return following
-
-    def _alone(self, step: Callable[..., Any], *arguments: Any) -> Any:
-        """A step of many operations, while no other thread steps, saves or loads."""
+        observation = observe(self._table.device, self._observed_of, batch, out)
+        next_batch = self._new_batch()
         with self._table.lock:
-            return step(self._table, *arguments)
+            self._method.update_and_draw(self._table, observation, next_batch)
+        return next_batch
 
-    def _out_of_range(self, indices: Tensor) -> IndexError:
-        return IndexError(
-            f"batch.indices must be in [0, {self.num_samples}), got values from "
-            f"{int(indices.min())} to {int(indices.max())}"
-        )
+    def _new_batch(self) -> Batch:
+        return Batch(_empty_like(self._like.indices), _empty_like(self._like.weights))
 
     # What can be read ----------------------------------------------------------------------------
 
@@ -323,14 +311,14 @@ class Sampler(MinibatchSource):
 
         Unseen samples have the mean of the seen ones; all are 1 while nothing has been seen.
         """
-        if self._table.records is None or int(self._table.scalars[SEEN]) == 0:
+        if self._table.states is None or int(self._table.scalars[SEEN]) == 0:
             return torch.ones(self.num_samples, device=self.device)
         weights = self._table.codes().view(torch.float32)
         seen = self._column(LAST) >= 0
         return torch.where(seen, weights, weights[seen].double().mean().float())
 
     def _column(self, position: int) -> Tensor:
-        if self._table.records is None:
+        if self._table.states is None:
             raise AttributeError(f"method {self._method.name!r} keeps no state of the samples")
         return self._table.column(position).clone()
 
@@ -353,7 +341,11 @@ class Sampler(MinibatchSource):
         Raises nothing of its own.
         """
         with torch.inference_mode(False), self._table.lock:
-            return {"version": _STATE_VERSION, "settings": self._settings(), **self._table.state()}
+            return {
+                "version": _STATE_VERSION,
+                "settings": self._settings(),
+                **self._table.snapshot(),
+            }
 
     def _settings(self) -> dict[str, Any]:
         settings = {k: v for k, v in self._arguments.items() if k != "method"}
@@ -378,6 +370,7 @@ class Sampler(MinibatchSource):
 
         Both say what was expected and what came; nothing has changed then.
         """
+        state = saved.upgraded(state)
         seed = saved.checked_seed(state, _STATE_VERSION, self._settings())
         with torch.inference_mode(False):
             tensors = saved.checked(self._table, state, self._method.memory_ranges)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastis import check
+from fastis.batch import Batch
 from fastis.kernels import kernels_for
 from fastis.kernels.alias import alias_contents
 from fastis.kernels.flatten import water_level
@@ -27,13 +27,6 @@ _MOST_DRAWS = 1 << 60
 _COARSE = 1 << 58  # integers that a cap leaves with a smaller sum are made anew, larger
 _ROUNDING = Fraction(1, 10**12)  # what a least cap may have lost: 1/3 is a little below a third
 _RACE_CHUNK = (1 << 18, 1 << 26)  # items at once: what stays in a CPU's cache; on other devices
-
-
-class Batch(NamedTuple):
-    """A minibatch: ``indices`` int64 [B]; ``weights`` float32 [B], the coefficients 1/(N p)."""
-
-    indices: Tensor
-    weights: Tensor
 
 
 class MinibatchSource:

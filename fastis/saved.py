@@ -1,6 +1,6 @@
 """What a saved state must be to be loaded: no number of it is believed before it was checked.
 
-The kernels trust their table: a total that isn't that of the records, a clock below 0 or an item
+The kernels trust their table: a total that isn't that of the states, a clock below 0 or an item
 that weighs more than its table has room for would lead them out of its memory. So :func:`checked`
 accepts the states that updates can have written and no others, before anything has changed.
 """
@@ -61,6 +61,14 @@ POSITIVE = Range(5e-324, _LARGEST)
 NOT_NEGATIVE = Range(0.0, _LARGEST)
 
 
+def upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state of version 1, whose samples' states had another name, as one of version 2."""
+    if not isinstance(state, Mapping) or not _is_same(state.get("version"), 1):
+        return state
+    renamed = {"states" if name == "records" else name: value for name, value in state.items()}
+    return {**renamed, "version": 2}
+
+
 def checked_seed(state: Mapping[str, Any], version: int, settings: dict[str, Any]) -> int:
     """The seed of a state of this version, when its other settings are the sampler's."""
     if not isinstance(state, Mapping):
@@ -105,13 +113,13 @@ def checked(
     _check_variance(tensors["variance"])
     for name, values in ranges.items():
         _check_range(f"memory.{name}", tensors[f"memory.{name}"], values)
-    if table.records is None:
+    if table.states is None:
         return tensors
-    seen, total = check_records(table, tensors["records"], scalars[UPDATES], scalars[EXPONENT])
+    seen, total = check_states(table, tensors["states"], scalars[UPDATES], scalars[EXPONENT])
     for at, found in ((SEEN, seen), (TOTAL, total)):
         if scalars[at] != found:
             raise ValueError(
-                f"state_dict['scalars'] must have {_SCALARS[at]}={found}, as its records have, "
+                f"state_dict['scalars'] must have {_SCALARS[at]}={found}, as its states have, "
                 f"got {scalars[at]}"
             )
     unseen = table.constants.num_samples - seen
@@ -155,7 +163,7 @@ def _has_memory(value: Tensor) -> bool:
 def _check_scalars(table: Table, scalars: Tensor) -> list[int]:
     values: list[int] = scalars.tolist()
     limits = [(0, _MOST - 1)] * DURABLE_SCALARS
-    limits[SEEN] = (0, table.constants.num_samples if table.records is not None else 0)
+    limits[SEEN] = (0, table.constants.num_samples if table.states is not None else 0)
     if values[SEEN] > 0:
         limits[EXPONENT] = _EXPONENTS
     else:
@@ -218,40 +226,40 @@ def as_tensors(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# Records -----------------------------------------------------------------------------------------
+# States -----------------------------------------------------------------------------------------
 
 
-def check_records(table: Table, records: Tensor, updates: int, e0: int) -> tuple[int, int]:
-    """How many of the ``records`` int32 [N, 4] are seen, and the sum of their integer weights."""
+def check_states(table: Table, states: Tensor, updates: int, e0: int) -> tuple[int, int]:
+    """How many of the ``states`` int32 [N, 4] are seen, and the sum of their integer weights."""
     kind = table.constants.importance
-    compiled = _C is not None and records.device.type == "cpu"
+    compiled = _C is not None and states.device.type == "cpu"
     first_bad = compiled_first_bad if compiled else reference_first_bad
-    row, seen, total = first_bad(records, updates, e0, kind)
+    row, seen, total = first_bad(states, updates, e0, kind)
     if row >= 0:
-        for expected, good in _conditions(records[row : row + 1], updates, e0, kind).items():
+        for expected, good in _conditions(states[row : row + 1], updates, e0, kind).items():
             if not bool(good):
-                mean, var = records[row].view(torch.float32)[:2].tolist()
-                last, code = records[row, 2:].tolist()
+                mean, var = states[row].view(torch.float32)[:2].tolist()
+                last, code = states[row, 2:].tolist()
                 raise ValueError(
-                    f"state_dict['records'] must have {expected}, got mean={mean!r}, var={var!r}, "
+                    f"state_dict['states'] must have {expected}, got mean={mean!r}, var={var!r}, "
                     f"last={last}, code={code & 0xFFFFFFFF:#x} in row {row}"
                 )
     return seen, total
 
 
-def compiled_first_bad(records: Tensor, updates: int, e0: int, kind: int) -> tuple[int, int, int]:
+def compiled_first_bad(states: Tensor, updates: int, e0: int, kind: int) -> tuple[int, int, int]:
     """:func:`reference_first_bad` by csrc/cpu/saved.cpp, in one pass."""
     found = torch.zeros(2, dtype=torch.int64, device="cpu")
-    arguments = len(records), updates, e0, kind
-    row = _C.check_records(records.data_ptr(), *arguments, found.data_ptr())
+    arguments = len(states), updates, e0, kind
+    row = _C.check_records(states.data_ptr(), *arguments, found.data_ptr())
     seen, total = found.tolist()
     return row, seen, total
 
 
-def reference_first_bad(records: Tensor, updates: int, e0: int, kind: int) -> tuple[int, int, int]:
+def reference_first_bad(states: Tensor, updates: int, e0: int, kind: int) -> tuple[int, int, int]:
     """The first row that no update can have written, or -1; then also their number and sum."""
     seen = total = 0
-    for start, chunk in _chunks(records):
+    for start, chunk in _chunks(states):
         good = torch.stack(list(_conditions(chunk, updates, e0, kind).values())).all(0)
         if not bool(good.all()):
             return start + int((~good).int().argmax()), 0, 0
@@ -262,17 +270,17 @@ def reference_first_bad(records: Tensor, updates: int, e0: int, kind: int) -> tu
     return -1, seen, total if total < 2**63 else -1
 
 
-def _conditions(records: Tensor, updates: int, e0: int, kind: int) -> dict[str, Tensor]:
-    """What must hold of every record, bool [n] each."""
-    mean, var = (records.view(torch.float32)[:, at] for at in (MEAN, VAR))
-    last, code = records[:, LAST], records[:, CODE]
+def _conditions(states: Tensor, updates: int, e0: int, kind: int) -> dict[str, Tensor]:
+    """What must hold of every state, bool [n] each."""
+    mean, var = (states.view(torch.float32)[:, at] for at in (MEAN, VAR))
+    last, code = states[:, LAST], states[:, CODE]
     unseen = last == -1
     shift = exponent_of(code) - e0
     least = code_of(importance_of(mean, var, kind), 0.0)
-    latest = min(updates - 1, 2**31 - 1)  # the clock in a record is modulo 2^31
+    latest = min(updates - 1, 2**31 - 1)  # the clock in a state is modulo 2^31
     return {
         f"last in [-1, {latest}]": (last >= -1) & (last <= latest),
-        "zeros where nothing was seen": ~unseen | (records[:, (MEAN, VAR, CODE)] == 0).all(1),
+        "zeros where nothing was seen": ~unseen | (states[:, (MEAN, VAR, CODE)] == 0).all(1),
         f"means within {_MOST_MEAN:g}": unseen | (mean.abs() <= _MOST_MEAN),
         f"variances in [0, {_MOST_VAR:g}]": unseen | ((var >= 0) & (var <= _MOST_VAR)),
         "codes of 16 significant bits": unseen | ((code > 0) & (code & 0xFF == 0)),
@@ -287,4 +295,4 @@ def _rescaled(table: Table, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     other = Table(table.constants, table.device)
     other.load(tensors, table.constants.seed)
     reference_table.rescale(other)
-    return other.state()
+    return other.snapshot()

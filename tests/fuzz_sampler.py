@@ -1,6 +1,6 @@
 """Cases of ``Sampler``: any options, any scores, any order of calls, on backends that take turns.
 
-The oracle recomputes the distribution from the records in Python's integers; draws of small tables
+The oracle recomputes the distribution from the states in Python's integers; draws of small tables
 are compared with the reference backend's.
 """
 
@@ -279,7 +279,7 @@ class Session:
 
     def check_table(self) -> None:
         table = self.sampler._table
-        if table.records is None:
+        if table.states is None:
             return
         scalars, codes = table.scalars.tolist(), table.codes().long()
         seen = table.column(LAST) >= 0

@@ -68,7 +68,7 @@ def changed(case: Case, state: dict[str, Any]) -> dict[str, Any]:
     """The state with one to three words, or the nature of one of its tensors, changed."""
     names = [name for name, value in state.items() if isinstance(value, Tensor)]
     for _ in range(case.random.randrange(1, 4)):
-        name = case.pick(*names, "scalars", "records" if "records" in names else "scalars")
+        name = case.pick(*names, "scalars", "states" if "states" in names else "scalars")
         value = state[name]
         if case.chance(0.1):
             state[name] = case.pick(

@@ -36,7 +36,7 @@ def test_equal_scores_give_equal_draws(method, scheme):
         assert torch.equal(cpu.weights, cuda.weights.cpu())
         samplers[0].update(cpu, observe(score))
         samplers[1].update(cuda, observe(score.cuda()))
-    if samplers[0].method.has_records:
+    if samplers[0].method.has_states:
         assert torch.equal(samplers[0].importance, samplers[1].importance.cpu())
     torch.testing.assert_close(samplers[0].lr_factor(), samplers[1].lr_factor().cpu())
 
@@ -222,7 +222,7 @@ def test_flattening_and_heavy_tails(flatten):
         samplers[0].update(batches[0], observe(score))
         samplers[1].update(batches[1], observe(score.cuda()))
     states = [sampler.state_dict() for sampler in samplers]
-    assert torch.equal(states[0]["records"], states[1]["records"].cpu())
+    assert torch.equal(states[0]["states"], states[1]["states"].cpu())
     assert torch.equal(states[0]["scalars"], states[1]["scalars"].cpu())
 
 
@@ -280,7 +280,7 @@ def test_a_sample_drawn_many_times_is_observed_once_on_the_device():
     batch = fastis.Batch(indices.cuda(), torch.ones(4096, device="cuda"))
     samplers[1].update(batch, observe(score.cuda()))
     states = [sampler.state_dict() for sampler in samplers]
-    assert torch.equal(states[0]["records"], states[1]["records"].cpu())
+    assert torch.equal(states[0]["states"], states[1]["states"].cpu())
 
 
 def test_the_same_step_gives_the_same_bits_a_hundred_times():

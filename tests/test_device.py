@@ -19,7 +19,7 @@ from native import native
 
 import fastis
 from fastis import _C, kernels
-from fastis.kernels.cuda import launch as cuda_launch
+from fastis.kernels.cuda.table import _addresses as addresses_of
 from fastis.kernels.flatten import distribution
 from fastis.kernels.layout import CODE, LAST, MEAN, SEEN, TOTAL, UPDATES
 from fastis.methods import EMAIS
@@ -34,27 +34,20 @@ class Emulator:
     def __init__(self, stride: int) -> None:
         self.stride = stride
 
-    def update(self, table, indices, observed, weights, score, mean_grad) -> bool:
-        native().update(
-            table.device_handle,
-            *cuda_launch.minibatch(indices, observed, weights, score, mean_grad),
-            self.stride,
-        )
-        return True
+    IS_ATOMIC = False
+
+    def update(self, table, observation) -> None:
+        native().update(table.device_handle, *addresses_of(observation), self.stride)
 
     def rescale(self, table) -> None:
         native().rescale(table.device_handle, self.stride)
 
-    def update_and_draw(
-        self, table, indices, observed, weights, score, mean_grad, next_indices, next_weights
-    ) -> bool:
-        minibatch = cuda_launch.minibatch(indices, observed, weights, score, mean_grad)
-        following = next_indices.data_ptr(), next_weights.data_ptr()
-        native().update_and_draw(table.device_handle, *minibatch, *following, self.stride)
-        return True
+    def update_and_draw(self, table, observation, next_batch) -> None:
+        addresses = *addresses_of(observation), *(part.data_ptr() for part in next_batch)
+        native().update_and_draw(table.device_handle, *addresses, self.stride)
 
-    def draw(self, table, indices, weights) -> None:
-        addresses = indices.data_ptr(), weights.data_ptr()
+    def draw(self, table, batch) -> None:
+        addresses = (part.data_ptr() for part in batch)
         native().draw(table.device_handle, *addresses, self.stride)
 
 
@@ -76,8 +69,8 @@ def pair(**arguments) -> list[fastis.Sampler]:
 
 def assert_equal_tables(reference: fastis.Sampler, device: fastis.Sampler) -> None:
     theirs, ours = reference.state_dict(), device.state_dict()
-    if "records" in ours:
-        assert torch.equal(ours["records"], theirs["records"])
+    if "states" in ours:
+        assert torch.equal(ours["states"], theirs["states"])
     assert torch.equal(ours["scalars"], theirs["scalars"])
     torch.testing.assert_close(ours["variance"], theirs["variance"], equal_nan=True)
 
@@ -322,7 +315,7 @@ def test_hundred_thousand_capped_items_take_no_time(emulated):
 @pytest.mark.parametrize("method", ["emais", "scan", EMAIS(warmup_epochs=0)])
 def test_update_and_draw_in_one_launch(emulated, stride, method):
     samplers = pair(num_samples=400, batch_size=32, method=method)
-    assert samplers[1].method.is_plain  # else it would be two launches
+    assert samplers[1].method.fused  # else it would be two launches
     generator = torch.Generator().manual_seed(0)
     kernels._chosen.clear()
     with fastis.backend("reference"):

@@ -17,13 +17,13 @@ from fastis import kernels
 PACKAGE = Path(fastis.__file__).parent
 # From the ground up: a module imports from the lines above its own, and from its own folder.
 ORDER = [
-    *("dense", "check", "first_order"),
+    *("dense", "check", "batch", "first_order"),
     *("kernels.extension", "kernels", "kernels.memory", "kernels.layout", "kernels.formats"),
     *("kernels.code", "kernels.flatten", "kernels.quantize", "kernels.alias"),
     *("kernels.state", "kernels.variance"),
     *("kernels.reference", "kernels.cpu", "kernels.cuda", "kernels.triton"),
     *("loss_arguments", "operators", "scored", "loss", "sampling", "saved", "methods"),
-    *("observation", "variance", "sampler", "lr", "gradients", "estimators", "config"),
+    *("variance", "sampler", "lr", "gradients", "estimators", "config"),
 ]
 
 

@@ -76,7 +76,7 @@ def test_scores_that_are_not_numbers_are_left_out(name):
     for key, value in sampler.state_dict().items():
         if key.startswith("memory.") and key != "memory.losses":
             assert not value.isnan().any(), key
-    if sampler.method.has_records:
+    if sampler.method.has_states:
         assert sampler.skipped == 1
         assert sampler.importance.isfinite().all()
     drive(sampler, 3)

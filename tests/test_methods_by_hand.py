@@ -74,7 +74,7 @@ def test_auto_draws_uniformly_while_the_table_predicts_no_gain():
     while sampler.probabilities().tolist() == [0.25] * 4:
         sampler.update(batch_of(0, 1, 2, 3), losses_of(5.0, 1.0, 1.0, 0.1))
     assert not (sampler.sample().weights == 1).all()
-    assert not sampler.method.is_plain
+    assert not sampler.method.fused
 
 
 @pytest.mark.parametrize("duplicates", [0.6, 1, 2, 100])

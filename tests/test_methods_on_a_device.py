@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import Observation
+from conftest import Observation as Out
 from test_device import FORWARDS, Emulator
 
 import fastis
 from fastis import kernels
+from fastis.batch import Observation
+from fastis.kernels import layout
 from fastis.kernels.cpu import categorical as cpu_categorical
 from fastis.kernels.layout import UPDATES
 from fastis.methods import BY_NAME, auto, prioritized, weighted
-from fastis.methods.weighted import is_first, kept
+from fastis.methods.weighted import distinct, is_first
 
 NUM_SAMPLES, BATCH_SIZE, STEPS = 60, 16, 90
 METHODS = sorted(set(BY_NAME) - {"presampling", "scan", "uniform", "emais", "loss"})
@@ -30,7 +32,7 @@ BY_ROW = {"memory.moments", "memory.gain", "memory.effective_iterations"}
 
 @pytest.fixture
 def unseen_by_the_host(monkeypatch):
-    for module in (weighted, auto, prioritized):
+    for module in (layout, weighted, auto, prioritized):
         monkeypatch.setattr(module, "may_read", lambda device: False)
 
 
@@ -48,7 +50,7 @@ def minibatches(outside: bool = False):
             indices = torch.cat([torch.tensor([NUM_SAMPLES, -1]), indices, torch.tensor([2**40])])
             score = torch.cat([torch.ones(2), score, torch.ones(1)])
             weights = torch.cat([torch.ones(2), weights, torch.ones(1)])
-        yield fastis.Batch(indices, weights), Observation(score, score, torch.full((4,), 0.1))
+        yield fastis.Batch(indices, weights), Out(score, score, torch.full((4,), 0.1))
 
 
 def run(method, *, outside=False, draw=True):
@@ -66,7 +68,7 @@ def assert_close(ours, theirs, without=()):
     for name, tensor in theirs.items():
         if torch.is_tensor(tensor) and name not in without:
             a, b = ours[name], tensor
-            if name == "records":
+            if name == "states":
                 a, b = (t[:, :2].contiguous().view(torch.float32) for t in (a, b))
             torch.testing.assert_close(
                 a, b, rtol=1e-6, atol=1e-7, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
@@ -79,10 +81,9 @@ def test_the_same_draws_and_states(method, request):
     request.getfixturevalue("unseen_by_the_host")
     ours, drawn = run(method)
     assert ours.step == theirs.step == STEPS
-    if method not in ("auto", "prioritized"):  # which don't ask for that clock
-        assert ours._table.counts_on_host[UPDATES] == STEPS
+    assert ours._table.counts_on_host[UPDATES] == STEPS
     if method == "prioritized":  # whose weights a device sets at every update
-        assert_close(ours.state_dict(), theirs.state_dict(), without={"scalars", "records"})
+        assert_close(ours.state_dict(), theirs.state_dict(), without={"scalars", "states"})
         return
     assert_close(ours.state_dict(), theirs.state_dict())
     for a, b in zip(drawn, expected, strict=True):
@@ -129,7 +130,7 @@ def test_repeats_are_of_the_last_that_counts(unseen_by_the_host):
     table = fastis.Sampler(10, 5)._table
     observed = torch.tensor([1.0, torch.nan, 2.0, 3.0, 4.0])
     indices = torch.tensor([7, 1, 7, 99, 2])
-    found = kept(table, weighted.Observation(indices, observed + 1, observed, observed, None))
+    found = distinct(table, Observation(indices, observed + 1, observed, observed, None))
     assert found.indices.tolist() == [7, 2, 2, 2, 2]
     assert found.observed.tolist() == [1, 4, 4, 4, 4]
     assert found.counts.tolist() == [True, True, False, False, False]

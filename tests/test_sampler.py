@@ -247,7 +247,7 @@ def test_update_errors_change_nothing(any_backend, batch, out, error, message):
     with pytest.raises(error, match=message):
         sampler.update(batch, out)
     after = sampler.state_dict()
-    assert all(torch.equal(before[k], after[k]) for k in ("records", "scalars", "variance"))
+    assert all(torch.equal(before[k], after[k]) for k in ("states", "scalars", "variance"))
 
 
 @pytest.mark.parametrize("method", ["emais", "scan", "loss", "confidence", "prioritized"])
@@ -302,11 +302,11 @@ def test_loading_another_samplers_state_is_an_error(change, message):
 
 def test_loading_nonsense_is_an_error():
     sampler = fastis.Sampler(10, 2)
-    with pytest.raises(ValueError, match="version 1, got None"):
+    with pytest.raises(ValueError, match="version 2, got None"):
         sampler.load_state_dict({})
     state = sampler.state_dict()
-    state["records"] = state["records"][:5]
-    with pytest.raises(ValueError, match=r"state_dict\['records'\] must have shape \[10, 4\]"):
+    state["states"] = state["states"][:5]
+    with pytest.raises(ValueError, match=r"state_dict\['states'\] must have shape \[10, 4\]"):
         sampler.load_state_dict(state)
 
 

@@ -49,7 +49,7 @@ def test_saving_takes_a_copy_and_loads_many_times():
     state = sampler.state_dict()
     kept = copy.deepcopy(state)
     drive(sampler, 10)
-    for name in ("records", "scalars", "variance"):
+    for name in ("states", "scalars", "variance"):
         assert torch.equal(state[name], kept[name])
     draws = []
     for _ in range(2):
@@ -60,7 +60,7 @@ def test_saving_takes_a_copy_and_loads_many_times():
 
 def addresses(sampler):
     table = sampler._table
-    tensors = [table.scalars, table.variance, table.records, *table._structure.values()]
+    tensors = [table.scalars, table.variance, table.states, *table._structure.values()]
     return [t.data_ptr() for t in (*tensors, *table.memory.values())]
 
 
@@ -85,7 +85,7 @@ def test_loading_goes_into_the_tensors_that_are_there(any_backend, method):
     [
         (lambda s: s.pop("variance"), ValueError, "state_dict must have 'variance'"),
         (lambda s: s.update(variance=s["variance"].float()), TypeError, "must have dtype"),
-        (lambda s: s.update(records=s["records"][:3]), ValueError, "must have shape"),
+        (lambda s: s.update(states=s["states"][:3]), ValueError, "must have shape"),
         (lambda s: s["settings"].pop("seed"), TypeError, "state_dict's seed must be an int"),
         (lambda s: s.pop("settings"), ValueError, "dict of settings, got NoneType"),
     ],
@@ -98,7 +98,7 @@ def test_a_bad_state_changes_nothing(change, error, message):
     with pytest.raises(error, match=message):
         sampler.load_state_dict(state)
     after = sampler.state_dict()
-    assert all(torch.equal(before[k], after[k]) for k in ("records", "scalars", "variance"))
+    assert all(torch.equal(before[k], after[k]) for k in ("states", "scalars", "variance"))
     assert after["settings"] == before["settings"]
 
 
@@ -140,7 +140,8 @@ def test_states_of_the_first_version_go_on_as_there(any_backend, name):
     saved = torch.load(FIXTURE, weights_only=True)[name]
     sampler = fastis.Sampler(60, 6, **{"method": name, "seed": 1, **arguments_of(name)})
     sampler.load_state_dict(saved["state"])
-    assert equal_states(sampler.state_dict(), saved["state"])
+    renamed = {"states" if k == "records" else k: v for k, v in saved["state"].items()}
+    assert equal_states(sampler.state_dict(), {**renamed, "version": 2})
     for indices, weights in zip(saved["indices"], saved["weights"], strict=True):
         batch = sampler.sample()
         assert torch.equal(batch.indices, indices)
@@ -180,7 +181,7 @@ def test_a_total_without_room_for_the_unseen_is_rescaled(any_backend):
     sampler.update(first, observe(torch.full((b,), 1e-5)))
     # As if a second minibatch had been seen by a version that counts the seen samples alone.
     state = sampler.state_dict()
-    rows, scalars = state["records"][b : 2 * b], state["scalars"]
+    rows, scalars = state["states"][b : 2 * b], state["scalars"]
     rows[:, 0] = rows[:, 3] = torch.tensor(1.0).view(torch.int32)
     rows[:, 2] = 1
     e0 = int(scalars[EXPONENT])
@@ -192,7 +193,7 @@ def test_a_total_without_room_for_the_unseen_is_rescaled(any_backend):
     sampler.load_state_dict(state)
     after = sampler.state_dict()
     assert int(after["scalars"][TOTAL]) < total
-    assert torch.equal(after["records"][:, :3], state["records"][:, :3])
+    assert torch.equal(after["states"][:, :3], state["states"][:, :3])
     p = sampler.probabilities()
     assert float(p.sum()) == pytest.approx(1)
     batch = sampler.sample()
@@ -215,8 +216,8 @@ def test_an_interrupted_load_is_finished_first(monkeypatch):
     monkeypatch.setattr(sampler._table, "_take", interrupted)
     with pytest.raises(KeyboardInterrupt):
         sampler.load_state_dict(theirs.state_dict())
-    loaded = sampler._table.state()
-    assert all(torch.equal(loaded[k], v) for k, v in theirs._table.state().items())
+    loaded = sampler._table.snapshot()
+    assert all(torch.equal(loaded[k], v) for k, v in theirs._table.snapshot().items())
 
 
 @pytest.mark.parametrize("method", ["emais", "rais"])

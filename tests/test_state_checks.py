@@ -56,30 +56,30 @@ def set_at(name, *place_and_value):
 
 def set_float(column, value):
     def change(state):
-        state["records"].view(torch.float32)[seen_row(state), column] = value
+        state["states"].view(torch.float32)[seen_row(state), column] = value
 
     return change
 
 
 def set_int(column, value):
     def change(state):
-        row = state["records"][seen_row(state)]
+        row = state["states"][seen_row(state)]
         row[column] = value(int(row[column])) if callable(value) else value
 
     return change
 
 
 def seen_row(state):
-    return int((state["records"][:, 2] >= 0).nonzero()[0])
+    return int((state["states"][:, 2] >= 0).nonzero()[0])
 
 
 def unseen_row(state):
-    return int((state["records"][:, 2] < 0).nonzero()[0])
+    return int((state["states"][:, 2] < 0).nonzero()[0])
 
 
 def of_unseen(column, value):
     def change(state):
-        state["records"][unseen_row(state), column] = value
+        state["states"][unseen_row(state), column] = value
 
     return change
 
@@ -105,21 +105,21 @@ def without_storage(tensor):
 
 
 def consistent_but_too_heavy(state):
-    """Records and total that agree, in a sum beyond 64 bits."""
+    """States and total that agree, in a sum beyond 64 bits."""
     e0 = int(state["scalars"][3])
-    state["records"][:, 0] = torch.tensor(2.0**60).view(torch.int32)
-    state["records"][:, 1] = 0
-    state["records"][:, 2] = 0
-    state["records"][:, 3] = (e0 + 46 + 127) << 23
+    state["states"][:, 0] = torch.tensor(2.0**60).view(torch.int32)
+    state["states"][:, 1] = 0
+    state["states"][:, 2] = 0
+    state["states"][:, 3] = (e0 + 46 + 127) << 23
     state["scalars"][5] = N
 
 
 CHANGES = {
     # what the state is
-    "no version": (lambda s: s.pop("version"), ValueError, "version 1, got None"),
-    "version 2": (lambda s: s.update(version=2), ValueError, "version 1, got 2"),
-    "version True": (lambda s: s.update(version=True), ValueError, "version 1, got True"),
-    "version tensor": (lambda s: s.update(version=torch.ones(2)), ValueError, "version 1"),
+    "no version": (lambda s: s.pop("version"), ValueError, "version 2, got None"),
+    "version 3": (lambda s: s.update(version=3), ValueError, "version 2, got 3"),
+    "version True": (lambda s: s.update(version=True), ValueError, "version 2, got True"),
+    "version tensor": (lambda s: s.update(version=torch.ones(2)), ValueError, "version 2"),
     "settings None": (lambda s: s.update(settings=None), ValueError, "dict of settings, got None"),
     "settings list": (lambda s: s.update(settings=[]), ValueError, "dict of settings, got list"),
     "setting tensor": (
@@ -132,12 +132,12 @@ CHANGES = {
     "seed": (lambda s: s["settings"].update(seed=-1), ValueError, "seed must be in"),
     "seed bool": (lambda s: s["settings"].update(seed=True), TypeError, "seed must be an int"),
     # what the tensors are
-    "missing": (lambda s: s.pop("records"), ValueError, "must have 'records'"),
+    "missing": (lambda s: s.pop("states"), ValueError, "must have 'states'"),
     "list": (replaced("scalars", lambda t: t.tolist()), TypeError, "'scalars'.* got list"),
-    "meta": (replaced("records", lambda t: t.to("meta")), TypeError, "'records'.* on meta"),
+    "meta": (replaced("states", lambda t: t.to("meta")), TypeError, "'states'.* on meta"),
     "meta variance": (replaced("variance", lambda t: t.to("meta")), TypeError, "on meta"),
-    "sparse": (replaced("records", lambda t: t.to_sparse()), TypeError, "got torch.sparse_coo"),
-    "csr": (replaced("records", lambda t: t.to_sparse_csr()), TypeError, "got torch.sparse_csr"),
+    "sparse": (replaced("states", lambda t: t.to_sparse()), TypeError, "got torch.sparse_coo"),
+    "csr": (replaced("states", lambda t: t.to_sparse_csr()), TypeError, "got torch.sparse_csr"),
     "nested": (
         replaced("variance", lambda t: torch.nested.nested_tensor([t])),
         TypeError,
@@ -148,15 +148,15 @@ CHANGES = {
         TypeError,
         "torch.Tensor, got Parameter",
     ),
-    "subclass": (replaced("records", lambda t: TwoTensor(t, t)), TypeError, "got TwoTensor"),
-    "no storage": (replaced("records", without_storage), ValueError, "have memory for its 212"),
+    "subclass": (replaced("states", lambda t: TwoTensor(t, t)), TypeError, "got TwoTensor"),
+    "no storage": (replaced("states", without_storage), ValueError, "have memory for its 212"),
     "zerotensor": (
         replaced("variance", lambda t: torch._efficientzerotensor(11, dtype=t.dtype)),
         ValueError,
         "'variance'",
     ),
     "dtype": (replaced("scalars", lambda t: t.int()), TypeError, "dtype torch.int64"),
-    "shape": (replaced("records", lambda t: t[:-1]), ValueError, r"shape \[53, 4\]"),
+    "shape": (replaced("states", lambda t: t[:-1]), ValueError, r"shape \[53, 4\]"),
     "structure": (
         replaced("scalars", lambda t: torch.cat([t, t])),
         ValueError,
@@ -173,7 +173,7 @@ CHANGES = {
     "exponent of none": (set_at("scalars", 3, -1000), ValueError, "exponent in"),
     "exponent below": (set_at("scalars", 3, -199), ValueError, "exponents of codes"),
     "exponent above": (set_at("scalars", 3, 60), ValueError, "exponents of codes"),
-    "total twice": (scale(4, 2), ValueError, "total=[0-9]+, as its records have"),
+    "total twice": (scale(4, 2), ValueError, "total=[0-9]+, as its states have"),
     "total less": (
         lambda s: s["scalars"][4].sub_(1),
         ValueError,
@@ -185,7 +185,7 @@ CHANGES = {
     "seen more": (set_at("scalars", 5, N + 1), ValueError, "seen in"),
     "seen 0": (set_at("scalars", 5, 0), ValueError, "exponent in"),
     "beyond 64 bits": (consistent_but_too_heavy, ValueError, "must have"),
-    # records
+    # states
     "last of the future": (set_int(2, 2**31 - 1), ValueError, "last in .*last=2147483647"),
     "last now": (set_int(2, 6), ValueError, r"last in \[-1, 5\]"),
     "last below": (set_int(2, -2), ValueError, "last=-2"),
@@ -283,7 +283,7 @@ def test_views_of_any_kind_are_read_as_what_they_are(any_backend):
     state = theirs.state_dict()
     loaded = {
         **state,
-        "records": state["records"].t().contiguous().t(),
+        "states": state["states"].t().contiguous().t(),
         "variance": torch._neg_view(-state["variance"]),
         "memory.largest": state["memory.largest"].clone().requires_grad_(),
     }
@@ -291,7 +291,7 @@ def test_views_of_any_kind_are_read_as_what_they_are(any_backend):
     assert bits_of(sampler) == bits_of(theirs)
 
 
-# Both checks of the records, and both against what the kernels do ---------------------------------
+# Both checks of the states, and both against what the kernels do ---------------------------------
 
 
 def tampered(state, generator):
@@ -353,11 +353,11 @@ def test_both_checks_of_the_records_agree(kind):
     for trial in range(400):
         state = sampler.state_dict()
         if trial:
-            tampered({"records": state["records"]}, generator)
+            tampered({"states": state["states"]}, generator)
         updates, e0 = int(state["scalars"][1]), int(state["scalars"][3])
         if generator.random() < 0.2:
             updates = generator.choice((0, 1, 2**31 - 1, 2**31, 2**40))
-        arguments = state["records"], updates, e0, kind
+        arguments = state["states"], updates, e0, kind
         expected = saved.reference_first_bad(*arguments)
         found = saved.compiled_first_bad(*arguments)
         assert found[0] == expected[0]

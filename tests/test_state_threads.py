@@ -17,7 +17,7 @@ import fastis
 from fastis import methods
 from fastis.kernels.reference import table as reference_table
 from fastis.methods import EMAIS
-from fastis.saved import check_records
+from fastis.saved import check_states
 
 
 def snapshots(sampler, score, count):
@@ -66,7 +66,7 @@ def test_a_state_saved_while_another_thread_trains_is_of_one_moment(
     with fastis.backend(backend) if backend else contextlib.nullcontext():
         for state in snapshots(sampler, lambda i: score[i], count):
             _, updates, _, e0, total, seen = state["scalars"].tolist()
-            assert check_records(sampler._table, state["records"], updates, e0) == (seen, total)
+            assert check_states(sampler._table, state["states"], updates, e0) == (seen, total)
             if name == "rais":  # a step changes the sum by some per mille
                 total_first = float(state["memory.history"][:, 0].double().sum())
                 assert float(state["memory.first"][0]) == pytest.approx(total_first, rel=1e-5)
@@ -124,8 +124,8 @@ def test_a_load_while_another_thread_trains():
         sampler.load_state_dict(early)
     sampler.load_state_dict(late)
     _, updates, _, e0, total, seen = sampler.state_dict()["scalars"].tolist()
-    records = sampler.state_dict()["records"]
-    assert check_records(sampler._table, records, updates, e0) == (seen, total)
+    states = sampler.state_dict()["states"]
+    assert check_states(sampler._table, states, updates, e0) == (seen, total)
 
 
 def test_the_sampling_structure_is_made_once():

@@ -81,7 +81,7 @@ def test_backends_agree_to_the_bit(options, decay):
     for a, b in zip(batches, other_batches, strict=True):
         assert torch.equal(a.indices, b.indices)
         assert torch.equal(a.weights, b.weights)
-    assert torch.equal(state["records"], other_state["records"])
+    assert torch.equal(state["states"], other_state["states"])
     assert torch.equal(state["scalars"], other_state["scalars"])
     torch.testing.assert_close(state["variance"], other_state["variance"], rtol=1e-12, atol=1e-12)
 
@@ -108,8 +108,8 @@ def test_a_bad_score_leaves_its_sample_alone_and_is_counted(any_backend, bad):
     before, variance = sampler.state_dict(), sampler.variance.trace_is
     sampler.update(batch_of(0, 1, 2), observe(torch.tensor([1.5, bad, 2.5])))
     after = sampler.state_dict()
-    assert torch.equal(before["records"][1], after["records"][1])
-    assert not torch.equal(before["records"][0], after["records"][0])
+    assert torch.equal(before["states"][1], after["states"][1])
+    assert not torch.equal(before["states"][0], after["states"][0])
     assert sampler.skipped == 1
     assert sampler.step == 2
     if not math.isfinite(bad):
@@ -164,7 +164,7 @@ def test_parts_equal_the_whole(any_backend):
         batch, [observe(score[:2], grads[:2].mean(0)), observe(score[2:], grads[2:].mean(0))]
     )
     assert parts.step == 1
-    assert torch.equal(whole.state_dict()["records"], parts.state_dict()["records"])
+    assert torch.equal(whole.state_dict()["states"], parts.state_dict()["states"])
     torch.testing.assert_close(whole.variance.trace_is, parts.variance.trace_is, rtol=1e-5, atol=0)
 
 

@@ -98,7 +98,7 @@ def test_optimal_probabilities_have_efficiency_zero_and_uniform_ones_one():
         (fastis.methods.Uniform(smoothing=0.999), 1.0, 1e-9),
     ):
         sampler = fastis.Sampler(64, 16, method=method, max_duplicates=16)
-        if method.has_records:
+        if method.has_states:
             sweep(sampler, problem.score)
         for _ in range(3000):
             batch = sampler.sample()

@@ -4,14 +4,14 @@ It owns tensors and constants and does no arithmetic; the kernels of ``fastis.ke
 layout is that of csrc/layout.h, position by position.
 
 =============  ==============  =================================================================
-``records``    int32 [N, 4]    mean (float32 bits), variance (float32 bits), iteration of the last
+``states``    int32 [N, 4]    mean (float32 bits), variance (float32 bits), iteration of the last
                                observation (-1: unseen), code of the importance (see math in
-                               csrc/code.h). One record is 16 bytes: one cache line a sample.
+                               csrc/code.h). One state is 16 bytes: one cache line a sample.
 ``scalars``    int64 [24]      clocks and totals, named below
 ``variance``   float64 [11]    minibatch moments, smoothed, and what follows from them
 ``memory``     dict            tensors that the method asked for, by name
 ``starts`` ...                 the sampling structure of the compiled backends; always rebuilt from
-                               the records, never saved
+                               the states, never saved
 =============  ==============  =================================================================
 """
 
@@ -48,12 +48,12 @@ DURABLE_SCALARS = VALID  # the rest describes the structure and is rebuilt
     EFFICIENCY,
     FACTOR,
 ) = range(11)
-# Columns of `records`.
+# Columns of `states`.
 MEAN, VAR, LAST, CODE = range(4)
 
-LEAF = 4  # records below a node of the sampling structure (kLeaf in csrc/layout.h)
-LATEST = 2**31 - 1  # the iteration in a record is modulo one more
-LATE = 1 << 20  # by so much a record may be ahead of an update that comes late
+LEAF = 4  # states below a node of the sampling structure (kLeaf in csrc/layout.h)
+LATEST = 2**31 - 1  # the iteration in a state is modulo one more
+LATE = 1 << 20  # by so much a state may be ahead of an update that comes late
 NO_EXPONENT = -1000  # e0 of a table that has seen nothing
 UNIFORM_WEIGHT = 1 << 15  # every item's integer weight in such a table
 MANTISSA_BITS = 16
@@ -75,7 +75,7 @@ class Constants:
     max_duplicates: float
     flatten: int
     scheme: int
-    has_records: bool
+    has_states: bool
     floor: float = 1e-3
     tau: float = 0.0  # 0: linear; below 0: the state is the last observation
     tau_scale: float = 1.0  # linear: tau = max(tau_scale t, 1)
@@ -97,7 +97,7 @@ class Constants:
         # the mean is at most 1 / floor + 1 times it, and rounding adds less than another floor.
         spread = MANTISSA_BITS + _bits(ceil(1 / self.floor) + 2) + _bits(self.num_samples)
         object.__setattr__(self, "headroom", (limit - spread) // 2)
-        if self.has_records and limit < spread:
+        if self.has_states and limit < spread:
             raise ValueError(
                 f"num_samples={self.num_samples} with batch_size={self.batch_size}, "
                 f"max_duplicates={self.max_duplicates}, floor={self.floor} needs sums of {spread} "
@@ -156,6 +156,11 @@ def simplest_between(low: Fraction, high: Fraction) -> Fraction:
     return below + 1 / simplest_between(1 / (high - below), 1 / (low - below))
 
 
+def may_read(device: torch.device) -> bool:
+    """Whether the host knows what is in a tensor there without waiting for the device."""
+    return device.type == "cpu"
+
+
 class Table:
     """The tensors of one sampler on one device. See the module's docstring."""
 
@@ -168,15 +173,14 @@ class Table:
         self.variance[:TRACE_IS] = 0.0
         self.variance[FACTOR] = 1.0
         self.memory: dict[str, Tensor] = {}
-        # The clocks as methods follow them without waiting for the device (methods/weighted.py);
-        # none: not known.
+        # The clocks as :meth:`count_on_host` follows them; none: not known.
         self.counts_on_host = {DRAWS: 0, UPDATES: 0}
-        self.records: Tensor | None = None
-        if constants.has_records:
+        self.states: Tensor | None = None
+        if constants.has_states:
             padded = -(-constants.num_samples // LEAF) * LEAF  # whole leaves for the kernels
-            records = zeros((padded, 4), torch.int32, device)
-            records[:, LAST] = -1
-            self.records = records[: constants.num_samples]
+            states = zeros((padded, 4), torch.int32, device)
+            states[:, LAST] = -1
+            self.states = states[: constants.num_samples]
         self._structure: dict[str, Tensor] = {}
         self._view: Any = None  # of the compiled kernels
         # Held by whatever reads or writes the tensors in more than one step. Reentrant: functions
@@ -229,7 +233,7 @@ class Table:
     def _view_of(
         self, view: Any, layout: dict[str, tuple[int, torch.dtype, int]], **constants: int
     ) -> int:
-        """Allocates the structure (tables with records only) and describes all tensors."""
+        """Allocates the structure (tables with states only) and describes all tensors."""
         with self.lock:  # a second view's tensors would take the place of the first's
             if type(self._view) is not view:
                 self._view = self._new_view(view, layout, **constants)
@@ -238,7 +242,7 @@ class Table:
     def _new_view(
         self, view: type, layout: dict[str, tuple[int, torch.dtype, int]], **constants: int
     ) -> Any:
-        if self.records is not None:
+        if self.states is not None:
             for name, (size, dtype, fill) in layout.items():
                 self._structure[name] = zeros((size,), dtype, self.device)
                 if fill != 0:
@@ -247,7 +251,7 @@ class Table:
             self._structure["arrivals"] = zeros((1,), torch.int32, self.device)
         tensors: dict[str, Tensor | None] = {
             **dict.fromkeys(layout),
-            "records": self.records,
+            "records": self.states,
             "scalars": self.scalars,
             "variance": self.variance,
             **self._structure,
@@ -255,16 +259,44 @@ class Table:
         addresses = {name: 0 if t is None else t.data_ptr() for name, t in tensors.items()}
         return view(addresses, {**asdict(self.constants), **constants})
 
+    def count_on_host(self, clock: int) -> int:
+        """``scalars[clock]``, DRAWS or UPDATES, without waiting for a device: read after a load,
+        else counted by :meth:`tick_on_host`. For methods that are not fused."""
+        if may_read(self.device):
+            return int(self.scalars[clock])
+        if clock not in self.counts_on_host:
+            self.counts_on_host[clock] = int(self.scalars[clock])
+        return self.counts_on_host[clock]
+
+    def tick_on_host(self, clock: int) -> None:
+        """One more draw or update went to the device."""
+        if clock in self.counts_on_host:
+            self.counts_on_host[clock] += 1
+
+    def check_indices(self, indices: Tensor) -> None:
+        """Raises IndexError unless all ``indices`` of a minibatch are those of samples.
+
+        On a device it waits for that; kernels there leave other rows out instead.
+        """
+        if indices.numel() == 0:
+            return
+        least, most = (int(value) for value in torch.aminmax(indices))
+        if least < 0 or most >= self.constants.num_samples:
+            raise IndexError(
+                f"batch.indices must be in [0, {self.constants.num_samples}), got values from "
+                f"{least} to {most}"
+            )
+
     def column(self, position: int) -> Tensor:
-        """A view of one column of the records, float32 for mean and variance."""
-        assert self.records is not None
+        """A view of one column of the states, float32 for mean and variance."""
+        assert self.states is not None
         if position in (MEAN, VAR):
-            return self.records.view(torch.float32)[:, position]
-        return self.records[:, position]
+            return self.states.view(torch.float32)[:, position]
+        return self.states[:, position]
 
     def last_seen(self) -> Tensor:
         """int64 [N]: iteration of the last observation, -1 if unseen; the latest of those that a
-        record may mean."""
+        state may mean."""
         last, latest = self.column(LAST).long(), self.scalars[UPDATES] + LATE
         return torch.where(last < 0, last, latest - ((latest - last) & LATEST))
 
@@ -275,20 +307,20 @@ class Table:
     def durable(self) -> dict[str, Tensor]:
         """The tensors that a resumed run needs, as they are: the codes may carry flags."""
         tensors = {"scalars": self.scalars[:DURABLE_SCALARS], "variance": self.variance}
-        if self.records is not None:
-            tensors["records"] = self.records
+        if self.states is not None:
+            tensors["states"] = self.states
         return tensors | {f"memory.{name}": tensor for name, tensor in self.memory.items()}
 
-    def state(self) -> dict[str, Tensor]:
+    def snapshot(self) -> dict[str, Tensor]:
         """What a resumed run needs, as new tensors, all of the same moment."""
         durable = self.durable()
-        state = {name: torch.empty_like(tensor) for name, tensor in durable.items()}
+        copies = {name: torch.empty_like(tensor) for name, tensor in durable.items()}
         with self.lock:
-            self._copy(durable, state)
-        return state
+            self._copy(durable, copies)
+        return copies
 
     def load(self, state: dict[str, Tensor], seed: int) -> None:
-        """Takes :meth:`state` and the seed over, into the tensors that are there.
+        """Takes :meth:`snapshot` and the seed over, into the tensors that are there.
 
         The caller has checked the state (:func:`fastis.saved.checked`). The structure is rebuilt at
         the next draw.
@@ -317,19 +349,19 @@ class Table:
         """
         names = set(source)
         if _C is not None and self.device.type == "cpu":
-            sizes = len(source["scalars"]), 0 if self.records is None else len(self.records)
+            sizes = len(source["scalars"]), 0 if self.states is None else len(self.states)
             _C.copy_state(*sizes, *_addresses(source), *_addresses(target))
-            names -= {"scalars", "variance", "records"}
+            names -= {"scalars", "variance", "states"}
         for name in names:
             target[name].copy_(source[name])
-        if "records" in names:
-            target["records"][:, CODE] &= 0x7FFFFFFF
+        if "states" in names:
+            target["states"][:, CODE] &= 0x7FFFFFFF
 
 
 def _addresses(tensors: dict[str, Tensor]) -> tuple[int, int, int]:
-    records = tensors.get("records")
+    states = tensors.get("states")
     return (
         tensors["scalars"].data_ptr(),
         tensors["variance"].data_ptr(),
-        0 if records is None else records.data_ptr(),
+        0 if states is None else states.data_ptr(),
     )

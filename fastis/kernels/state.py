@@ -44,7 +44,7 @@ def first_positions(indices: Tensor, usable: Tensor) -> Tensor:
 
 
 def clock_of(updates: int) -> int:
-    """The iteration ``updates`` as records hold it: modulo 2^31, so that no run is too long."""
+    """The iteration ``updates`` as states hold it: modulo 2^31, so that no run is too long."""
     return updates & LATEST
 
 

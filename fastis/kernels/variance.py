@@ -6,7 +6,7 @@ under the sampling in force)::
     A = E[r^2 x^2]     U = E[r x^2]     O = E[r x]     G = E[r g]
 
 Plain arithmetic on tensors of any batch shape, as in csrc/variance.h; smoothed over iterations by
-reference_table, taken as they are by :mod:`fastis.estimators`.
+:func:`smooth`, taken as they are by :mod:`fastis.variance`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from fastis.kernels.layout import (
     WEIGHT,
     Table,
 )
+
+ESTIMATORS = ("unbiased", "plugin")
 
 
 class Moments(NamedTuple):

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from fastis import check
+from fastis.batch import Batch, Observation
 from fastis.kernels import kernels_for
-from fastis.kernels.layout import CODE, DRAWS, EXPONENT, FLATTEN, SEEN, TOTAL, Table
-from fastis.methods.base import FOREVER, Observation
+from fastis.kernels.layout import CODE, DRAWS, EXPONENT, FLATTEN, SEEN, TOTAL, Table, may_read
+from fastis.methods.base import FOREVER
 from fastis.methods.emais import EMAIS
-from fastis.methods.weighted import clamped, count_on_host, counted, in_range, may_read
+from fastis.methods.weighted import clamped, in_range
 from fastis.saved import FINITE, Range
 
 
@@ -64,11 +65,10 @@ class Auto(EMAIS):
         uniform, by_table = table.memory["moments"].unbind()
         return uniform < self.least_gain * by_table
 
-    def draw(self, table: Table, indices: Tensor, weights: Tensor) -> None:
-        constants = table.constants
-        first = count_on_host(table, DRAWS)
-        super().draw(table, indices, weights)
-        counted(table, DRAWS)
+    def draw(self, table: Table, batch: Batch) -> None:
+        constants, (indices, weights) = table.constants, batch
+        first = table.count_on_host(DRAWS)
+        super().draw(table, batch)
         if first < constants.warmup_draws:
             return
         if constants.flatten == FLATTEN["cap"]:
@@ -85,20 +85,20 @@ class Auto(EMAIS):
         indices.copy_(torch.where(uniform, points, indices))
         weights.masked_fill_(uniform, 1.0)
 
-    def update(self, table: Table, seen: Observation) -> bool:
-        inside = in_range(table, seen.indices)
-        if may_read(table.device) and not bool(inside.all()):
-            return False
-        r, g2 = seen.weights.double(), seen.score.double().square()
+    def update(self, table: Table, observation: Observation) -> None:
+        indices = observation.indices
+        if may_read(table.device):
+            table.check_indices(indices)
+        inside = in_range(table, indices)
+        r, g2 = observation.weights.double(), observation.score.double().square()
         # Not a number while no sample has been seen: nothing is learnt then.
-        q = self._coefficients(table, clamped(table, seen.indices))
+        q = self._coefficients(table, clamped(table, indices))
         both = torch.stack([r * g2, r * q * g2])
         now = torch.where(inside, both, 0.0).sum(1) / inside.sum()
-        super().update(table, seen)  # which may raise, then with nothing changed
+        super().update(table, observation)  # which may raise, then with nothing changed
         moments = table.memory["moments"]
         learnt = moments.lerp(now, 1 - self.smoothing)
         moments.copy_(torch.where(now.isfinite().all(), learnt, moments))
-        return True
 
     def _mean_weight(self, table: Table) -> Tensor:
         total, num_seen, e0 = (table.scalars[at] for at in (TOTAL, SEEN, EXPONENT))

@@ -11,41 +11,21 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastis import check
+from fastis.batch import Batch, Observation, Scored
 from fastis.kernels import kernels_for
 from fastis.kernels.flatten import distribution
 from fastis.kernels.layout import DRAWS, FACTOR, UPDATES, Table
+from fastis.kernels.variance import ESTIMATORS
 from fastis.saved import Range
 
 _PLAIN: tuple[type, ...] = (bool, int, float)
-ESTIMATORS = ("unbiased", "plugin")
 FOREVER = 2**62
-
-
-class Scored(Protocol):
-    """What the sampler needs of a loss: ``fastis.ScoredLoss`` is one."""
-
-    @property
-    def losses(self) -> Tensor: ...
-    @property
-    def score(self) -> Tensor: ...
-    @property
-    def mean_grad(self) -> Tensor | None: ...
-
-
-class Observation(NamedTuple):
-    """What one minibatch of n draws has shown, checked, on the table's device."""
-
-    indices: Tensor  # int64 [n]
-    weights: Tensor  # float32 [n], the coefficients of the draw
-    observed: Tensor  # float32 [n], what the method observes (Method.observed)
-    score: Tensor  # float32 [n]
-    mean_grad: Tensor | None  # float32 [C]
 
 
 # indices int64 [n] on the sampler's device -> the scored loss of these samples, or float [n] there.
@@ -68,15 +48,22 @@ class Method:
 
     name: ClassVar[str]
     # Does the table keep a state and a weight for every sample?
-    has_records: ClassVar[bool] = False
+    has_states: ClassVar[bool] = False
     # What the tensors of :meth:`memory` can hold: a state with other values is not loaded. A tensor
     # that is not named here may hold anything.
     memory_ranges: ClassVar[Mapping[str, Range]] = {}
+    # Are a step's draw and update those of the kernels, with nothing beside them? Left to itself in
+    # a subclass, true where it has neither of its own.
+    fused: ClassVar[bool] = True
     # Does the learning rate follow N_ems (:meth:`lr_factor`)? If not, the factor is 1.
     adjusts_lr: ClassVar[bool] = False
 
     estimator: str = "unbiased"
     smoothing: float = 0.99
+
+    def __init_subclass__(cls) -> None:
+        if not {"draw", "update", "update_and_draw"}.isdisjoint(vars(cls)):
+            cls.fused = vars(cls).get("fused", False)
 
     def __post_init__(self) -> None:
         for option in fields(self):  # numbers of numpy would not survive weights_only=True
@@ -108,44 +95,42 @@ class Method:
 
     # The step ------------------------------------------------------------------------------------
 
-    def draw(self, table: Table, indices: Tensor, weights: Tensor) -> None:
-        """The next minibatch, into ``indices`` int64 [B] and ``weights`` float32 [B]."""
-        kernels_for("table", table.device.type).draw(table, indices, weights)
+    def draw(self, table: Table, batch: Batch) -> None:
+        """The next minibatch, into ``batch``: int64 ``[B]`` and float32 ``[B]``."""
+        kernels_for("table", table.device.type).draw(table, batch)
+        table.tick_on_host(DRAWS)
 
     def observed(self, out: Scored) -> Tensor:
-        """[n]: what is observed of every sample of a minibatch."""
+        """``[n]``: what is observed of every sample of a minibatch."""
         return out.score
 
-    def update(self, table: Table, seen: Observation) -> bool:
-        """One iteration; False when an index is out of range, and then nothing has changed."""
-        indices, weights, observed, score, mean_grad = seen
-        update: Callable[..., bool] = kernels_for("table", table.device.type).update
-        return update(table, indices, observed, weights, score, mean_grad)
+    def update(self, table: Table, observation: Observation) -> None:
+        """One iteration; none for an empty observation.
 
-    @property
-    def is_plain(self) -> bool:
-        """Are :meth:`draw` and :meth:`update` those of the kernels, with nothing beside them?"""
-        return type(self).draw is Method.draw and type(self).update is Method.update
+        Raises
+        ------
+        IndexError
+            on the CPU, for an index out of range, before anything has changed.
+        """
+        kernels_for("table", table.device.type).update(table, observation)
+        if len(observation.indices) > 0:
+            table.tick_on_host(UPDATES)
 
-    def update_and_draw(
-        self, table: Table, seen: Observation, following: tuple[Tensor, Tensor]
-    ) -> bool:
-        """:meth:`update`, then :meth:`draw` into ``following``: by one kernel if both are plain."""
-        if self.is_plain:
-            indices, weights, observed, score, mean_grad = seen
-            both: Callable[..., bool] = kernels_for("table", table.device.type).update_and_draw
-            return both(table, indices, observed, weights, score, mean_grad, *following)
-        if not self.update(table, seen):
-            return False
-        self.draw(table, *following)
-        return True
+    def update_and_draw(self, table: Table, observation: Observation, next_batch: Batch) -> None:
+        """:meth:`update`, then :meth:`draw` into ``next_batch``; by one kernel if ``fused``."""
+        if self.fused:
+            kernels = kernels_for("table", table.device.type)
+            kernels.update_and_draw(table, observation, next_batch)
+        else:
+            self.update(table, observation)
+            self.draw(table, next_batch)
 
     # What can be read ----------------------------------------------------------------------------
 
     def probabilities(self, table: Table) -> Tensor:
         """float64 [N]: the probabilities of each draw of the next minibatch. O(N)."""
         n = table.constants.num_samples
-        if table.records is None or int(table.scalars[DRAWS]) < table.constants.warmup_draws:
+        if table.states is None or int(table.scalars[DRAWS]) < table.constants.warmup_draws:
             return torch.full((n,), 1 / n, dtype=torch.float64, device=table.device)
         drawn = distribution(table)
         return drawn.weights.double() / float(drawn.total)

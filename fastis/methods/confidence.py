@@ -11,10 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fastis.batch import Observation, Scored
 from fastis.kernels.layout import UPDATES, Table
 from fastis.kernels.state import LARGEST_SCORE
-from fastis.methods.base import Observation, Scored
-from fastis.methods.weighted import WithoutCoefficients, assign, count_on_host, counted, kept
+from fastis.methods.weighted import Distinct, WithoutCoefficients, assign
 from fastis.saved import FINITE, Range
 
 
@@ -58,29 +58,22 @@ class Confidence(WithoutCoefficients):
     def observed(self, out: Scored) -> Tensor:
         return out.losses.neg().exp()
 
-    def update(self, table: Table, seen: Observation) -> bool:
-        keep = kept(table, seen)
-        if keep is None:
-            return False
-        if len(seen.indices) == 0:
-            return True
+    def learn(self, table: Table, observation: Observation, kept: Distinct) -> None:
         visits, mean, squares = (table.memory[name] for name in ("visits", "mean", "squares"))
-        i, p = keep.indices, keep.observed
+        i, p = kept.indices, kept.observed
         number, before = visits[i] + 1, mean[i]
         d = p - before
         after = before + d / number
-        keep.write(squares, squares[i] + d * (p - after))
-        keep.write(mean, after)
-        keep.write(visits, number)
-        updates = count_on_host(table, UPDATES) + 1
-        super().update(table, seen)
-        counted(table, UPDATES)
+        kept.write(squares, squares[i] + d * (p - after))
+        kept.write(mean, after)
+        kept.write(visits, number)
+        updates = table.count_on_host(UPDATES) + 1
+        self.update_table(table, observation)
         if updates >= table.constants.warmup_draws:
             a = self.uncertainty(visits, mean, squares)
             visited = visits > 0
             mean_a = (a * visited).sum() / visited.sum().clamp(min=1)
             assign(table, a + mean_a, which=visited)  # the others have the mean of these
-        return True
 
     def uncertainty(self, visits: Tensor, mean: Tensor, squares: Tensor) -> Tensor:
         """a, float32 [N], of the visits to each sample."""

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fastis import check
+from fastis.batch import Observation, Scored
 from fastis.kernels import kernels_for
 from fastis.kernels.layout import IMPORTANCE, UPDATES, Table
 from fastis.kernels.state import observe_all
-from fastis.methods.base import Method, Observation, Scored, ScoreFn
+from fastis.methods.base import Method, ScoreFn
 from fastis.methods.scoring import score_all
-from fastis.methods.weighted import count_on_host, counted
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class EMAIS(Method):
     """
 
     name: ClassVar[str] = "emais"
-    has_records: ClassVar[bool] = True
+    has_states: ClassVar[bool] = True
+    fused: ClassVar[bool] = True  # without a score_fn
     adjusts_lr: ClassVar[bool] = True
 
     tau: str | float = "linear"
@@ -79,6 +80,8 @@ class EMAIS(Method):
         check.number("floor", self.floor, 1e-6, 1.0)
         check.integer("refresh_every", self.refresh_every, 0)
         check.function("score_fn", self.score_fn, optional=True)
+        if self.score_fn is not None:
+            object.__setattr__(self, "fused", False)
         if (self.score_fn is None) != (self.refresh_every == 0):
             raise ValueError(
                 "refresh_every and score_fn must be given together, got "
@@ -97,25 +100,17 @@ class EMAIS(Method):
             "floor": self.floor,
         }
 
-    @property
-    def is_plain(self) -> bool:
-        own = type(self).draw is Method.draw and type(self).update is EMAIS.update
-        return own and self.score_fn is None
-
-    def update(self, table: Table, seen: Observation) -> bool:
-        if self.score_fn is None or len(seen.indices) == 0:
-            return super().update(table, seen)
-        scores, iteration = None, count_on_host(table, UPDATES)
-        if (iteration + 1) % self.refresh_every == 0:
-            # Before anything changes: the user's function may fail.
-            scores = score_all(self.score_fn, table, self.observed)
-        if not super().update(table, seen):
-            return False
-        counted(table, UPDATES)
-        if scores is not None:
-            observe_all(table, scores, iteration)
+    def update(self, table: Table, observation: Observation) -> None:
+        refreshed, iteration = None, 0
+        if self.score_fn is not None and len(observation.indices) > 0:
+            iteration = table.count_on_host(UPDATES)
+            if (iteration + 1) % self.refresh_every == 0:
+                # Before anything changes: the user's function may fail.
+                refreshed = score_all(self.score_fn, table, self.observed)
+        super().update(table, observation)
+        if refreshed is not None:
+            observe_all(table, refreshed, iteration)
             kernels_for("table", table.device.type).rescale(table)
-        return True
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.kernels.layout import MEAN, UPDATES, Table
-from fastis.methods.base import Observation, Scored, ScoreFn
+from fastis.batch import Observation, Scored
+from fastis.kernels.layout import MEAN, Table
+from fastis.methods.base import ScoreFn
 from fastis.methods.scoring import score_all
 from fastis.methods.weighted import (
+    Distinct,
     WithoutCoefficients,
     assign,
     clamped,
-    counted,
     epoch_ended,
-    kept,
     usable,
 )
 from fastis.saved import Range
@@ -82,12 +82,7 @@ class OnlineBatch(WithoutCoefficients):
     def observed(self, out: Scored) -> Tensor:
         return out.losses
 
-    def update(self, table: Table, seen: Observation) -> bool:
-        keep = kept(table, seen)
-        if keep is None:
-            return False
-        if len(seen.indices) == 0:
-            return True
+    def learn(self, table: Table, observation: Observation, kept: Distinct) -> None:
         epoch = epoch_ended(table, updates=1)
         ranks = epoch >= max(1, self.warmup_epochs)
         fresh = None
@@ -96,17 +91,15 @@ class OnlineBatch(WithoutCoefficients):
             # Before anything changes: the user's function may fail.
             fresh = score_all(self.score_fn, table, self.observed)
         losses = table.memory["losses"]
-        keep.write(losses, keep.observed)
+        kept.write(losses, kept.observed)
         # The weights in force stay until the next ranking; what is not usable is skipped.
-        in_force = table.column(MEAN)[clamped(table, seen.indices)]
-        same = torch.where(usable(seen.observed), in_force, seen.observed)
-        super().update(table, seen._replace(observed=same))
-        counted(table, UPDATES)
+        in_force = table.column(MEAN)[clamped(table, observation.indices)]
+        same = torch.where(usable(observation.observed), in_force, observation.observed)
+        self.update_table(table, observation._replace(observed=same))
         if fresh is not None:
             losses.copy_(torch.where(fresh.isnan(), losses, fresh))
         if ranks:
             assign(table, self.by_rank(losses, epoch))
-        return True
 
     def by_rank(self, losses: Tensor, epoch: int) -> Tensor:
         """float32 [N]: the weights of epoch ``epoch`` (from 0) for last losses ``losses`` [N]."""

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from fastis import check
+from fastis.batch import Batch, Observation, Scored
 from fastis.kernels import kernels_for
 from fastis.kernels.layout import DRAWS, SKIPPED, UPDATES, Table
 from fastis.kernels.variance import minibatch_moments, of_two_stages, smooth
 from fastis.methods import scoring
-from fastis.methods.base import FOREVER, Method, Observation, Scored, ScoreFn
-from fastis.methods.weighted import in_range, usable
+from fastis.methods.base import FOREVER, Method, ScoreFn
+from fastis.methods.weighted import usable
 from fastis.saved import Range
 
 SCORES = ("upper_bound", "loss", "gradient_norm")
@@ -101,8 +102,8 @@ class Presampling(Method):
         threshold = (m + 3 * b) / (3 * b) if self.tau_threshold is None else self.tau_threshold
         return m, threshold
 
-    def draw(self, table: Table, indices: Tensor, weights: Tensor) -> None:
-        constants = table.constants
+    def draw(self, table: Table, batch: Batch) -> None:
+        constants, (indices, weights) = table.constants, batch
         n, b, seed = constants.num_samples, constants.batch_size, constants.seed
         m, threshold = self._sizes(table)
         kernels = kernels_for("categorical", table.device.type)
@@ -124,31 +125,28 @@ class Presampling(Method):
     def observed(self, out: Scored) -> Tensor:
         return out.losses if self.score == "loss" else out.score
 
-    def update(self, table: Table, seen: Observation) -> bool:
+    def update(self, table: Table, observation: Observation) -> None:
+        table.check_indices(observation.indices)
+        if len(observation.indices) == 0:
+            return
         # A minibatch drawn ahead may be older than tau: its own weights say how it was drawn.
-        if len(seen.indices) == 0 or not bool((seen.weights == 1).all()):
-            return self._update_after_scoring(table, seen)
-        scores = seen.observed
+        if not bool((observation.weights == 1).all()):
+            self._update_after_scoring(table, observation)
+            return
+        scores = observation.observed
         if self.score == "gradient_norm":  # before anything changes: the function may fail
-            scores = scoring.score(self.score_fn, seen.indices, self.observed)
-        if not super().update(table, seen):
-            return False
+            scores = scoring.score(self.score_fn, observation.indices, self.observed)
+        super().update(table, observation)
         self._smooth(table, _shares(scores))
-        return True
 
-    def _update_after_scoring(self, table: Table, seen: Observation) -> bool:
+    def _update_after_scoring(self, table: Table, observation: Observation) -> None:
         """The reference's update, but for the moments: those of draws in two stages."""
-        if not bool(in_range(table, seen.indices).all()):
-            return False
-        n = len(seen.indices)
-        if n == 0:
-            return True
-        table.scalars[SKIPPED] += (~usable(seen.observed)).sum()
-        r, x = seen.weights.double(), seen.score.double()
+        n = len(observation.indices)
+        table.scalars[SKIPPED] += (~usable(observation.observed)).sum()
+        r, x = observation.weights.double(), observation.score.double()
         m, _ = self._sizes(table)
-        smooth(table, of_two_stages(minibatch_moments(r, x, seen.mean_grad), n, m), n)
+        smooth(table, of_two_stages(minibatch_moments(r, x, observation.mean_grad), n, m), n)
         table.scalars[UPDATES] += 1
-        return True
 
     def _smooth(self, table: Table, q: Tensor) -> None:
         tau = (len(q) * q.square().sum()).sqrt()

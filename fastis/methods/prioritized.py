@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.kernels.layout import DRAWS, Table
+from fastis.batch import Batch, Observation, Scored
+from fastis.kernels.layout import DRAWS, Table, may_read
 from fastis.kernels.state import LARGEST_SCORE
-from fastis.methods.base import Observation, Scored
-from fastis.methods.weighted import Weighted, assign, kept, may_read
+from fastis.methods.weighted import Distinct, Weighted, assign
 from fastis.saved import Range
 
 _EPSILON = 1e-8
@@ -69,31 +69,25 @@ class Prioritized(Weighted):
             "largest": torch.zeros((), dtype=torch.float32, device=table.device),
         }
 
-    def draw(self, table: Table, indices: Tensor, weights: Tensor) -> None:
+    def draw(self, table: Table, batch: Batch) -> None:
         share = table.scalars[DRAWS] / (self.total_steps or float("inf"))
         beta = self.beta + (1 - self.beta) * share.clamp(max=1)
-        super().draw(table, indices, weights)
-        weights.pow_(beta)
-        weights.div_(weights.max())
+        super().draw(table, batch)
+        batch.weights.pow_(beta)
+        batch.weights.div_(batch.weights.max())
 
     def observed(self, out: Scored) -> Tensor:
         losses = out.losses
         # 0 times the loss: what is not finite stays so, also for alpha = 0.
         return (losses.abs() + _EPSILON) ** self.alpha + 0 * losses
 
-    def update(self, table: Table, seen: Observation) -> bool:
-        keep = kept(table, seen)
-        if keep is None:
-            return False
-        if len(seen.indices) == 0:
-            return True
-        super().update(table, seen)
+    def learn(self, table: Table, observation: Observation, kept: Distinct) -> None:
+        self.update_table(table, observation)
         known, largest = table.memory["known"], table.memory["largest"]
-        keep.write(known, torch.ones_like(keep.counts))
+        kept.write(known, torch.ones_like(kept.counts))
         before = largest.clone()
-        counts = torch.where(keep.counts, keep.observed, 0.0)
+        counts = torch.where(kept.counts, kept.observed, 0.0)
         largest.copy_(torch.cat([counts, largest[None]]).max())
         # Whether that changes anything only the device knows: there it is done every time.
         if not may_read(table.device) or (bool(largest > before) and not bool(known.all())):
             assign(table, largest.expand(len(known)), which=~known)
-        return True

@@ -11,19 +11,11 @@ import torch
 from torch import Tensor
 
 from fastis import check
+from fastis.batch import Observation
 from fastis.kernels.layout import LAST, UPDATES, Table
 from fastis.kernels.state import LARGEST_SCORE
-from fastis.methods.base import FOREVER, Observation
-from fastis.methods.weighted import (
-    Kept,
-    Weighted,
-    assign,
-    clamped,
-    count_on_host,
-    counted,
-    kept,
-    usable,
-)
+from fastis.methods.base import FOREVER
+from fastis.methods.weighted import Distinct, Weighted, assign, clamped, usable
 from fastis.saved import FINITE, NOT_NEGATIVE, POSITIVE, Range
 
 _DECAYS = (0.0, 0.5, 0.9)  # of the averages h_1, h_2, h_3
@@ -123,23 +115,19 @@ class RAIS(Weighted):
 
     # The step ------------------------------------------------------------------------------------
 
-    def update(self, table: Table, seen: Observation) -> bool:
-        keep = kept(table, seen)
-        if keep is None:
-            return False
-        if len(seen.indices) == 0:
-            return True
-        fresh = table.column(LAST)[keep.indices] < 0
-        self._remember(table, keep, fresh)
-        self._observe(table, keep, fresh)
+    def learn(self, table: Table, observation: Observation, kept: Distinct) -> None:
+        fresh = table.column(LAST)[kept.indices] < 0
+        self._remember(table, kept, fresh)
+        self._observe(table, kept, fresh)
         # What is not usable stays so: the table counts and skips it.
-        new_weights = self.weights(table, self._features(table, clamped(table, seen.indices)))
-        new_weights = torch.where(usable(seen.observed), new_weights, seen.observed)
-        updates, constants = count_on_host(table, UPDATES) + 1, table.constants
-        super().update(table, seen._replace(observed=new_weights))
-        counted(table, UPDATES)
+        new_weights = self.weights(
+            table, self._features(table, clamped(table, observation.indices))
+        )
+        new_weights = torch.where(usable(observation.observed), new_weights, observation.observed)
+        updates, constants = table.count_on_host(UPDATES) + 1, table.constants
+        self.update_table(table, observation._replace(observed=new_weights))
         if updates > constants.warmup_draws:
-            self._measure_gain(table, seen)
+            self._measure_gain(table, observation)
         table.memory["effective_iterations"] += table.memory["gain"]
         every = max(1, round(self.refit_epochs * constants.batches_per_epoch))
         if updates % every == 0 and int(table.memory["buffered"]) > 0:
@@ -147,7 +135,6 @@ class RAIS(Weighted):
             everything = torch.arange(constants.num_samples, device=table.device)
             fitted = self.weights(table, self._features(table, everything))
             assign(table, fitted, which=table.column(LAST) >= 0)
-        return True
 
     def _features(self, table: Table, i: Tensor) -> Tensor:
         """s, float32 [n, 4], of the samples ``i`` as they stand."""
@@ -161,17 +148,17 @@ class RAIS(Weighted):
         slopes = table.memory["c"] + self.uncertainty * table.memory["d"]
         return (features.double() @ slopes).clamp(min=0).sqrt().float()
 
-    def _remember(self, table: Table, keep: Kept, fresh: Tensor) -> None:
+    def _remember(self, table: Table, kept: Distinct, fresh: Tensor) -> None:
         """Into the ring buffer: what was known before, what came, and the coefficient.
 
         Row k of the known ones goes to place ``buffered + k``. How many there are the host does not
         know: each of the places that a minibatch can fill takes its row, or stays as it is.
         """
         buffer, buffered = table.memory["buffer"], table.memory["buffered"]
-        known = keep.counts & ~fresh
-        features = self._features(table, keep.indices)
-        square = keep.observed.square()
-        rows = torch.cat([features, square[:, None], keep.weights[:, None]], dim=1)
+        known = kept.counts & ~fresh
+        features = self._features(table, kept.indices)
+        square = kept.observed.square()
+        rows = torch.cat([features, square[:, None], kept.weights[:, None]], dim=1)
         in_order = known.logical_not().to(torch.uint8).argsort(stable=True)
         number = known.sum()
         # Of more rows than the buffer holds the last ones.
@@ -182,24 +169,24 @@ class RAIS(Weighted):
         buffer[places] = torch.where((offset < number)[:, None], taken, buffer[places])
         buffered += number - begin
 
-    def _observe(self, table: Table, keep: Kept, fresh: Tensor) -> None:
+    def _observe(self, table: Table, kept: Distinct, fresh: Tensor) -> None:
         history, first = table.memory["history"], table.memory["first"]
-        before, square = history[keep.indices], keep.observed.square()[:, None]
+        before, square = history[kept.indices], kept.observed.square()[:, None]
         # Numbers of the host's: a tensor of them would have to be copied to the device.
         columns = zip(before.split(1, 1), _DECAYS, strict=True)
         after = torch.cat([h + (1 - decay) * (square - h) for h, decay in columns], 1)
         learnt = torch.where(fresh[:, None], square, after)
-        keep.write(history, learnt)
-        gained = torch.where(keep.counts, (learnt - before)[:, 0], 0.0).double().sum()
-        first += torch.stack([gained, (fresh & keep.counts).sum().double()])
+        kept.write(history, learnt)
+        gained = torch.where(kept.counts, (learnt - before)[:, 0], 0.0).double().sum()
+        first += torch.stack([gained, (fresh & kept.counts).sum().double()])
 
-    def _measure_gain(self, table: Table, seen: Observation) -> None:
-        r, g2 = seen.weights.double(), seen.score.double().square()
+    def _measure_gain(self, table: Table, observation: Observation) -> None:
+        r, g2 = observation.weights.double(), observation.score.double().square()
         n = len(r)
-        if seen.mean_grad is None:
+        if observation.mean_grad is None:
             minibatch = (r * r * g2).mean() / n
         else:
-            minibatch = seen.mean_grad.double().square().sum()
+            minibatch = observation.mean_grad.double().square().sum()
         now = torch.stack([minibatch, ((r - r * r) * g2).mean() / n])
         moments = table.memory["moments"]
         learnt = moments.lerp(now, 1 - _GAIN_SMOOTHING)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastis import check
+from fastis.batch import Scored
 from fastis.kernels.layout import Table
-from fastis.methods.base import Scored, ScoreFn
+from fastis.methods.base import ScoreFn
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CHUNK = 1000  # samples a call, when all are scored

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.kernels.layout import UPDATES, Table
+from fastis.batch import Batch, Observation, Scored
+from fastis.kernels.layout import Table
 from fastis.kernels.state import LARGEST_SCORE
-from fastis.methods.base import FOREVER, Method, Observation, Scored
-from fastis.methods.weighted import counted, epoch_ended, kept
+from fastis.methods.base import FOREVER
+from fastis.methods.weighted import Distinct, Learning, epoch_ended
 from fastis.saved import Range
 
 
 @dataclass(frozen=True)
-class SelfPaced(Method):
+class SelfPaced(Learning):
     """Uniform minibatches, of which only samples with a loss below a growing threshold count.
 
     ``loss = sum(v l) / max(1, sum v)`` with v = 1 where l < lambda, else 0, which ``batch.weights``
@@ -66,8 +67,9 @@ class SelfPaced(Method):
             "threshold": torch.full((), torch.inf, dtype=torch.float32, device=table.device),
         }
 
-    def draw(self, table: Table, indices: Tensor, weights: Tensor) -> None:
-        super().draw(table, indices, weights)
+    def draw(self, table: Table, batch: Batch) -> None:
+        super().draw(table, batch)
+        indices, weights = batch
         harder = table.memory["losses"][indices] >= table.memory["threshold"]
         counts = (~harder).to(weights.dtype)
         weights.copy_(counts * (len(counts) / counts.sum().clamp(min=1)))
@@ -75,19 +77,12 @@ class SelfPaced(Method):
     def observed(self, out: Scored) -> Tensor:
         return out.losses
 
-    def update(self, table: Table, seen: Observation) -> bool:
-        keep = kept(table, seen)
-        if keep is None:
-            return False
-        if len(seen.indices) == 0:
-            return True
-        keep.write(table.memory["losses"], keep.observed)
+    def learn(self, table: Table, observation: Observation, kept: Distinct) -> None:
+        kept.write(table.memory["losses"], kept.observed)
         epoch = epoch_ended(table, updates=1)
-        super().update(table, seen)
-        counted(table, UPDATES)
+        self.update_table(table, observation)
         if epoch:
             self._raise_threshold(table.memory["losses"], table.memory["threshold"], epoch)
-        return True
 
     def _raise_threshold(self, losses: Tensor, threshold: Tensor, epoch: int) -> None:
         known = losses[~losses.isnan()]

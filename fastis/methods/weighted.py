@@ -13,14 +13,34 @@ import torch
 from torch import Tensor
 
 from fastis import check
+from fastis.batch import Batch, Observation
 from fastis.kernels import kernels_for
-from fastis.kernels.layout import LAST, LATEST, MEAN, UPDATES, VAR, Table
+from fastis.kernels.layout import LAST, LATEST, MEAN, UPDATES, VAR, Table, may_read
 from fastis.kernels.state import LARGEST_SCORE, first_positions
-from fastis.methods.base import Method, Observation
+from fastis.methods.base import Method
 
 
 @dataclass(frozen=True)
-class Weighted(Method):
+class Learning(Method):
+    """A method that computes something of its own from every minibatch, in :meth:`learn`."""
+
+    def update(self, table: Table, observation: Observation) -> None:
+        if may_read(table.device):
+            table.check_indices(observation.indices)
+        if len(observation.indices) > 0:
+            self.learn(table, observation, distinct(table, observation))
+
+    def learn(self, table: Table, observation: Observation, kept: Distinct) -> None:
+        """One iteration, indices checked; hands :meth:`update_table` what the table is to learn."""
+        raise NotImplementedError
+
+    def update_table(self, table: Table, observation: Observation) -> None:
+        """The update of the table."""
+        super().update(table, observation)
+
+
+@dataclass(frozen=True)
+class Weighted(Learning):
     """A method with weights of its own, after some epochs without replacement.
 
     As in every table, no weight is below 0.001 of their mean (ours).
@@ -31,7 +51,7 @@ class Weighted(Method):
         epochs without replacement before the weights are used.
     """
 
-    has_records: ClassVar[bool] = True
+    has_states: ClassVar[bool] = True
 
     warmup_epochs: int = 2
 
@@ -50,9 +70,9 @@ class Weighted(Method):
 class WithoutCoefficients(Weighted):
     """... whose loss is the plain mean over the minibatch: a biased estimate, by design."""
 
-    def draw(self, table: Table, indices: Tensor, weights: Tensor) -> None:
-        super().draw(table, indices, weights)
-        weights.fill_(1.0)
+    def draw(self, table: Table, batch: Batch) -> None:
+        super().draw(table, batch)
+        batch.weights.fill_(1.0)
 
 
 def usable(observed: Tensor) -> Tensor:
@@ -60,12 +80,7 @@ def usable(observed: Tensor) -> Tensor:
     return observed.abs() < LARGEST_SCORE
 
 
-def may_read(device: torch.device) -> bool:
-    """Whether the host knows what is in a tensor there without waiting for the device."""
-    return device.type == "cpu"
-
-
-class Kept(NamedTuple):
+class Distinct(NamedTuple):
     """What counts of a minibatch: the first usable observation of every distinct sample.
 
     On the CPU m is their number. A device would have to be waited for to know it; there m is n, and
@@ -97,24 +112,22 @@ def clamped(table: Table, indices: Tensor) -> Tensor:
     return indices.clamp(0, table.constants.num_samples - 1)
 
 
-def kept(table: Table, seen: Observation) -> Kept | None:
-    """What counts of a minibatch; None on the CPU when an index is out of range.
+def distinct(table: Table, observation: Observation) -> Distinct:
+    """What counts of a minibatch.
 
-    A device leaves such rows out, as its kernels do: nothing here waits for it.
+    A device leaves rows out of range out, as its kernels do: nothing here waits for it.
     """
-    indices, good = seen.indices, usable(seen.observed)
-    inside = in_range(table, indices)
-    if may_read(indices.device) or len(indices) == 0:
-        if not bool(inside.all()):
-            return None
+    indices, good = observation.indices, usable(observation.observed)
+    if may_read(indices.device):
         at = first_positions(indices, good)
         counts = torch.ones_like(at, dtype=torch.bool)
     else:
-        first = is_first(torch.where(inside & good, indices, -1))
+        first = is_first(torch.where(in_range(table, indices) & good, indices, -1))
         number, place = first.sum(), torch.arange(len(first), device=first.device)
         in_order = first.logical_not().to(torch.uint8).argsort(stable=True)
         at, counts = in_order[place.minimum((number - 1).clamp(min=0))], place < number
-    return Kept(clamped(table, indices[at]), seen.observed[at], seen.weights[at], counts)
+    i = clamped(table, indices[at])
+    return Distinct(i, observation.observed[at], observation.weights[at], counts)
 
 
 def is_first(indices: Tensor) -> Tensor:
@@ -125,28 +138,10 @@ def is_first(indices: Tensor) -> Tensor:
     return torch.empty_like(starts).scatter_(0, order, starts & (ordered >= 0))
 
 
-def count_on_host(table: Table, clock: int) -> int:
-    """``table.scalars[clock]``, DRAWS or UPDATES: on a device read after a load, else counted here.
-
-    A method that asks for a clock tells every tick of it, by :func:`counted`.
-    """
-    if may_read(table.device):
-        return int(table.scalars[clock])
-    if clock not in table.counts_on_host:
-        table.counts_on_host[clock] = int(table.scalars[clock])
-    return table.counts_on_host[clock]
-
-
-def counted(table: Table, clock: int) -> None:
-    """One more draw or update went to the device."""
-    if clock in table.counts_on_host:
-        table.counts_on_host[clock] += 1
-
-
 def epoch_ended(table: Table, updates: int = 0) -> int:
     """How many epochs of updates have just been completed, or will be after so many more; 0 inside
     of one."""
-    done = count_on_host(table, UPDATES) + updates
+    done = table.count_on_host(UPDATES) + updates
     epoch, rest = divmod(done, table.constants.batches_per_epoch)
     return epoch if rest == 0 else 0
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastis.batch import Batch, Observation
 from fastis.kernels.extension import _C
 from fastis.kernels.layout import Table
 
+IS_ATOMIC = True  # an update or a draw is one call, which holds the GIL
 
-def update(
-    table: Table,
-    indices: Tensor,
-    observed: Tensor,
-    weights: Tensor,
-    score: Tensor,
-    mean_grad: Tensor | None,
-) -> bool:
+
+def update(table: Table, observation: Observation) -> None:
     """See :func:`fastis.kernels.reference.table.update`."""
-    return _C.update(
+    indices, weights, observed, score, mean_grad = observation
+    if not _C.update(
         table.handle,
         indices.data_ptr(),
         observed.data_ptr(),
@@ -26,7 +23,8 @@ def update(
         indices.numel(),
         0 if mean_grad is None else mean_grad.data_ptr(),
         0 if mean_grad is None else mean_grad.numel(),
-    )
+    ):
+        table.check_indices(indices)
 
 
 def rescale(table: Table) -> None:
@@ -34,23 +32,13 @@ def rescale(table: Table) -> None:
     _C.rescale(table.handle)
 
 
-def draw(table: Table, indices: Tensor, weights: Tensor) -> None:
+def draw(table: Table, batch: Batch) -> None:
     """See :func:`fastis.kernels.reference.table.draw`."""
+    indices, weights = batch
     _C.draw(table.handle, indices.data_ptr(), weights.data_ptr())
 
 
-def update_and_draw(
-    table: Table,
-    indices: Tensor,
-    observed: Tensor,
-    weights: Tensor,
-    score: Tensor,
-    mean_grad: Tensor | None,
-    next_indices: Tensor,
-    next_weights: Tensor,
-) -> bool:
+def update_and_draw(table: Table, observation: Observation, next_batch: Batch) -> None:
     """See :func:`fastis.kernels.reference.table.update_and_draw`."""
-    if not update(table, indices, observed, weights, score, mean_grad):
-        return False
-    draw(table, next_indices, next_weights)
-    return True
+    update(table, observation)
+    draw(table, next_batch)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from fastis.kernels.extension import _C
 
@@ -23,18 +22,3 @@ def launch(entry_point: Callable[..., int], device: torch.device, *arguments: in
 def failure(error: int) -> RuntimeError:
     """What a launch that reported ``error`` raises."""
     return RuntimeError(f"a CUDA launch of fastis failed: {_C.cuda_error_string(error)}")
-
-
-def minibatch(
-    indices: Tensor, observed: Tensor, weights: Tensor, score: Tensor, mean_grad: Tensor | None
-) -> tuple[int, ...]:
-    """What an update learns from, as the entry points take it: addresses and sizes."""
-    return (
-        indices.data_ptr(),
-        observed.data_ptr(),
-        weights.data_ptr(),
-        score.data_ptr(),
-        indices.numel(),
-        0 if mean_grad is None else mean_grad.data_ptr(),
-        0 if mean_grad is None else mean_grad.numel(),
-    )

@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from fastis.kernels.cuda.launch import launch, minibatch
+from fastis.batch import Batch, Observation
+from fastis.kernels.cuda.launch import launch
 from fastis.kernels.extension import _C
 from fastis.kernels.layout import Table
 
+IS_ATOMIC = False  # the host may be interrupted between two launches
 
-def update(
-    table: Table,
-    indices: Tensor,
-    observed: Tensor,
-    weights: Tensor,
-    score: Tensor,
-    mean_grad: Tensor | None,
-) -> bool:
+
+def update(table: Table, observation: Observation) -> None:
     """See :func:`fastis.kernels.reference.table.update`. Indices out of range are left out."""
-    if indices.numel() > 0:
-        launch(
-            _C.cuda_update,
-            table.device,
-            table.device_handle,
-            *minibatch(indices, observed, weights, score, mean_grad),
-        )
-    return True
+    if observation.indices.numel() > 0:
+        launch(_C.cuda_update, table.device, table.device_handle, *_addresses(observation))
 
 
 def rescale(table: Table) -> None:
@@ -33,36 +21,34 @@ def rescale(table: Table) -> None:
     launch(_C.cuda_rescale, table.device, table.device_handle)
 
 
-def draw(table: Table, indices: Tensor, weights: Tensor) -> None:
+def draw(table: Table, batch: Batch) -> None:
     """See :func:`fastis.kernels.reference.table.draw`."""
-    addresses = table.device_handle, indices.data_ptr(), weights.data_ptr()
-    launch(_C.cuda_draw, table.device, *addresses)
+    indices, weights = batch
+    addresses = indices.data_ptr(), weights.data_ptr()
+    launch(_C.cuda_draw, table.device, table.device_handle, *addresses)
 
 
-def update_and_draw(
-    table: Table,
-    indices: Tensor,
-    observed: Tensor,
-    weights: Tensor,
-    score: Tensor,
-    mean_grad: Tensor | None,
-    next_indices: Tensor,
-    next_weights: Tensor,
-) -> bool:
+def update_and_draw(table: Table, observation: Observation, next_batch: Batch) -> None:
     """See :func:`fastis.kernels.reference.table.update_and_draw`: one launch.
 
     Indices out of range are left out.
     """
-    if indices.numel() == 0:
-        update(table, indices, observed, weights, score, mean_grad)
-        draw(table, next_indices, next_weights)
-        return True
-    launch(
-        _C.cuda_update_and_draw,
-        table.device,
-        table.device_handle,
-        *minibatch(indices, observed, weights, score, mean_grad),
-        next_indices.data_ptr(),
-        next_weights.data_ptr(),
+    if observation.indices.numel() == 0:
+        draw(table, next_batch)
+        return
+    indices, weights = next_batch
+    addresses = (*_addresses(observation), indices.data_ptr(), weights.data_ptr())
+    launch(_C.cuda_update_and_draw, table.device, table.device_handle, *addresses)
+
+
+def _addresses(observation: Observation) -> tuple[int, ...]:
+    indices, weights, observed, score, mean_grad = observation
+    return (
+        indices.data_ptr(),
+        observed.data_ptr(),
+        weights.data_ptr(),
+        score.data_ptr(),
+        indices.numel(),
+        0 if mean_grad is None else mean_grad.data_ptr(),
+        0 if mean_grad is None else mean_grad.numel(),
     )
-    return True

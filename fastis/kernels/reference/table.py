@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastis.batch import Batch, Observation
 from fastis.kernels.code import code_of, exponent_of, floor_of, mantissa_of, weight_of
 from fastis.kernels.flatten import Distribution, distribution
 from fastis.kernels.layout import (
@@ -37,38 +38,29 @@ from fastis.kernels.state import (
 )
 from fastis.kernels.variance import minibatch_moments, smooth
 
+IS_ATOMIC = False  # many operations: steps of other threads have to wait
 
-def update(
-    table: Table,
-    indices: Tensor,
-    observed: Tensor,
-    weights: Tensor,
-    score: Tensor,
-    mean_grad: Tensor | None,
-) -> bool:
-    """One iteration of the sampler's clock of updates; an empty one is none.
 
-    False when an index is out of range: nothing has changed then. (A backend that would have to
-    wait for the device to know says True, and leaves such indices out.)
+def update(table: Table, observation: Observation) -> None:
+    """One iteration of the clock of updates; an empty observation is none.
 
-    Parameters
-    ----------
-    indices : int64 [n]; duplicates are legal, the first usable position wins
-    observed : float32 [n], what the table keeps averages of (the score, or the loss)
-    weights, score : float32 [n], for the variance traces
-    mean_grad : float32 [C] or None, minibatch mean of r g
+    Raises
+    ------
+    IndexError
+        for an index out of range, before anything has changed. (A backend that would have to wait
+        for the device to know leaves such rows out.)
     """
-    if bool(((indices < 0) | (indices >= table.constants.num_samples)).any()):
-        return False
+    indices, weights, observed, score, mean_grad = observation
+    table.check_indices(indices)
     if indices.numel() == 0:
-        return True
-    if table.records is not None:
+        return
+    if table.states is not None:
         _update_state(table, indices, observed)
     else:
         table.scalars[SKIPPED] += (~(observed.abs() < LARGEST_SCORE)).sum()
-    _update_variance(table, weights, score, mean_grad)
+    moments = minibatch_moments(weights.double(), score.double(), mean_grad)
+    smooth(table, moments, score.numel())
     table.scalars[UPDATES] += 1
-    return True
 
 
 def _update_state(table: Table, indices: Tensor, observed: Tensor) -> None:
@@ -141,46 +133,25 @@ def rescale(table: Table) -> None:
     scalars[TOTAL] = weight_of(codes, e0).sum()
 
 
-def _update_variance(
-    table: Table, weights: Tensor, score: Tensor, mean_grad: Tensor | None
-) -> None:
-    """Kutsuna 2025, Proposition 4.1: moments of one minibatch, smoothed before any ratio."""
-    smooth(table, minibatch_moments(weights.double(), score.double(), mean_grad), score.numel())
+def update_and_draw(table: Table, observation: Observation, next_batch: Batch) -> None:
+    """An update, then the next draw; when the update raises, nothing was drawn."""
+    update(table, observation)
+    draw(table, next_batch)
 
 
-def update_and_draw(
-    table: Table,
-    indices: Tensor,
-    observed: Tensor,
-    weights: Tensor,
-    score: Tensor,
-    mean_grad: Tensor | None,
-    next_indices: Tensor,
-    next_weights: Tensor,
-) -> bool:
-    """An update, then the next draw, into ``next_indices`` [B] and ``next_weights`` [B].
-
-    False when an index is out of range: nothing has changed then, and nothing was drawn. Arguments
-    as for :func:`fastis.kernels.reference.table.update`.
-    """
-    if not update(table, indices, observed, weights, score, mean_grad):
-        return False
-    draw(table, next_indices, next_weights)
-    return True
-
-
-def draw(table: Table, indices: Tensor, weights: Tensor) -> None:
+def draw(table: Table, batch: Batch) -> None:
     """The next minibatch, into ``indices`` int64 [B] and ``weights`` float32 [B]; ticks DRAWS."""
+    indices, weights = batch
     constants = table.constants
     iteration = int(table.scalars[DRAWS])
     table.scalars[DRAWS] += 1
     positions = torch.arange(constants.batch_size, device=indices.device)
     if iteration < constants.warmup_draws:
-        epoch, batch = divmod(iteration, constants.batches_per_epoch)
-        first = batch * constants.batch_size
+        epoch, minibatch = divmod(iteration, constants.batches_per_epoch)
+        first = minibatch * constants.batch_size
         indices.copy_(permute(constants.seed, epoch, constants.num_samples, first + positions))
         weights.fill_(1.0)
-    elif table.records is None:
+    elif table.states is None:
         words = random_words(constants.seed, STREAM_DRAW, iteration, positions)
         indices.copy_(scale(words, constants.num_samples))
         weights.fill_(1.0)
