@@ -7,22 +7,23 @@
 
 void fastis::out_of_memory() { throw std::bad_alloc(); }
 
+#define FASTIS_EMULATED(name) FASTIS_DEFINE(m, #name, &fastis::emulated::name)
+
 PYBIND11_MODULE(native, m) {
-  using namespace fastis;
-  define_fast<struct Update>(m, "update", &emulated::update);
-  define_fast<struct Draw>(m, "draw", &emulated::draw);
-  define_fast<struct Rescale>(m, "rescale", &emulated::rescale);
-  define_fast<struct UpdateAndDraw>(m, "update_and_draw", &emulated::update_and_draw);
-  define_fast<struct Survey>(m, "survey", &emulated::survey);
-  define_fast<struct RunningSums>(m, "running_sums", &emulated::running_sums);
-  define_fast<struct Integers>(m, "integers", &emulated::integers);
-  define_fast<struct Search>(m, "search", &emulated::search);
-  define_fast<struct AliasBuild>(m, "alias_build", &emulated::alias_build);
-  define_fast<struct AliasDraw>(m, "alias_draw", &emulated::alias_draw);
-  define_fast<struct AliasResolve>(m, "alias_resolve", &emulated::alias_resolve);
-  define_fast<struct DrawPoints>(m, "draw_points", &emulated::draw_points);
-  define_fast<struct Share>(m, "share", &emulated::share);
-  define_fast<struct BlocksFor>(m, "blocks_for", &emulated::blocks_for);
-  define_fast<struct ScaleGrad>(m, "scale_grad", &emulated::scale_grad);
-  define_fast<struct InverseCdf>(m, "inverse_cdf", &inverse_cdf);
+  FASTIS_EMULATED(update)
+  FASTIS_EMULATED(draw)
+  FASTIS_EMULATED(rescale)
+  FASTIS_EMULATED(update_and_draw)
+  FASTIS_EMULATED(survey)
+  FASTIS_EMULATED(running_sums)
+  FASTIS_EMULATED(integers)
+  FASTIS_EMULATED(search)
+  FASTIS_EMULATED(alias_build)
+  FASTIS_EMULATED(alias_draw)
+  FASTIS_EMULATED(alias_resolve)
+  FASTIS_EMULATED(draw_points)
+  FASTIS_EMULATED(share)
+  FASTIS_EMULATED(blocks_for)
+  FASTIS_EMULATED(scale_grad)
+  FASTIS_DEFINE(m, "inverse_cdf", &fastis::inverse_cdf)
 }
