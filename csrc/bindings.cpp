@@ -191,13 +191,13 @@ PYBIND11_MODULE(_C, m) {
   FASTIS_CPU(copy_state)
   FASTIS_CPU(check_records)
 
-  FASTIS_CPU(weigh)
-  FASTIS_CPU(integers)
-  FASTIS_CPU(search)
+  FASTIS_CPU(quantize)
+  FASTIS_CPU(integer_weights)
+  FASTIS_CPU(categorical_draw)
   FASTIS_CPU(alias_build)
   FASTIS_CPU(alias_draw)
-  FASTIS_CPU(alias_resolve)
-  FASTIS_CPU(draw_points)
+  FASTIS_CPU(alias_inverse_cdf)
+  FASTIS_CPU(random_integers)
 
 #ifdef FASTIS_CUDA
   m.attr("cuda_targets") = FASTIS_CUDA_TARGETS;
@@ -212,15 +212,15 @@ PYBIND11_MODULE(_C, m) {
   FASTIS_DEVICE(rescale)
   FASTIS_DEVICE(load_sampler)
 
-  FASTIS_DEVICE(survey)
-  FASTIS_DEVICE(running_sums_bytes)
-  FASTIS_DEVICE(running_sums)
-  FASTIS_DEVICE(integers)
-  FASTIS_DEVICE(search)
+  FASTIS_DEVICE(reduce)
+  FASTIS_DEVICE(prefix_sums_bytes)
+  FASTIS_DEVICE(prefix_sums)
+  FASTIS_DEVICE(integer_weights)
+  FASTIS_DEVICE(categorical_draw)
   FASTIS_DEVICE(alias_build_bytes)
   FASTIS_DEVICE(alias_build)
   FASTIS_DEVICE(alias_draw)
-  FASTIS_DEVICE(alias_resolve)
-  FASTIS_DEVICE(draw_points)
+  FASTIS_DEVICE(alias_inverse_cdf)
+  FASTIS_DEVICE(random_integers)
 #endif
 }

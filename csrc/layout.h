@@ -70,6 +70,20 @@ struct Levels {
 };
 static_assert(kLeaf == 1 << 2 && kRadix == 1 << 4);
 
+// A raw device or host address that arrives from Python as an integer (0: no such tensor).
+template <class T>
+struct Pointer {
+  T* address = nullptr;
+  FASTIS_HD operator T*() const { return address; }
+  FASTIS_HD T* operator->() const { return address; }
+};
+
+// A minibatch of B as it is drawn.
+struct Batch {
+  Pointer<int64_t> indices;  // [B]
+  Pointer<float> weights;    // [B] coefficients
+};
+
 struct Table {
   // Tensors. N: num_samples, K: levels.total().
   Record* records = nullptr;     // [N, to a multiple of kLeaf], null for the uniform methods

@@ -127,7 +127,7 @@ def test_without_a_device_entry_points_report_it():
 
     assert "driver" in _C.cuda_missing(0)
     assert _C.cuda_alias_build_bytes(1000, 0) < 0
-    assert _C.cuda_running_sums_bytes(1000, 0) < 0
+    assert _C.cuda_prefix_sums_bytes(1000, 0) < 0
     error = _C.cuda_scale_grad(0, 0, 0, 0, 0, 1, 5, 0, 0, 0)
     assert error > 0
     assert _C.cuda_error_string(error)
@@ -179,10 +179,10 @@ def test_entry_points_with_cuda_are_declared():
     """A build with CUDA binds every one that the backend calls."""
     bound = (ROOT / "csrc" / "bindings.cpp").read_text()
     code = "".join(p.read_text() for p in (ROOT / "fastis/kernels/cuda").glob("*.py"))
-    called = set(re.findall(r"_C\.(cuda_\w+)", code))
-    assert "cuda_update_and_draw" in called
-    for name in called:
-        assert f'"{name}"' in bound, name
+    called = set(re.findall(r"_C\.cuda_(\w+)", code) + re.findall(r"_call\(\s*\"(\w+)", code))
+    assert called > {"update_and_draw", "alias_build"}
+    for name in called - {"targets"}:
+        assert f"FASTIS_DEVICE({name})" in bound, name
 
 
 def test_importing_asks_no_device():

@@ -3,6 +3,31 @@
 
 namespace fastis::FASTIS_NAMESPACE {
 
+// Cross-entropy: loss, score and gradient in one pass. format: 0 float, 1 double, 2 bfloat16,
+// 3 float16 of the logits; other tensors are float (double for double), grad is in the logits'
+// format (float for float16). A null pointer: no such tensor.
+// Returns -1, or the first row with a label out of range, and then nothing was written.
+int64_t cross_entropy(int format, Pointer<const void> logits /* [B T, C], unit column stride */,
+                      int64_t row_stride, Pointer<const int64_t> target /* [B T], or null */,
+                      Pointer<const void> soft /* [B T, C], or null */,
+                      Pointer<const void> weights /* [B] */,
+                      Pointer<const void> class_weights /* [C] */, int64_t B, int64_t T, int64_t C,
+                      int64_t ignore_index, double smoothing,
+                      double denominator /* NaN: torch's, from the labels */, bool reduce,
+                      Pointer<void> grad /* [B T, C] */,
+                      Pointer<void> loss /* [1], or [B] unless reduce */,
+                      Pointer<void> losses /* [B] */, Pointer<void> score /* [B] */,
+                      Pointer<void> mean_grad /* [C], T = 1 */, int threads);
+
+// kind 0: binary cross-entropy with logits, 1: squared error; the rest as above.
+void label_loss(int kind, int format, Pointer<const void> logits /* [B, L] */,
+                Pointer<const void> target /* [B, L] */, Pointer<const void> weights /* [B] */,
+                Pointer<const void> pos_weight /* [L] */, int64_t B, int64_t L,
+                double divisor /* of a sample's sum over labels: 1 or L */, double denominator,
+                bool reduce, Pointer<void> grad /* [B, L] */, Pointer<void> loss,
+                Pointer<void> losses, Pointer<void> score, Pointer<void> mean_grad /* [L] */,
+                int threads);
+
 // One iteration: the observed scores into the state and the sampling structure (unless the table
 // has no records), the variance moments, and the clock of updates. False: an index is out of range,
 // and nothing has changed.
@@ -30,55 +55,23 @@ int64_t check_records(Pointer<const Record> records /* [N] */, int64_t n, int64_
 void draw(Pointer<const Table> table, Pointer<int64_t> indices /* [B] */,
           Pointer<float> weights /* [B] */);
 
-// Draws from given weights. format: 0 float, 1 double, 2 bfloat16, 3 float16 of the weights, whose
-// integers are floor(w 2^shift), at least 1 where w > 0; 4: int64, the integers themselves.
-// weigh: the shift with which they add up to about 2^61, that total, and the running sums of groups
-// of 64. False: a weight is negative or not finite, or all are 0.
-bool weigh(int format, Pointer<const void> weights /* [N] */, int64_t n, int threads,
-           Pointer<uint64_t> ends /* [ceil(N / 64)] */, Pointer<int64_t> shift_and_total /* [2] */);
-void integers(int format, Pointer<const void> weights /* [N] */, int64_t n, int shift, int threads,
-              Pointer<uint64_t> out /* [N] */);
-// `count` draws, the first of them number `first` of the stream of `seed`, by searching `ends`;
-// coefficients = total / (N integer).
-void search(int format, Pointer<const void> weights /* [N] */, int64_t n, int shift,
-            Pointer<const uint64_t> ends, uint64_t total, uint64_t seed, int64_t first,
-            int64_t count, Pointer<int64_t> indices /* [count] */,
-            Pointer<float> coefficients /* [count] */);
-// The alias table of the weights; draws from it, or the items of given points below the total.
-void alias_build(int format, Pointer<const void> weights /* [N] */, int64_t n, int shift,
-                 uint64_t total, int threads, Pointer<uint64_t> table /* [N, 2] */);
-void alias_draw(Pointer<const uint64_t> table /* [N, 2] */, int64_t n, uint64_t total,
-                uint64_t seed, int64_t first, int64_t count, Pointer<int64_t> indices /* [count] */,
-                Pointer<float> coefficients /* [count] */);
-void alias_resolve(Pointer<const uint64_t> table /* [N, 2] */, int64_t n, uint64_t total,
-                   Pointer<const uint64_t> points /* [count] */, int64_t count,
-                   Pointer<int64_t> indices /* [count] */, Pointer<float> coefficients);
-void draw_points(uint64_t total, uint64_t seed, int64_t first, int64_t count,
-                 Pointer<uint64_t> points /* [count] */);
+// Categorical: draws from fixed weights.
 
-// Cross-entropy: loss, score and gradient in one pass. format: 0 float, 1 double, 2 bfloat16,
-// 3 float16 of the logits; other tensors are float (double for double), grad is in the logits'
-// format (float for float16). A null pointer: no such tensor.
-// Returns -1, or the first row with a label out of range, and then nothing was written.
-int64_t cross_entropy(int format, Pointer<const void> logits /* [B T, C], unit column stride */,
-                      int64_t row_stride, Pointer<const int64_t> target /* [B T], or null */,
-                      Pointer<const void> soft /* [B T, C], or null */,
-                      Pointer<const void> weights /* [B] */,
-                      Pointer<const void> class_weights /* [C] */, int64_t B, int64_t T, int64_t C,
-                      int64_t ignore_index, double smoothing,
-                      double denominator /* NaN: torch's, from the labels */, bool reduce,
-                      Pointer<void> grad /* [B T, C] */,
-                      Pointer<void> loss /* [1], or [B] unless reduce */,
-                      Pointer<void> losses /* [B] */, Pointer<void> score /* [B] */,
-                      Pointer<void> mean_grad /* [C], T = 1 */, int threads);
-
-// kind 0: binary cross-entropy with logits, 1: squared error; the rest as above.
-void label_loss(int kind, int format, Pointer<const void> logits /* [B, L] */,
-                Pointer<const void> target /* [B, L] */, Pointer<const void> weights /* [B] */,
-                Pointer<const void> pos_weight /* [L] */, int64_t B, int64_t L,
-                double divisor /* of a sample's sum over labels: 1 or L */, double denominator,
-                bool reduce, Pointer<void> grad /* [B, L] */, Pointer<void> loss,
-                Pointer<void> losses, Pointer<void> score, Pointer<void> mean_grad /* [L] */,
-                int threads);
+// Finds the shift with which the integers add up to about 2^61 (0 for integers) and that total;
+// fills weights.prefix [ceil(N / 64)]. Reads format, values and n of the weights. False: a weight
+// is negative or not finite, or all are 0.
+bool quantize(const IntegerWeights& weights, int threads,
+              Pointer<int64_t> shift_and_total /* [2] */);
+void integer_weights(const IntegerWeights& weights, int threads, Pointer<uint64_t> out /* [N] */);
+// Coefficients are total / (N integer).
+void categorical_draw(const IntegerWeights& weights, const Draws& draws,
+                      const Batch& batch /* [count] */);
+void alias_build(const IntegerWeights& weights, int threads, Pointer<Bucket> table /* [N] */);
+void alias_draw(const AliasTable& table, const Draws& draws, const Batch& batch /* [count] */);
+// The items at points below the total.
+void alias_inverse_cdf(const AliasTable& table, Pointer<const uint64_t> points /* [count] */,
+                       int64_t count, const Batch& batch /* [count] */);
+// Uniform in [0, total).
+void random_integers(uint64_t total, const Draws& draws, Pointer<uint64_t> out /* [count] */);
 
 }  // namespace fastis::FASTIS_NAMESPACE

@@ -11,16 +11,12 @@
 
 namespace fastis::emulated {
 
-using device::GivenWeights;
 using device::HostBlock;
 using device::Threads;
+using device::TiledWeights;
 using device::TileSums;
 
 constexpr unsigned kBlocks = 3;  // few, so that threads go round several times
-
-inline GivenWeights given(int64_t format, Pointer<const void> values, int64_t n, int64_t shift) {
-  return {static_cast<device::Format>(format), values, n, static_cast<int>(shift)};
-}
 
 // f(threads) for every thread of a launch.
 template <class F>
@@ -32,7 +28,7 @@ inline void each_thread(uint64_t stride, const F& f) {
 }
 
 template <class Sum, class OfQuad>
-inline void sum_tiles(const GivenWeights& weights, uint64_t stride, Sum* sums,
+inline void sum_tiles(const TiledWeights& weights, uint64_t stride, Sum* sums,
                       const OfQuad& of_quad) {
   HostBlock(stride).each(weights.tiles(), [&](int64_t tile) {
     Sum sum{};
@@ -48,28 +44,26 @@ inline void add_up(Sum* sums, int64_t n) {
   for (int64_t i = 1; i < n; ++i) sums[i] = sums[i - 1] + sums[i];
 }
 
-inline int64_t survey(int64_t format, Pointer<const void> values, int64_t n, Pointer<int64_t> found,
-                      uint64_t stride) {
-  const GivenWeights weights = given(format, values, n, 0);
-  device::Survey& all = *reinterpret_cast<device::Survey*>(found.address);
+inline int64_t reduce(const IntegerWeights& given, Pointer<int64_t> found, uint64_t stride) {
+  const TiledWeights weights(given);
+  device::Reduction& all = *reinterpret_cast<device::Reduction*>(found.address);
   each_thread(stride, [&](const Threads& threads) {
-    threads.each(weights.quads(), [&](int64_t quad) { all = all + device::survey(weights, quad); });
+    threads.each(weights.quads(), [&](int64_t quad) { all = all + device::reduce(weights, quad); });
   });
   return 0;
 }
 
-inline int64_t running_sums(int64_t format, Pointer<const void> values, int64_t n, int64_t shift,
-                            Pointer<uint64_t> ends, Pointer<void>, int64_t, uint64_t stride) {
-  const GivenWeights weights = given(format, values, n, shift);
-  sum_tiles(weights, stride, ends.address,
+inline int64_t prefix_sums(const IntegerWeights& given, Pointer<void>, int64_t, uint64_t stride) {
+  const TiledWeights weights(given);
+  sum_tiles(weights, stride, weights.prefix.address,
             [&](int64_t quad) { return device::sum_of(weights.read(quad)); });
-  add_up(ends.address, weights.tiles());
+  add_up(weights.prefix.address, weights.tiles());
   return 0;
 }
 
-inline int64_t integers(int64_t format, Pointer<const void> values, int64_t n, int64_t shift,
-                        Pointer<uint64_t> out, uint64_t stride) {
-  const GivenWeights weights = given(format, values, n, shift);
+inline int64_t integer_weights(const IntegerWeights& given, Pointer<uint64_t> out,
+                               uint64_t stride) {
+  const TiledWeights weights(given);
   each_thread(stride, [&](const Threads& threads) {
     threads.each(weights.quads(), [&](int64_t quad) {
       const device::Quad items = weights.read(quad);
@@ -79,26 +73,21 @@ inline int64_t integers(int64_t format, Pointer<const void> values, int64_t n, i
   return 0;
 }
 
-inline int64_t search(int64_t format, Pointer<const void> values, int64_t n, int64_t shift,
-                      Pointer<const uint64_t> ends, uint64_t total, uint64_t seed, int64_t first,
-                      int64_t count, Pointer<int64_t> indices, Pointer<float> coefficients,
-                      uint64_t stride) {
-  const GivenWeights weights = given(format, values, n, shift);
+inline int64_t categorical_draw(const IntegerWeights& given, const Draws& draws, const Batch& batch,
+                                uint64_t stride) {
+  const TiledWeights weights(given);
   each_thread(stride, [&](const Threads& threads) {
-    threads.each(count, [&](int64_t b) {
-      device::search(weights, ends, total, seed, static_cast<uint64_t>(first), b, indices,
-                     coefficients);
-    });
+    threads.each(draws.count,
+                 [&](int64_t b) { device::categorical_draw(weights, draws, b, batch); });
   });
   return 0;
 }
 
-inline int64_t alias_build(int64_t format, Pointer<const void> values, int64_t n, int64_t shift,
-                           uint64_t total, Pointer<int64_t> before, Pointer<uint64_t> table,
-                           Pointer<void>, int64_t, uint64_t stride) {
-  const GivenWeights weights = given(format, values, n, shift);
+inline int64_t alias_build(const IntegerWeights& given, Pointer<int64_t> before,
+                           Pointer<Bucket> table, Pointer<void>, int64_t, uint64_t stride) {
+  const TiledWeights weights(given);
   TileSums* const sums = reinterpret_cast<TileSums*>(before.address);
-  const device::AliasJob job(weights, total, sums, reinterpret_cast<Bucket*>(table.address));
+  const device::AliasJob job(weights, sums, table);
   sum_tiles(weights, stride, sums + 1,
             [&](int64_t quad) { return sums_of(job.buckets, quad, weights.read(quad)); });
   add_up(sums, weights.tiles() + 1);
@@ -111,38 +100,37 @@ inline int64_t alias_build(int64_t format, Pointer<const void> values, int64_t n
   return 0;
 }
 
-inline int64_t alias_draw(Pointer<const uint64_t> table, int64_t n, uint64_t total, uint64_t seed,
-                          int64_t first, int64_t count, Pointer<int64_t> indices,
-                          Pointer<float> coefficients, uint64_t stride) {
-  const device::AliasTable buckets(table, n, total);
-  const device::RandomPoints points{seed, static_cast<uint64_t>(first), total};
+template <class Points>
+int64_t alias_draw_at(const AliasTable& table, const Points& points, int64_t count,
+                      const Batch& batch, uint64_t stride) {
+  const device::AliasInverseCdf inverse_cdf(table);
   each_thread(stride, [&](const Threads& threads) {
-    device::draw_from(buckets, points, threads, count, indices.address, coefficients.address);
+    device::alias_draw(inverse_cdf, points, threads, count, batch);
   });
   return 0;
 }
 
-inline int64_t alias_resolve(Pointer<const uint64_t> table, int64_t n, uint64_t total,
-                             Pointer<const uint64_t> points, int64_t count,
-                             Pointer<int64_t> indices, Pointer<float> coefficients,
-                             uint64_t stride) {
-  const device::AliasTable buckets(table, n, total);
+inline int64_t alias_draw(const AliasTable& table, const Draws& draws, const Batch& batch,
+                          uint64_t stride) {
+  const device::RandomPoints points{draws, table.total};
+  return alias_draw_at(table, points, draws.count, batch, stride);
+}
+
+inline int64_t alias_inverse_cdf(const AliasTable& table, Pointer<const uint64_t> points,
+                                 int64_t count, const Batch& batch, uint64_t stride) {
+  return alias_draw_at(table, device::GivenPoints{points}, count, batch, stride);
+}
+
+inline int64_t random_integers(uint64_t total, const Draws& draws, Pointer<uint64_t> out,
+                               uint64_t stride) {
   each_thread(stride, [&](const Threads& threads) {
-    device::draw_from(buckets, device::GivenPoints{points}, threads, count, indices.address,
-                      coefficients.address);
+    threads.each(draws.count, [&](int64_t b) { out[b] = device::random_integer(draws, b, total); });
   });
   return 0;
 }
 
-inline int64_t draw_points(uint64_t total, uint64_t seed, int64_t first, int64_t count,
-                           Pointer<uint64_t> points, uint64_t stride) {
-  const device::RandomPoints random{seed, static_cast<uint64_t>(first), total};
-  each_thread(stride, [&](const Threads& threads) {
-    threads.each(count, [&](int64_t b) { points[b] = random(b); });
-  });
-  return 0;
-}
-
+// What thread number `thread` of block `block` of `blocks` does of n items: the first, the step to
+// the next, and how many.
 inline void share(unsigned block, unsigned thread, unsigned blocks, int64_t n,
                   Pointer<int64_t> found) {
   const Threads threads(block, thread, blocks);

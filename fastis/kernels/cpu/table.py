@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from fastis.batch import Batch, Observation
 from fastis.kernels.extension import _C
 from fastis.kernels.layout import Table
