@@ -139,14 +139,14 @@ def test_every_border_of_a_bucket(emulated, total):
     weights = torch.full((n,), total // n)
     weights[: total - int(weights.sum())] += 1
     table = cuda_categorical.alias_build(cuda_categorical.quantize(weights))
-    ends = torch.cumsum(weights, 0)
+    prefix = torch.cumsum(weights, 0)
     some = weights > 0
-    points = torch.cat([(ends - weights)[some], (ends - 1)[some]])
+    points = torch.cat([(prefix - weights)[some], (prefix - 1)[some]])
     expected = reference_categorical.alias_inverse_cdf(table, total, points)
     assert_equal(cuda_categorical.alias_inverse_cdf(table, total, points), expected)
 
 
-def test_points_are_the_references(emulated):
+def test_random_integers_are_the_references(emulated):
     args = (2**62, 2**63 + 5, 2**33 - 250, 5001, torch.device("cpu"))
     expected = reference_categorical.random_integers(*args)
     assert torch.equal(cuda_categorical.random_integers(*args), expected)

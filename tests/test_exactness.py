@@ -48,12 +48,12 @@ def weights_in_the_structure(sampler: fastis.Sampler) -> torch.Tensor:
     table = sampler._table
     drawn = distribution(table)
     order = torch.argsort(~torch.isin(torch.arange(len(drawn.weights)), drawn.capped), stable=True)
-    ends = torch.cumsum(drawn.weights[order], 0)
+    prefix = torch.cumsum(drawn.weights[order], 0)
     some = drawn.weights[order] > 0
-    assert int(ends[-1]) == drawn.total
+    assert int(prefix[-1]) == drawn.total
     # Both ends of every interval belong to its item, so its length is the item's weight.
     found = []
-    for points in ((ends - drawn.weights[order])[some], ends[some] - 1):
+    for points in ((prefix - drawn.weights[order])[some], prefix[some] - 1):
         indices, weights = inverse_cdf(table, points)
         assert torch.equal(indices, order[some])
         expected = drawn.total / (len(order) * drawn.weights[indices].double())
@@ -158,7 +158,7 @@ def test_both_ends_of_every_leaf(flatten, resumed):
 @pytest.mark.parametrize("n", [2**10, 2**20, 2**25])
 def test_draws_follow_the_probabilities(n, scheme, resumed):
     if n == 2**25 and scheme != "multinomial":
-        pytest.skip("the largest once: the schemes share its search")
+        pytest.skip("the largest once: the schemes share its inverse CDF")
     batch_size = min(4096, n // 8)
     sampler = fastis.Sampler(
         n, batch_size, method=EMAIS(warmup_epochs=0), scheme=scheme, max_duplicates=2, seed=5
