@@ -86,7 +86,8 @@ class AliasTable:
         count = check.integer("num_samples", num_samples, 0, _MOST_DRAWS)
         device = self._table.device
         seed = _seed_from(generator, device)
-        drawn: Batch = _kernels(device).alias_draw(self._table, self._total, seed, 0, count)
+        kernels = kernels_for("categorical", device.type)
+        drawn: Batch = kernels.alias_draw(self._table, self._total, seed, 0, count)
         return drawn
 
 
@@ -162,7 +163,8 @@ def sample(
         most = check.number("max_duplicates", max_duplicates, 0.0)
         quantized = _capped(quantized, most, "max_duplicates", count)
     seed = _seed_from(generator, source.device)
-    drawn: Batch = _kernels(source.device).draw(quantized, seed, 0, count)
+    kernels = kernels_for("categorical", source.device.type)
+    drawn: Batch = kernels.draw(quantized, seed, 0, count)
     return drawn
 
 
@@ -254,7 +256,8 @@ def _vector(weights: Tensor, name: str) -> Tensor:
 def _quantize(weights: Tensor, name: str) -> IntegerWeights:
     """The integer weights of a usable float vector, or an error; reads them from the device."""
     values = _vector(weights, name)
-    quantized: IntegerWeights | None = _kernels(values.device).quantize(values)
+    kernels = kernels_for("categorical", values.device.type)
+    quantized: IntegerWeights | None = kernels.quantize(values)
     if quantized is None:
         raise _unusable(values, name)
     return quantized

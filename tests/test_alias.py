@@ -17,6 +17,7 @@ import fastis
 from fastis import _C
 from fastis.kernels import alias
 from fastis.kernels.cpu import categorical as cpu_categorical
+from fastis.kernels.quantize import arguments
 from fastis.kernels.reference import categorical as reference_categorical
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -62,7 +63,7 @@ def built(values, threads):
     """The compiled table for a given number of threads (the package decides by the size)."""
     weights = cpu_categorical.quantize(values)
     table = torch.empty(values.numel(), 2, dtype=torch.int64)
-    _C.alias_build(*weights.arguments(), threads, table.data_ptr())
+    _C.alias_build(*arguments(*weights), threads, table.data_ptr())
     return table
 
 

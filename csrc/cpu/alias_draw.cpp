@@ -20,9 +20,7 @@ struct Group {
 class InverseCdf {
  public:
   explicit InverseCdf(const AliasTable& table)
-      : table_(table.buckets),
-        bits_(Buckets(table.total, table.n).bits),
-        bucket_of_(Buckets(table.total, table.n)) {}
+      : table_(table.buckets), buckets_(table.total, table.n), bucket_of_(buckets_) {}
 
   // points_of(first, size, points) gives points number first, ..., first + size - 1.
   template <class PointsOf>
@@ -51,13 +49,13 @@ class InverseCdf {
   void find(const Group& group, int64_t* indices, float* weights) const {
     for (int i = 0; i < group.size; ++i) {
       const uint64_t index = group.bucket[i];
-      indices[i] =
-          item_at(BucketBits::read(table_ + index), index, group.offset[i], bits_, weights[i]);
+      indices[i] = item_at(BucketBits::read(table_ + index), index, group.offset[i], buckets_.bits,
+                           weights[i]);
     }
   }
 
   const Bucket* table_;
-  int bits_;
+  Buckets buckets_;
   BucketFinder bucket_of_;
 };
 

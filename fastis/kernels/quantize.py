@@ -20,11 +20,13 @@ class IntegerWeights(NamedTuple):
     total: int
     prefix: Tensor  # int64: prefix sums of the integers, over groups as the backend likes
 
-    def arguments(self) -> tuple[int, int, int, int, int, int]:
-        """What an entry point of the extension takes of them."""
-        values, shift, total, prefix = self
-        code = FORMAT_CODES[values.dtype]
-        return code, values.data_ptr(), values.numel(), shift, total, prefix.data_ptr()
+
+def arguments(
+    values: Tensor, shift: int, total: int, prefix: Tensor
+) -> tuple[int, int, int, int, int, int]:
+    """What an entry point of the extension takes of IntegerWeights, by position."""
+    code = FORMAT_CODES[values.dtype]
+    return code, values.data_ptr(), values.numel(), shift, total, prefix.data_ptr()
 
 
 def quantized(values: Tensor, shift: int) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from fastis.batch import Batch
 from fastis.kernels.extension import _C
 from fastis.kernels.memory import empty, empty_batch
-from fastis.kernels.quantize import IntegerWeights
+from fastis.kernels.quantize import IntegerWeights, arguments
 
 _GROUP = 64  # weights to one of the prefix sums
 # Weights from which there are several threads. Fewer take 0.2 ms to quantize: what a busy core may
@@ -25,8 +25,7 @@ def quantize(values: Tensor) -> IntegerWeights | None:
     n = values.numel()
     prefix = values.new_empty(-(-n // _GROUP), dtype=torch.int64)
     found = values.new_empty(2, dtype=torch.int64)
-    weights = IntegerWeights(values, 0, 0, prefix)
-    if not _C.quantize(*weights.arguments(), _threads(n), found.data_ptr()):
+    if not _C.quantize(*arguments(values, 0, 0, prefix), _threads(n), found.data_ptr()):
         return None
     shift, total = found.tolist()
     return IntegerWeights(values, shift, total, prefix)
@@ -36,30 +35,41 @@ def integer_weights(weights: IntegerWeights) -> Tensor:
     """See :func:`fastis.kernels.reference.categorical.integer_weights`."""
     n = weights.values.numel()
     out = empty((n,), torch.int64, weights.values.device)
-    _C.integer_weights(*weights.arguments(), _threads(n), out.data_ptr())
+    _C.integer_weights(*arguments(*weights), _threads(n), out.data_ptr())
     return out
 
 
 def draw(weights: IntegerWeights, seed: int, first: int, count: int) -> Batch:
     """See :func:`fastis.kernels.reference.categorical.draw`."""
-    batch, addresses = empty_batch(weights.prefix, count)
-    _C.categorical_draw(*weights.arguments(), seed, first, count, *addresses)
-    return batch
+    prefix = weights.prefix
+    indices, r = prefix.new_empty(count), prefix.new_empty(count, dtype=torch.float32)
+    addresses = indices.data_ptr(), r.data_ptr()
+    _C.categorical_draw(*arguments(*weights), seed, first, count, *addresses)
+    return Batch(indices, r)
 
 
 def alias_build(weights: IntegerWeights) -> Tensor:
     """See :func:`fastis.kernels.reference.categorical.alias_build`."""
     n = weights.values.numel()
     table = empty((n, 2), torch.int64, weights.values.device)
-    _C.alias_build(*weights.arguments(), _threads(n), table.data_ptr())
+    _C.alias_build(*arguments(*weights), _threads(n), table.data_ptr())
     return table
 
 
 def alias_draw(table: Tensor, total: int, seed: int, first: int, count: int) -> Batch:
     """See :func:`fastis.kernels.reference.categorical.alias_draw`."""
-    batch, addresses = empty_batch(table, count)
-    _C.alias_draw(table.data_ptr(), len(table), total, seed, first, count, *addresses)
-    return batch
+    indices, weights = table.new_empty(count), table.new_empty(count, dtype=torch.float32)
+    _C.alias_draw(
+        table.data_ptr(),
+        len(table),
+        total,
+        seed,
+        first,
+        count,
+        indices.data_ptr(),
+        weights.data_ptr(),
+    )
+    return Batch(indices, weights)
 
 
 def alias_inverse_cdf(table: Tensor, total: int, points: Tensor) -> Batch:

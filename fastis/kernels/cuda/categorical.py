@@ -16,7 +16,7 @@ from fastis.kernels.cuda.launch import failure, launch
 from fastis.kernels.extension import _C
 from fastis.kernels.layout import SUM_BITS
 from fastis.kernels.memory import empty_batch
-from fastis.kernels.quantize import IntegerWeights
+from fastis.kernels.quantize import IntegerWeights, arguments
 
 _TILE = 256  # weights to one of the prefix sums (kTile of csrc/device/categorical.h)
 _ALIGNMENT = 16  # bytes: four weights are read by one access
@@ -43,7 +43,7 @@ def quantize(values: Tensor) -> IntegerWeights | None:
     weights = IntegerWeights(values, 0, 0, prefix)
     if values.is_floating_point():
         found = torch.zeros(3, dtype=torch.int64, device=device)
-        _call("reduce", device, *weights.arguments(), found.data_ptr())
+        _call("reduce", device, *arguments(*weights), found.data_ptr())
         found = found.cpu()
         (most, total), unusable = found[:2].view(torch.float64).tolist(), int(found[2])
         if unusable or most == 0:
@@ -80,7 +80,7 @@ def _prefix_sums(weights: IntegerWeights) -> int:
     """Fills ``weights.prefix``, and reads the total from the device."""
     device = weights.values.device
     memory = _scratch("prefix_sums", weights.values.numel(), device)
-    _call("prefix_sums", device, *weights.arguments(), memory.data_ptr(), memory.numel())
+    _call("prefix_sums", device, *arguments(*weights), memory.data_ptr(), memory.numel())
     return int(weights.prefix[-1])
 
 
@@ -88,15 +88,15 @@ def integer_weights(weights: IntegerWeights) -> Tensor:
     """See :func:`fastis.kernels.reference.categorical.integer_weights`."""
     values = weights.values
     out = torch.empty(values.numel(), dtype=torch.int64, device=values.device)
-    _call("integer_weights", values.device, *weights.arguments(), out.data_ptr())
+    _call("integer_weights", values.device, *arguments(*weights), out.data_ptr())
     return out
 
 
 def draw(weights: IntegerWeights, seed: int, first: int, count: int) -> Batch:
     """See :func:`fastis.kernels.reference.categorical.draw`."""
     batch, addresses = empty_batch(weights.prefix, count)
-    arguments = weights.arguments()
-    _call("categorical_draw", weights.values.device, *arguments, seed, first, count, *addresses)
+    draws = seed, first, count
+    _call("categorical_draw", weights.values.device, *arguments(*weights), *draws, *addresses)
     return batch
 
 
@@ -108,7 +108,7 @@ def alias_build(weights: IntegerWeights) -> Tensor:
     before[0] = 0
     memory = _scratch("alias_build", n, device)
     addresses = before.data_ptr(), table.data_ptr(), memory.data_ptr()
-    _call("alias_build", device, *weights.arguments(), *addresses, memory.numel())
+    _call("alias_build", device, *arguments(*weights), *addresses, memory.numel())
     return table
 
 
