@@ -13,8 +13,8 @@ import platform
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from glob import glob
 from pathlib import Path
 
 import pybind11
@@ -26,11 +26,15 @@ HERE = Path(__file__).parent
 # Those that this nvcc knows are compiled, and PTX of the oldest and the newest of them besides:
 # devices between and beyond them compile that when it is loaded.
 CUDA_ARCHITECTURES = ("80", "90", "100", "120")
-X86_ISA_FLAGS = {
-    "baseline": [],
-    "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mbmi2"],
-}
+ISA_FLAGS: dict[str, list[str]] = {"baseline": []}
+MACROS = []
+if platform.machine().lower() in ("x86_64", "amd64", "i686"):
+    avx2, avx512 = ["avx2", "fma", "f16c", "bmi2"], ["avx512f", "avx512bw", "avx512dq", "avx512vl"]
+    ISA_FLAGS["avx2"] = [f"-m{name}" for name in avx2]
+    ISA_FLAGS["avx512"] = [f"-m{name}" for name in avx512 + avx2[1:]]
+    MACROS = [("FASTIS_X86", "1")]
+# clang on macOS has no OpenMP of its own: the losses then run on one thread.
+OPENMP = [] if platform.system() == "Darwin" else ["-fopenmp"]
 # Contraction is off everywhere: the state update promises equal bits on every backend, and a
 # silently fused multiply-add would break that. The losses ask for fma by name where they want it.
 CXX_FLAGS = [
@@ -52,7 +56,7 @@ if SANITIZE:
 
 
 def relative(pattern: str) -> list[str]:
-    return sorted(str(Path(p).relative_to(HERE)) for p in glob(str(HERE / pattern)))
+    return sorted(str(path.relative_to(HERE)) for path in HERE.glob(pattern))
 
 
 def wants_extension() -> bool:
@@ -141,43 +145,50 @@ class BuildExtension(build_ext):
         super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
-        is_x86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
-        isa_flags = X86_ISA_FLAGS if is_x86 else {"baseline": []}
-        macros = [("FASTIS_X86", "1")] if is_x86 else []
-        # clang on macOS has no OpenMP of its own: the losses then run on one thread.
-        openmp = [] if platform.system() == "Darwin" else ["-fopenmp"]
-        # Includes are relative to the project so that no build path enters the objects.
-        include = ["csrc", *ext.include_dirs]
-        objects = []
-        for isa, flags in isa_flags.items():
-            objects += self.compiler.compile(
-                relative("csrc/cpu/*.cpp"),
-                output_dir=str(Path(self.build_temp) / isa),
-                macros=[*macros, ("FASTIS_ISA", isa)],
-                include_dirs=include,
-                extra_postargs=[*CXX_FLAGS, *openmp, *flags],
-                depends=ext.depends,
-            )
+        objects, macros = [], []
+        for isa, flags in ISA_FLAGS.items():
+            sources = relative("csrc/cpu/*.cpp")
+            objects += self.compile_cpp(sources, isa, [("FASTIS_ISA", isa)], flags)
         nvcc = find_nvcc()
         if nvcc:
             targets = cuda_targets(nvcc)
             objects += self.compile_cuda(nvcc, targets)
             named = " ".join(targets)
-            macros += [("FASTIS_CUDA", "1"), ("FASTIS_CUDA_TARGETS", f'"{named}"')]
-        objects += self.compiler.compile(
-            relative("csrc/*.cpp"),
-            output_dir=str(Path(self.build_temp) / "host"),
-            macros=macros,
-            include_dirs=include,
-            extra_postargs=CXX_FLAGS,
-            depends=ext.depends,
-        )
+            macros = [("FASTIS_CUDA", "1"), ("FASTIS_CUDA_TARGETS", f'"{named}"')]
+        objects += self.compile_cpp(relative("csrc/*.cpp"), "host", macros)
+        self.link(ext, objects, nvcc)
+
+    def compile_cpp(
+        self,
+        sources: list[str],
+        folder: str,
+        macros: list[tuple[str, str]],
+        flags: Sequence[str] = (),
+    ) -> list[str]:
+        """The objects, in a folder of their own; several files at a time."""
+
+        def compile_one(source: str) -> str:
+            (compiled,) = self.compiler.compile(
+                [source],
+                output_dir=str(Path(self.build_temp) / folder),
+                macros=MACROS + macros,
+                # Relative to the project so that no build path enters the objects.
+                include_dirs=["csrc", pybind11.get_include()],
+                extra_postargs=[*CXX_FLAGS, *OPENMP, *flags],
+                depends=relative("csrc/**/*.h"),
+            )
+            return compiled
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(compile_one, sources))
+
+    def link(self, ext: Extension, objects: list[str], nvcc: str | None = None) -> None:
         strip = ["-Wl,-s"] if platform.system() == "Linux" and not SANITIZE else []
         # torch carries libgomp.so.1 too and is imported first, so both share one thread pool.
         self.compiler.link_shared_object(
             objects,
             self.get_ext_fullpath(ext.name),
-            extra_postargs=[*openmp, *SANITIZE_FLAGS, *strip],
+            extra_postargs=[*OPENMP, *SANITIZE_FLAGS, *strip],
             library_dirs=[find_cudart(nvcc)] if nvcc else [],
             libraries=["cudart_static", "rt", "dl", "pthread"] if nvcc else [],
             build_temp=self.build_temp,
@@ -199,17 +210,9 @@ class BuildExtension(build_ext):
         return list(objects.values())
 
 
-setup(
-    ext_modules=[
-        Extension(
-            "fastis._C",
-            sources=relative("csrc/*.cpp") + relative("csrc/cpu/*.cpp"),
-            include_dirs=[pybind11.get_include()],
-            depends=relative("csrc/*.h") + relative("csrc/cpu/*.h") + relative("csrc/device/*.h"),
-            language="c++",
-        )
-    ]
-    if wants_extension()
-    else [],
-    cmdclass={"build_ext": BuildExtension},
-)
+if __name__ == "__main__":  # tests/native.py builds with what is above
+    sources = relative("csrc/*.cpp") + relative("csrc/cpu/*.cpp")
+    setup(
+        ext_modules=[Extension("fastis._C", sources, language="c++")] if wants_extension() else [],
+        cmdclass={"build_ext": BuildExtension},
+    )

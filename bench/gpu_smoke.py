@@ -111,16 +111,16 @@ def categorical_and_alias_tables(device: str) -> None:
 
 def of_weights(values: Tensor) -> dict[str, Tensor]:
     kernels = fastis.kernels.kernels_for("categorical", values.device.type)
-    weighed = kernels.weigh(values)
-    table = kernels.alias_build(weighed)
-    points = kernels.draw_points(weighed.total, 5, 3, 10_000, values.device)
-    indices, weights = kernels.search(weighed, 5, 3, 1000)
-    drawn, coefficients = kernels.alias_draw(table, weighed.total, 5, 3, 10_000)
-    resolved = kernels.alias_resolve(table, weighed.total, points)
+    quantized = kernels.quantize(values)
+    table = kernels.alias_build(quantized)
+    points = kernels.random_integers(quantized.total, 5, 3, 10_000, values.device)
+    indices, weights = kernels.draw(quantized, 5, 3, 1000)
+    drawn, coefficients = kernels.alias_draw(table, quantized.total, 5, 3, 10_000)
+    inverse = kernels.alias_inverse_cdf(table, quantized.total, points)
     return {
-        "integers": kernels.integers(weighed), "search": indices, "coefficients": weights,
+        "integers": kernels.integer_weights(quantized), "indices": indices, "coefficients": weights,
         "table": table, "draws": drawn, "their coefficients": coefficients, "points": points,
-        "resolved": resolved[0],
+        "inverse_cdf": inverse.indices,
     }  # fmt: skip
 
 

@@ -29,16 +29,16 @@ struct Buckets {
 };
 
 // r = T / (N W), rounded as the reference does.
-FASTIS_HD inline float alias_coefficient(double total, double n, uint64_t weight) {
+FASTIS_HD inline float coefficient_of(double total, double n, uint64_t weight) {
   return static_cast<float>(total / (n * static_cast<double>(weight)));
 }
 
 // Splits a point below the total into a bucket and an offset in it. The first `larger` buckets hold
 // c + 1 units, the others c, thus their points lie where they would lie if all held c, plus
 // `larger`. The quotients are exact, by products (Granlund & Montgomery 1994).
-class Locator {
+class BucketFinder {
  public:
-  FASTIS_HD explicit Locator(const Buckets& b)
+  FASTIS_HD explicit BucketFinder(const Buckets& b)
       : border_(b.larger * (b.capacity + 1)), larger_(b.larger), unit_(b.capacity + 1) {
     while ((uint64_t{1} << shift_) < unit_) ++shift_;
     multiplier_ = reciprocal(unit_);
@@ -93,7 +93,7 @@ static_assert(sizeof(BucketBits) == sizeof(Bucket));
 
 // The item at `offset` of bucket `index`, and its r. Without a branch, since which it is can't be
 // foretold, and without an index into the pair, which would put it into a GPU's local memory.
-FASTIS_HD inline int64_t resolve(const BucketBits& bucket, uint64_t index, uint64_t offset,
+FASTIS_HD inline int64_t item_at(const BucketBits& bucket, uint64_t index, uint64_t offset,
                                  int bits, float& coefficient) {
   const uint64_t mask = (uint64_t{1} << bits) - 1;
   const uint64_t is_alias = offset >= bucket.word >> bits;

@@ -164,7 +164,6 @@ void advise_huge_pages(uintptr_t address, size_t bytes) {
 #endif
 
 #define FASTIS_CPU(name) FASTIS_DEFINE(m, #name, FASTIS_OF_ISA(name))
-#define FASTIS_EMULATED(name) FASTIS_DEFINE(m, "emulate_" #name, &fastis::emulated::name)
 #define FASTIS_DEVICE(name) FASTIS_DEFINE(m, "cuda_" #name, &fastis::cuda::name)
 
 PYBIND11_MODULE(_C, m) {
@@ -188,7 +187,6 @@ PYBIND11_MODULE(_C, m) {
       m, "device_tree_nodes",
       +[](int64_t n) { return fastis::Levels(n, fastis::kDeviceTop).total(); })
 
-  FASTIS_CPU(lanes)
   FASTIS_CPU(cross_entropy)
   FASTIS_CPU(label_loss)
   FASTIS_DEFINE(m, "is_one", &is_one)
@@ -196,37 +194,16 @@ PYBIND11_MODULE(_C, m) {
   FASTIS_CPU(update)
   FASTIS_CPU(draw)
   FASTIS_CPU(rescale)
-  FASTIS_CPU(table_inverse_cdf)
   FASTIS_CPU(copy_state)
   FASTIS_CPU(check_states)
 
-  FASTIS_CPU(weigh)
-  FASTIS_CPU(integers)
-  FASTIS_CPU(search)
+  FASTIS_CPU(quantize)
+  FASTIS_CPU(integer_weights)
+  FASTIS_CPU(categorical_draw)
   FASTIS_CPU(alias_build)
   FASTIS_CPU(alias_draw)
-  FASTIS_CPU(alias_resolve)
-  FASTIS_CPU(draw_points)
-
-  FASTIS_EMULATED(scale_grad)
-
-  FASTIS_EMULATED(update)
-  FASTIS_EMULATED(draw)
-  FASTIS_EMULATED(update_and_draw)
-  FASTIS_EMULATED(rescale)
-
-  FASTIS_EMULATED(survey)
-  FASTIS_EMULATED(running_sums_bytes)
-  FASTIS_EMULATED(running_sums)
-  FASTIS_EMULATED(integers)
-  FASTIS_EMULATED(search)
-  FASTIS_EMULATED(alias_build_bytes)
-  FASTIS_EMULATED(alias_build)
-  FASTIS_EMULATED(alias_draw)
-  FASTIS_EMULATED(alias_resolve)
-  FASTIS_EMULATED(draw_points)
-  FASTIS_EMULATED(share)
-  FASTIS_EMULATED(blocks_for)
+  FASTIS_CPU(alias_inverse_cdf)
+  FASTIS_CPU(random_integers)
 
 #ifdef FASTIS_CUDA
   m.attr("cuda_targets") = FASTIS_CUDA_TARGETS;
@@ -241,15 +218,15 @@ PYBIND11_MODULE(_C, m) {
   FASTIS_DEVICE(rescale)
   FASTIS_DEVICE(load_sampler)
 
-  FASTIS_DEVICE(survey)
-  FASTIS_DEVICE(running_sums_bytes)
-  FASTIS_DEVICE(running_sums)
-  FASTIS_DEVICE(integers)
-  FASTIS_DEVICE(search)
+  FASTIS_DEVICE(reduce)
+  FASTIS_DEVICE(prefix_sums_bytes)
+  FASTIS_DEVICE(prefix_sums)
+  FASTIS_DEVICE(integer_weights)
+  FASTIS_DEVICE(categorical_draw)
   FASTIS_DEVICE(alias_build_bytes)
   FASTIS_DEVICE(alias_build)
   FASTIS_DEVICE(alias_draw)
-  FASTIS_DEVICE(alias_resolve)
-  FASTIS_DEVICE(draw_points)
+  FASTIS_DEVICE(alias_inverse_cdf)
+  FASTIS_DEVICE(random_integers)
 #endif
 }

@@ -7,6 +7,7 @@
 
 #include "device/device_table.h"
 #include "format.h"
+#include "integer_weights.h"
 #include "layout.h"
 
 namespace fastis {
@@ -18,48 +19,6 @@ namespace fastis {
 
 }  // namespace fastis
 
-// The device's code run on the host, in an order that `stride` permutes: for tests of everything
-// but the launch (see device/grid.h).
-namespace fastis::emulated {
-
-void update(Pointer<const DeviceTable> table, const Observation& observation, uint64_t stride);
-void draw(Pointer<const DeviceTable> table, const Batch& batch, uint64_t stride);
-void update_and_draw(Pointer<const DeviceTable> table, const Observation& observation,
-                     const Batch& next_batch, uint64_t stride);
-void rescale(Pointer<const DeviceTable> table, uint64_t stride);
-int64_t survey(int64_t format, Pointer<const void> values, int64_t n, Pointer<int64_t> found,
-               uint64_t stride);
-int64_t running_sums_bytes(int64_t n);
-int64_t running_sums(int64_t format, Pointer<const void> values, int64_t n, int64_t shift,
-                     Pointer<uint64_t> ends, Pointer<void> memory, int64_t bytes, uint64_t stride);
-int64_t integers(int64_t format, Pointer<const void> values, int64_t n, int64_t shift,
-                 Pointer<uint64_t> out, uint64_t stride);
-int64_t search(int64_t format, Pointer<const void> values, int64_t n, int64_t shift,
-               Pointer<const uint64_t> ends, uint64_t total, uint64_t seed, int64_t first,
-               int64_t count, Pointer<int64_t> indices, Pointer<float> coefficients,
-               uint64_t stride);
-int64_t alias_build_bytes(int64_t n);
-int64_t alias_build(int64_t format, Pointer<const void> values, int64_t n, int64_t shift,
-                    uint64_t total, Pointer<int64_t> before, Pointer<uint64_t> table,
-                    Pointer<void> memory, int64_t bytes, uint64_t stride);
-int64_t alias_draw(Pointer<const uint64_t> table, int64_t n, uint64_t total, uint64_t seed,
-                   int64_t first, int64_t count, Pointer<int64_t> indices,
-                   Pointer<float> coefficients, uint64_t stride);
-int64_t alias_resolve(Pointer<const uint64_t> table, int64_t n, uint64_t total,
-                      Pointer<const uint64_t> points, int64_t count, Pointer<int64_t> indices,
-                      Pointer<float> coefficients, uint64_t stride);
-int64_t draw_points(uint64_t total, uint64_t seed, int64_t first, int64_t count,
-                    Pointer<uint64_t> points, uint64_t stride);
-int64_t scale_grad(int64_t from, int64_t to, Pointer<const void> grad, Pointer<void> out,
-                   Pointer<const void> scale, int64_t rows, int64_t columns, int64_t scale_stride,
-                   uint64_t stride);
-// What thread number `thread` of block `block` of `blocks` does of n items: the first, the step to
-// the next, and how many.
-void share(unsigned block, unsigned thread, unsigned blocks, int64_t n, Pointer<int64_t> found);
-unsigned blocks_for(int64_t items, int64_t most);
-
-}  // namespace fastis::emulated
-
 #ifdef FASTIS_CUDA
 // Launches on `stream` of `device`; the CUDA error, 0 for none. A table's address is on the host.
 namespace fastis::cuda {
@@ -67,6 +26,17 @@ namespace fastis::cuda {
 const char* error_string(int64_t error);
 // Why the kernels can't run on a device; empty when they can. Creates the device's context.
 std::string missing(int64_t device);
+
+// out = grad * scale. Formats as above; `to` differs from `from` for float32 to float16 alone.
+// In place (grad == out) nothing happens where a single scale is 1.
+int64_t scale_grad(int64_t from, int64_t to, Pointer<const void> grad /* [rows, columns] */,
+                   Pointer<void> out /* [rows, columns] */,
+                   Pointer<const void> scale /* [rows], scale_stride apart; float64 for float64,
+                                                else float32 */
+                   ,
+                   int64_t rows, int64_t columns, int64_t scale_stride, int64_t device,
+                   uint64_t stream);
+
 int64_t update(Pointer<const DeviceTable> table, const Observation& observation, int64_t device,
                uint64_t stream);
 int64_t draw(Pointer<const DeviceTable> table, const Batch& batch, int64_t device, uint64_t stream);
@@ -78,48 +48,34 @@ int64_t rescale(Pointer<const DeviceTable> table, int64_t device, uint64_t strea
 // Loads the sampler's kernels, which a stream that is being captured might refuse to do.
 int64_t load_sampler(int64_t device);
 
-// Given weights: what cpu/entry_points.h says of them, in pieces. `values` are aligned to 16 bytes;
-// `memory` is for the launch alone, as many bytes as ..._bytes(n) says (an error, negated, if it
-// can't say).
-int64_t survey(
-    int64_t format, Pointer<const void> values /* [N] */, int64_t n,
+// Categorical: what cpu/entry_points.h says, in pieces. `memory` is for the launch alone, as many
+// bytes as ..._bytes(n) says (an error, negated, if it can't say).
+
+// Of the floats; reads format, values and n of the weights.
+int64_t reduce(
+    const IntegerWeights& weights,
     Pointer<int64_t> found /* [3], zeros: the largest and the sum, as doubles; unusable */,
     int64_t device, uint64_t stream);
-int64_t running_sums_bytes(int64_t n, int64_t device);
-int64_t running_sums(int64_t format, Pointer<const void> values, int64_t n, int64_t shift,
-                     Pointer<uint64_t> ends /* [ceil(N / 256)] */, Pointer<void> memory,
-                     int64_t bytes, int64_t device, uint64_t stream);
-int64_t integers(int64_t format, Pointer<const void> values, int64_t n, int64_t shift,
-                 Pointer<uint64_t> out /* [N] */, int64_t device, uint64_t stream);
-int64_t search(int64_t format, Pointer<const void> values, int64_t n, int64_t shift,
-               Pointer<const uint64_t> ends, uint64_t total, uint64_t seed, int64_t first,
-               int64_t count, Pointer<int64_t> indices /* [count] */,
-               Pointer<float> coefficients /* [count] */, int64_t device, uint64_t stream);
-int64_t alias_build_bytes(int64_t n, int64_t device);
-int64_t alias_build(int64_t format, Pointer<const void> values, int64_t n, int64_t shift,
-                    uint64_t total, Pointer<int64_t> before /* [ceil(N / 256) + 1, 3], first 0 */,
-                    Pointer<uint64_t> table /* [N, 2] */, Pointer<void> memory, int64_t bytes,
+int64_t prefix_sums_bytes(int64_t n, int64_t device);
+// Fills weights.prefix [ceil(N / 256)]; reads all but the total.
+int64_t prefix_sums(const IntegerWeights& weights, Pointer<void> memory, int64_t bytes,
                     int64_t device, uint64_t stream);
-int64_t alias_draw(Pointer<const uint64_t> table /* [N, 2] */, int64_t n, uint64_t total,
-                   uint64_t seed, int64_t first, int64_t count,
-                   Pointer<int64_t> indices /* [count] */,
-                   Pointer<float> coefficients /* [count] */, int64_t device, uint64_t stream);
-int64_t alias_resolve(Pointer<const uint64_t> table /* [N, 2] */, int64_t n, uint64_t total,
-                      Pointer<const uint64_t> points /* [count] */, int64_t count,
-                      Pointer<int64_t> indices, Pointer<float> coefficients, int64_t device,
-                      uint64_t stream);
-int64_t draw_points(uint64_t total, uint64_t seed, int64_t first, int64_t count,
-                    Pointer<uint64_t> points /* [count] */, int64_t device, uint64_t stream);
-
-// out = grad * scale. Formats as above; `to` differs from `from` for float32 to float16 alone.
-// In place (grad == out) nothing happens where a single scale is 1.
-int64_t scale_grad(int64_t from, int64_t to, Pointer<const void> grad /* [rows, columns] */,
-                   Pointer<void> out /* [rows, columns] */,
-                   Pointer<const void> scale /* [rows], scale_stride apart; float64 for float64,
-                                                else float32 */
-                   ,
-                   int64_t rows, int64_t columns, int64_t scale_stride, int64_t device,
-                   uint64_t stream);
+int64_t integer_weights(const IntegerWeights& weights, Pointer<uint64_t> out /* [N] */,
+                        int64_t device, uint64_t stream);
+int64_t categorical_draw(const IntegerWeights& weights, const Draws& draws,
+                         const Batch& batch /* [count] */, int64_t device, uint64_t stream);
+int64_t alias_build_bytes(int64_t n, int64_t device);
+int64_t alias_build(const IntegerWeights& weights,
+                    Pointer<int64_t> before /* [ceil(N / 256) + 1, 3], first 0 */,
+                    Pointer<Bucket> table /* [N] */, Pointer<void> memory, int64_t bytes,
+                    int64_t device, uint64_t stream);
+int64_t alias_draw(const AliasTable& table, const Draws& draws, const Batch& batch /* [count] */,
+                   int64_t device, uint64_t stream);
+int64_t alias_inverse_cdf(const AliasTable& table, Pointer<const uint64_t> points /* [count] */,
+                          int64_t count, const Batch& batch /* [count] */, int64_t device,
+                          uint64_t stream);
+int64_t random_integers(uint64_t total, const Draws& draws, Pointer<uint64_t> out /* [count] */,
+                        int64_t device, uint64_t stream);
 
 }  // namespace fastis::cuda
 #endif

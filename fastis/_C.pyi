@@ -16,40 +16,13 @@ DEVICE_WORK: int
 
 def isa() -> str: ...
 def build_info() -> str: ...
-def lanes() -> int: ...
 def advise_huge_pages(address: int, num_bytes: int) -> None: ...
 def tree_nodes(num_samples: int) -> int: ...
 def device_tree_nodes(num_samples: int) -> int: ...
 def rescale(table: int) -> None: ...
-def emulate_update(
-    table: int,
-    indices: int,
-    weights: int,
-    observed: int,
-    score: int,
-    n: int,
-    mean_grad: int,
-    num_classes: int,
-    stride: int,
-) -> None: ...
-def emulate_draw(table: int, indices: int, weights: int, stride: int) -> None: ...
-def emulate_rescale(table: int, stride: int) -> None: ...
-def emulate_update_and_draw(
-    table: int,
-    indices: int,
-    weights: int,
-    observed: int,
-    score: int,
-    n: int,
-    mean_grad: int,
-    num_classes: int,
-    next_indices: int,
-    next_weights: int,
-    stride: int,
-) -> None: ...
 
-# The kernels for given weights, cuda_NAME(..., device, stream) and emulate_NAME(..., stride), are
-# called by name: fastis/kernels/cuda/categorical.py. Their arguments: csrc/fastis.h.
+# The categorical kernels, cuda_NAME(..., device, stream), are called by name:
+# fastis/kernels/cuda/categorical.py. Their arguments: csrc/fastis.h.
 
 cuda_targets: str
 
@@ -124,45 +97,75 @@ def check_states(
     states: int, n: int, updates: int, exponent: int, importance: int, found: int
 ) -> int: ...
 def draw(table: int, indices: int, weights: int, /) -> None: ...
-def table_inverse_cdf(
-    table: int, points: int, count: int, indices: int, weights: int, /
-) -> None: ...
-def weigh(
-    format: int, weights: int, n: int, threads: int, ends: int, shift_and_total: int, /
-) -> bool: ...
-def integers(format: int, weights: int, n: int, shift: int, threads: int, out: int) -> None: ...
-def search(
+def quantize(
     format: int,
-    weights: int,
+    values: int,
     n: int,
     shift: int,
-    ends: int,
     total: int,
+    prefix: int,
+    threads: int,
+    shift_and_total: int,
+    /,
+) -> bool: ...
+def integer_weights(
+    format: int,
+    values: int,
+    n: int,
+    shift: int,
+    total: int,
+    prefix: int,
+    threads: int,
+    out: int,
+    /,
+) -> None: ...
+def categorical_draw(
+    format: int,
+    values: int,
+    n: int,
+    shift: int,
+    total: int,
+    prefix: int,
     seed: int,
     first: int,
     count: int,
     indices: int,
-    coefficients: int,
+    weights: int,
     /,
 ) -> None: ...
 def alias_build(
-    format: int, weights: int, n: int, shift: int, total: int, threads: int, table: int
+    format: int,
+    values: int,
+    n: int,
+    shift: int,
+    total: int,
+    prefix: int,
+    threads: int,
+    table: int,
+    /,
 ) -> None: ...
 def alias_draw(
-    table: int,
+    buckets: int,
     n: int,
     total: int,
     seed: int,
     first: int,
     count: int,
     indices: int,
-    coefficients: int,
+    weights: int,
     /,
 ) -> None: ...
-def alias_resolve(
-    table: int, n: int, total: int, points: int, count: int, indices: int, coefficients: int
+def alias_inverse_cdf(
+    buckets: int,
+    n: int,
+    total: int,
+    points: int,
+    count: int,
+    indices: int,
+    weights: int,
+    /,
 ) -> None: ...
-def draw_points(total: int, seed: int, first: int, count: int, points: int) -> None: ...
+def random_integers(total: int, seed: int, first: int, count: int, out: int, /) -> None: ...
 def cross_entropy(
     format: int,
     logits: int,

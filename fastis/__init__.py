@@ -5,6 +5,7 @@ import torch as _torch  # noqa: F401
 
 from fastis import estimators, methods
 from fastis.batch import Batch
+from fastis.categorical import AliasTable, sample
 from fastis.config import show_config
 from fastis.kernels import backend
 from fastis.loss import (
@@ -16,7 +17,6 @@ from fastis.loss import (
 )
 from fastis.lr import EffectiveBatchLR, EffectiveIterationsLR
 from fastis.sampler import Sampler
-from fastis.sampling import AliasTable, sample
 
 __version__ = "0.1.0"
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastis import check, saved
 from fastis.batch import Batch, Scored, observe
+from fastis.categorical import MinibatchSource
 from fastis.kernels import kernels_for
 from fastis.kernels.layout import (
     FLATTEN,
@@ -30,7 +31,6 @@ from fastis.kernels.layout import (
 )
 from fastis.methods import Method, from_name
 from fastis.methods.base import FOREVER
-from fastis.sampling import MinibatchSource
 from fastis.variance import Variance
 
 _STATE_VERSION = 2

@@ -26,8 +26,8 @@ def run(case: Case) -> None:
             case.must_raise(lambda: fastis.AliasTable(weights))
             return case.must_raise(lambda: fastis.sample(weights, 3))
         before = weights.clone()
-        values = integers(weights)
-        case.pick(alias, alias, search, race, capped)(case, weights, values)
+        values = integer_weights(weights)
+        case.pick(alias, alias, categorical, race, capped)(case, weights, values)
         assert torch.equal(weights, before)
 
 
@@ -88,7 +88,7 @@ def floor_shifted(weight: Fraction, shift: int) -> int:
     return max(1, math.floor(scaled)) if weight > 0 else 0
 
 
-def integers(weights: Tensor) -> list[int]:
+def integer_weights(weights: Tensor) -> list[int]:
     """floor(w 2^shift), at least 1 where w > 0; the shift brings sum + N to 61 bits."""
     exact = [Fraction(w) for w in weights.tolist()]
     n = len(exact)
@@ -122,7 +122,7 @@ def alias(case: Case, weights: Tensor, values: list[int]) -> None:
         check_batch(table.sample(count, case.generator), values, count)
 
 
-def search(case: Case, weights: Tensor, values: list[int]) -> None:
+def categorical(case: Case, weights: Tensor, values: list[int]) -> None:
     for _ in range(case.random.randrange(1, 6)):
         count = case.pick(0, 1, 5, 63, 64, 65, 200)
         state = case.generator.get_state()

@@ -17,6 +17,7 @@ import fastis
 from fastis import _C
 from fastis.kernels import alias
 from fastis.kernels.cpu import categorical as cpu_categorical
+from fastis.kernels.quantize import arguments
 from fastis.kernels.reference import categorical as reference_categorical
 
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -60,25 +61,17 @@ SIZES = [1, 2, 3, 63, 64, 65, 257, 1023, 1025, 5000]
 
 def built(values, threads):
     """The compiled table for a given number of threads (the package decides by the size)."""
-    weights = cpu_categorical.weigh(values)
+    weights = cpu_categorical.quantize(values)
     table = torch.empty(values.numel(), 2, dtype=torch.int64)
-    _C.alias_build(
-        cpu_categorical._FORMATS[values.dtype],
-        values.data_ptr(),
-        values.numel(),
-        weights.shift,
-        weights.total,
-        threads,
-        table.data_ptr(),
-    )
+    _C.alias_build(*arguments(*weights), threads, table.data_ptr())
     return table
 
 
 def check_against_reference(values):
-    expected, got = reference_categorical.weigh(values), cpu_categorical.weigh(values)
+    expected, got = reference_categorical.quantize(values), cpu_categorical.quantize(values)
     assert (got.shift, got.total) == (expected.shift, expected.total)
-    integers = reference_categorical.integers(expected)
-    assert torch.equal(cpu_categorical.integers(got), integers)
+    integers = reference_categorical.integer_weights(expected)
+    assert torch.equal(cpu_categorical.integer_weights(got), integers)
     table = reference_categorical.alias_build(expected)
     assert torch.equal(alias.alias_contents(table, expected.total), integers)
     for threads in THREADS:
@@ -88,13 +81,11 @@ def check_against_reference(values):
         cpu_categorical.alias_draw(table, expected.total, 5, 3, 40), drawn, strict=True
     ):
         assert torch.equal(ours, theirs)
-    searched = cpu_categorical.search(got, 5, 3, 40)
-    for ours, theirs in zip(
-        searched, reference_categorical.search(expected, 5, 3, 40), strict=True
-    ):
+    directly = cpu_categorical.draw(got, 5, 3, 40)
+    for ours, theirs in zip(directly, reference_categorical.draw(expected, 5, 3, 40), strict=True):
         assert torch.equal(ours, theirs)
-    assert (values[drawn[0]] > 0).all()
-    assert (values[searched[0]] > 0).all()
+    assert (values[drawn.indices] > 0).all()
+    assert (values[directly.indices] > 0).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -140,10 +131,10 @@ def test_sizes_around_powers_of_two_with_the_largest_total(power, beyond):
 @pytest.mark.parametrize("shape", ["uniform", "ascending", "descending", "heavy tail"])
 def test_a_million_weights(shape):
     values = SHAPES[shape](2**20 + 1).float()
-    expected = reference_categorical.weigh(values)
+    expected = reference_categorical.quantize(values)
     table = reference_categorical.alias_build(expected)
     assert torch.equal(
-        alias.alias_contents(table, expected.total), reference_categorical.integers(expected)
+        alias.alias_contents(table, expected.total), reference_categorical.integer_weights(expected)
     )
     for threads in THREADS:
         assert torch.equal(built(values, threads), table)
@@ -152,11 +143,12 @@ def test_a_million_weights(shape):
 def test_the_sum_is_of_61_bits_and_a_unit_is_all_that_is_lost():
     for shape in SHAPES:
         values = SHAPES[shape](1000)
-        weights = cpu_categorical.weigh(values)
+        weights = cpu_categorical.quantize(values)
         assert 2**59 < weights.total <= 2**61 + 1000
         exact = values.abs() * 2.0**weights.shift  # a power of two: no rounding
         assert (
-            (cpu_categorical.integers(weights).double() - exact).abs() <= 1 + 2.0**-52 * exact
+            (cpu_categorical.integer_weights(weights).double() - exact).abs()
+            <= 1 + 2.0**-52 * exact
         ).all()
 
 
@@ -167,9 +159,9 @@ def test_bad_weights_are_found_wherever_they_are(bad, dtype):
         for place in {0, n // 2, n - 1}:
             values = torch.ones(n, dtype=dtype)
             values[place] = bad
-            assert cpu_categorical.weigh(values) is None
-            assert reference_categorical.weigh(values) is None
-    assert cpu_categorical.weigh(torch.zeros(70, dtype=dtype)) is None
+            assert cpu_categorical.quantize(values) is None
+            assert reference_categorical.quantize(values) is None
+    assert cpu_categorical.quantize(torch.zeros(70, dtype=dtype)) is None
 
 
 @pytest.mark.parametrize(
@@ -188,12 +180,12 @@ def test_bad_weights_are_found_wherever_they_are(bad, dtype):
 )
 def test_every_point_falls_on_its_item(weights):
     # All x below the total instead of random ones: the counts are then the weights.
-    weighed = cpu_categorical.weigh(weights)
-    table = cpu_categorical.alias_build(weighed)
-    points = torch.arange(weighed.total)
-    indices, r = cpu_categorical.alias_resolve(table, weighed.total, points)
+    quantized = cpu_categorical.quantize(weights)
+    table = cpu_categorical.alias_build(quantized)
+    points = torch.arange(quantized.total)
+    indices, r = cpu_categorical.alias_inverse_cdf(table, quantized.total, points)
     assert torch.equal(torch.bincount(indices, minlength=len(weights)), weights)
-    exact = weighed.total / (len(weights) * weights[indices].double())
+    exact = quantized.total / (len(weights) * weights[indices].double())
     assert torch.equal(r, exact.float())
 
 
@@ -203,15 +195,15 @@ def test_points_at_the_borders_of_buckets(total, n):
     # The division by the capacity is by a product: it must be exact at every border.
     weights = torch.full((n,), total // n)
     weights[: total - int(weights.sum())] += 1
-    table = cpu_categorical.alias_build(cpu_categorical.weigh(weights))
+    table = cpu_categorical.alias_build(cpu_categorical.quantize(weights))
     borders = torch.cumsum(weights, 0)
     points = torch.cat([borders - weights, borders - 1])
-    indices, _ = cpu_categorical.alias_resolve(table, total, points)
+    indices, _ = cpu_categorical.alias_inverse_cdf(table, total, points)
     assert torch.equal(indices, torch.arange(n).repeat(2))
 
 
 def test_one_key_gives_the_same_in_one_call_and_in_many():
-    weights = cpu_categorical.weigh(torch.rand(1000, generator=seeded()))
+    weights = cpu_categorical.quantize(torch.rand(1000, generator=seeded()))
     table = cpu_categorical.alias_build(weights)
     for kernels in (cpu_categorical, reference_categorical):
         whole = kernels.alias_draw(table, weights.total, 9, 0, 100)

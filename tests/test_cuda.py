@@ -95,20 +95,22 @@ def seeded(seed=0):
 
 
 def assert_same_weights_and_table(values):
-    weighed = [
-        kernels.weigh(v)
+    quantized = [
+        kernels.quantize(v)
         for kernels, v in ((cpu_categorical, values), (cuda_categorical, values.cuda()))
     ]
-    cpu, cuda = weighed
+    cpu, cuda = quantized
     assert (cuda.shift, cuda.total) == (cpu.shift, cpu.total)
-    assert torch.equal(cuda_categorical.integers(cuda).cpu(), cpu_categorical.integers(cpu))
+    assert torch.equal(
+        cuda_categorical.integer_weights(cuda).cpu(), cpu_categorical.integer_weights(cpu)
+    )
     table = cpu_categorical.alias_build(cpu)
     assert torch.equal(cuda_categorical.alias_build(cuda).cpu(), table)
     ours = cuda_categorical.alias_draw(table.cuda(), cpu.total, 5, 3, 10_000)
     for a, b in zip(ours, cpu_categorical.alias_draw(table, cpu.total, 5, 3, 10_000), strict=True):
         assert torch.equal(a.cpu(), b)
-    ours = cuda_categorical.search(cuda, 5, 3, 1000)
-    for a, b in zip(ours, cpu_categorical.search(cpu, 5, 3, 1000), strict=True):
+    ours = cuda_categorical.draw(cuda, 5, 3, 1000)
+    for a, b in zip(ours, cpu_categorical.draw(cpu, 5, 3, 1000), strict=True):
         assert torch.equal(a.cpu(), b)
 
 
@@ -135,12 +137,12 @@ def test_points_and_what_they_fall_on_equal_the_cpus(count):
     table = fastis.AliasTable(torch.rand(1000, generator=seeded()))
     here = torch.device("cpu"), torch.device("cuda")
     points = [
-        kernels.draw_points(table._total, 2**63 + 5, 2**33 - 250, count, device)
+        kernels.random_integers(table._total, 2**63 + 5, 2**33 - 250, count, device)
         for kernels, device in zip((cpu_categorical, cuda_categorical), here, strict=True)
     ]
     assert torch.equal(points[0], points[1].cpu())
-    expected = cpu_categorical.alias_resolve(table._table, table._total, points[0])
-    found = cuda_categorical.alias_resolve(table._table.cuda(), table._total, points[1])
+    expected = cpu_categorical.alias_inverse_cdf(table._table, table._total, points[0])
+    found = cuda_categorical.alias_inverse_cdf(table._table.cuda(), table._total, points[1])
     assert all(torch.equal(a, b.cpu()) for a, b in zip(expected, found, strict=True))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -125,7 +127,7 @@ def test_without_a_device_entry_points_report_it():
 
     assert "driver" in _C.cuda_missing(0)
     assert _C.cuda_alias_build_bytes(1000, 0) < 0
-    assert _C.cuda_running_sums_bytes(1000, 0) < 0
+    assert _C.cuda_prefix_sums_bytes(1000, 0) < 0
     error = _C.cuda_scale_grad(0, 0, 0, 0, 0, 1, 5, 0, 0, 0)
     assert error > 0
     assert _C.cuda_error_string(error)
@@ -146,10 +148,7 @@ def targets_of(tmp_path, monkeypatch):
         monkeypatch.delenv("FASTIS_CUDA_ARCHS", raising=False)
         if archs is not None:
             monkeypatch.setenv("FASTIS_CUDA_ARCHS", archs)
-        source = (ROOT / "setup.py").read_text().partition("\nsetup(")[0]
-        names = {"__file__": str(ROOT / "setup.py"), "__name__": "setup"}
-        exec(compile(source, "setup.py", "exec"), names)
-        return names["cuda_targets"](str(nvcc))
+        return runpy.run_path(str(ROOT / "setup.py"))["cuda_targets"](str(nvcc))
 
     return ask
 
@@ -179,11 +178,11 @@ def test_targets_that_nvcc_lacks(targets_of):
 def test_entry_points_with_cuda_are_declared():
     """A build with CUDA binds every one that the backend calls."""
     bound = (ROOT / "csrc" / "bindings.cpp").read_text()
-    code = "".join(p.read_text() for p in (ROOT / "fastis" / "kernels").glob("cuda_*.py"))
-    import re
-
-    for name in set(re.findall(r"_C\.(cuda_\w+)", code)):
-        assert f'"{name}"' in bound, name
+    code = "".join(p.read_text() for p in (ROOT / "fastis/kernels/cuda").glob("*.py"))
+    called = set(re.findall(r"_C\.cuda_(\w+)", code) + re.findall(r"_call\(\s*\"(\w+)", code))
+    assert called > {"update_and_draw", "alias_build"}
+    for name in called - {"targets"}:
+        assert f"FASTIS_DEVICE({name})" in bound, name
 
 
 def test_importing_asks_no_device():

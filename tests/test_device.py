@@ -7,6 +7,7 @@ the other, forwards, backwards and scrambled, so that a dependence on the order 
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import time
 import pytest
 import torch
 from conftest import observe, sweep
+from native import native
 
 import fastis
 from fastis import _C, kernels
@@ -35,18 +37,18 @@ class Emulator:
     IS_ATOMIC = False
 
     def update(self, table, observation) -> None:
-        _C.emulate_update(table.device_handle, *addresses_of(observation), self.stride)
+        native().update(table.device_handle, *addresses_of(observation), self.stride)
 
     def rescale(self, table) -> None:
-        _C.emulate_rescale(table.device_handle, self.stride)
+        native().rescale(table.device_handle, self.stride)
 
     def update_and_draw(self, table, observation, next_batch) -> None:
         addresses = *addresses_of(observation), *(part.data_ptr() for part in next_batch)
-        _C.emulate_update_and_draw(table.device_handle, *addresses, self.stride)
+        native().update_and_draw(table.device_handle, *addresses, self.stride)
 
     def draw(self, table, batch) -> None:
         addresses = (part.data_ptr() for part in batch)
-        _C.emulate_draw(table.device_handle, *addresses, self.stride)
+        native().draw(table.device_handle, *addresses, self.stride)
 
 
 @pytest.fixture
@@ -363,23 +365,23 @@ def test_sums_hold_every_integer(emulated):
 
 WRONG_TREE = """
 import torch, fastis
-from fastis import _C
 from fastis.methods import EMAIS
+from native import native
 sampler = fastis.Sampler(5001, 64, method=EMAIS(warmup_epochs=0))
 table = sampler._table
 indices, weights = torch.empty(64, dtype=torch.int64), torch.empty(64)
 score = torch.rand(5001)
 arguments = (torch.arange(5001), torch.ones(5001), score, score)
-_C.emulate_update(table.device_handle, *(a.data_ptr() for a in arguments), 5001, 0, 0, 1)
+native().update(table.device_handle, *(a.data_ptr() for a in arguments), 5001, 0, 0, 1)
 generator = torch.Generator().manual_seed(0)
 for name in ("sums", "unseen", "capped"):
     for most in (1, 2**20):
-        _C.emulate_draw(table.device_handle, indices.data_ptr(), weights.data_ptr(), 1)
+        native().draw(table.device_handle, indices.data_ptr(), weights.data_ptr(), 1)
         nodes = table._structure[name]
         kept = nodes.clone()
         nodes.random_(0, most, generator=generator)
         table.scalars[8] = 5  # capped items
-        _C.emulate_draw(table.device_handle, indices.data_ptr(), weights.data_ptr(), 1)
+        native().draw(table.device_handle, indices.data_ptr(), weights.data_ptr(), 1)
         assert ((indices >= 0) & (indices < 5001)).all(), indices
         nodes.copy_(kept)
         table.scalars[6] = 0  # rebuilt
@@ -388,7 +390,11 @@ for name in ("sums", "unseen", "capped"):
 
 def test_a_draw_stays_in_range_whatever_the_tree_holds():
     done = subprocess.run(
-        [sys.executable, "-c", WRONG_TREE], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", WRONG_TREE],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == 0, done.stderr
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import observe, sweep
+from native import native
 
 import fastis
 from fastis import _C
-from fastis.kernels import kernels_for
 from fastis.kernels.code import code_of, weight_of
-from fastis.kernels.cpu import table as cpu_table
 from fastis.kernels.flatten import distribution
 from fastis.kernels.layout import CODE, EXPONENT, LAST, SEEN, TOTAL, VALID
+from fastis.kernels.reference import table as reference_table
 from fastis.methods import EMAIS
 
 
@@ -35,19 +35,26 @@ def resumed(request):
     return replace
 
 
+def inverse_cdf(table, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The items that the compiled draw finds at ``points`` below the total, and their weights."""
+    indices, weights = torch.empty_like(points), torch.empty(len(points))
+    addresses = indices.data_ptr(), weights.data_ptr()
+    native().inverse_cdf(table.handle, points.data_ptr(), len(points), *addresses)
+    return indices, weights
+
+
 def weights_in_the_tree(sampler: fastis.Sampler) -> torch.Tensor:
     """Every item's integer weight, as the compiled draw finds it: by where its interval lies."""
     table = sampler._table
     drawn = distribution(table)
     order = torch.argsort(~torch.isin(torch.arange(len(drawn.weights)), drawn.capped), stable=True)
-    ends = torch.cumsum(drawn.weights[order], 0)
+    prefix = torch.cumsum(drawn.weights[order], 0)
     some = drawn.weights[order] > 0
-    assert int(ends[-1]) == drawn.total
+    assert int(prefix[-1]) == drawn.total
     # Both ends of every interval belong to its item, so its length is the item's weight.
     found = []
-    for points in ((ends - drawn.weights[order])[some], ends[some] - 1):
-        indices, weights = torch.empty_like(points), torch.empty(len(points))
-        cpu_table._inverse_cdf(table, points, indices, weights)
+    for points in ((prefix - drawn.weights[order])[some], prefix[some] - 1):
+        indices, weights = inverse_cdf(table, points)
         assert torch.equal(indices, order[some])
         expected = drawn.total / (len(order) * drawn.weights[indices].double())
         assert torch.equal(weights, expected.float())
@@ -127,8 +134,7 @@ def test_every_point_of_a_small_total(flatten, n, unseen):
     if flatten == "cap":
         assert len(drawn.capped) > 0
     points = torch.arange(drawn.total)
-    indices, weights = torch.empty_like(points), torch.empty(drawn.total)
-    cpu_table._inverse_cdf(sampler._table, points, indices, weights)
+    indices, weights = inverse_cdf(sampler._table, points)
     assert torch.equal(torch.bincount(indices, minlength=n), drawn.weights)
     # Unbiased to the last digit: the sum over all points of r is total / N for every item.
     sums = torch.zeros(n, dtype=torch.float64).index_add_(0, indices, weights.double())
@@ -152,7 +158,7 @@ def test_both_ends_of_every_leaf(flatten, resumed):
 @pytest.mark.parametrize("n", [2**10, 2**20, 2**25])
 def test_draws_follow_the_probabilities(n, scheme, resumed):
     if n == 2**25 and scheme != "multinomial":
-        pytest.skip("the largest once: the schemes share its search")
+        pytest.skip("the largest once: the schemes share its inverse CDF")
     batch_size = min(4096, n // 8)
     sampler = fastis.Sampler(
         n, batch_size, method=EMAIS(warmup_epochs=0), scheme=scheme, max_duplicates=2, seed=5
@@ -233,17 +239,15 @@ def test_backends_draw_the_same_indices(flatten, scheme, resumed):
         assert torch.equal(batches[0].weights, batches[1].weights)
 
 
-def test_backends_find_the_same_items_at_points():
-    sampler = small_sampler(200, "cap", 7, seed=1)
-    points = torch.randint(distribution(sampler._table).total, (5000,))
-    found = []
-    for name in ("reference", "cpu"):
-        with fastis.backend(name):
-            indices, weights = torch.empty_like(points), torch.empty(5000)
-            kernels_for("table", "cpu")._inverse_cdf(sampler._table, points, indices, weights)
-            found.append((indices, weights))
-    assert torch.equal(found[0][0], found[1][0])
-    assert torch.equal(found[0][1], found[1][1])
+def test_backends_find_the_same_items():
+    table = small_sampler(200, "cap", 7, seed=1)._table
+    drawn = distribution(table)
+    points = torch.randint(drawn.total, (5000,))
+    expected, expected_weights = torch.empty_like(points), torch.empty(5000)
+    reference_table._inverse_cdf(drawn, points, expected, expected_weights)
+    indices, weights = inverse_cdf(table, points)
+    assert torch.equal(indices, expected)
+    assert torch.equal(weights, expected_weights)
 
 
 @pytest.mark.parametrize("n", [1, 4, 64, 65, 2**31, 2**31 + 1, 2**32 - 1])

@@ -198,7 +198,7 @@ struct BlockSums {
 BlockSums sum_block(const Job& job, int64_t block) {
   alignas(64) uint64_t integers[kBlock + kPadding];
   const int count = job.size(block), border = job.larger(block);
-  job.weights.read(block * kBlock, count, integers);
+  read(job.weights, block * kBlock, count, integers);
   BlockSums sums;
   sums.add(integers, 0, border, job.buckets.capacity + 1);
   sums.add(integers, border, count, job.buckets.capacity);
@@ -278,13 +278,13 @@ void build_in_parts(const Job& job, int threads) {
 
 }  // namespace
 
-void alias_build(int format, Pointer<const void> values, int64_t n, int shift, uint64_t total,
-                 int threads, Pointer<uint64_t> table) {
-  const Job job{{format, values, n, shift},
-                Buckets(total, n),
-                static_cast<double>(total),
+void alias_build(const IntegerWeights& weights, int threads, Pointer<Bucket> table) {
+  const int64_t n = weights.n;
+  const Job job{weights,
+                Buckets(weights.total, n),
+                static_cast<double>(weights.total),
                 static_cast<double>(n),
-                reinterpret_cast<Bucket*>(table.address),
+                table,
                 (n + kBlock - 1) / kBlock};
   if (threads > 1) {
     build_in_parts(job, threads);

@@ -1,8 +1,8 @@
 // Draws from an alias table: one random access each. Bytes moved: 16 read (a cache line), 12
 // written, a draw.
-#include "alias.h"
 #include "cpu/random.h"
 #include "fastis.h"
+#include "integer_weights.h"
 
 namespace fastis::FASTIS_ISA {
 namespace {
@@ -16,14 +16,15 @@ struct Group {
   uint64_t bucket[kGroup], offset[kGroup];
 };
 
-class Draws {
+// The inverse of an alias table's CDF, for many points.
+class InverseCdf {
  public:
-  Draws(const Bucket* table, int64_t n, uint64_t total)
-      : table_(table), bits_(Buckets(total, n).bits), locate_(Buckets(total, n)) {}
+  explicit InverseCdf(const AliasTable& table)
+      : table_(table.buckets), buckets_(table.total, table.n), bucket_of_(buckets_) {}
 
-  // points_of(first, size, points) gives the points of draws first, ..., first + size - 1.
+  // points_of(first, size, points) gives points number first, ..., first + size - 1.
   template <class PointsOf>
-  void run(int64_t count, int64_t* indices, float* coefficients, const PointsOf& points_of) const {
+  void run(int64_t count, const Batch& batch, const PointsOf& points_of) const {
     Group groups[2];
     const auto fetch = [&](int64_t first, Group& group) {
       uint64_t points[kGroup];
@@ -32,7 +33,7 @@ class Draws {
       if (group.size == 0) return;
       points_of(first, group.size, points);
       for (int i = 0; i < group.size; ++i) {
-        group.bucket[i] = locate_(points[i], group.offset[i]);
+        group.bucket[i] = bucket_of_(points[i], group.offset[i]);
         __builtin_prefetch(table_ + group.bucket[i]);
       }
     };
@@ -40,40 +41,35 @@ class Draws {
     fetch(0, groups[now]);
     for (int64_t first = 0; first < count; first += kGroup, now ^= 1) {
       fetch(first + kGroup, groups[now ^ 1]);
-      resolve(groups[now], indices + first, coefficients + first);
+      find(groups[now], batch.indices + first, batch.weights + first);
     }
   }
 
  private:
-  void resolve(const Group& group, int64_t* indices, float* coefficients) const {
+  void find(const Group& group, int64_t* indices, float* weights) const {
     for (int i = 0; i < group.size; ++i) {
       const uint64_t index = group.bucket[i];
-      indices[i] = fastis::resolve(BucketBits::read(table_ + index), index, group.offset[i], bits_,
-                                   coefficients[i]);
+      indices[i] = item_at(BucketBits::read(table_ + index), index, group.offset[i], buckets_.bits,
+                           weights[i]);
     }
   }
 
   const Bucket* table_;
-  int bits_;
-  Locator locate_;
+  Buckets buckets_;
+  BucketFinder bucket_of_;
 };
 
 }  // namespace
 
-void alias_draw(Pointer<const uint64_t> table, int64_t n, uint64_t total, uint64_t seed,
-                int64_t first, int64_t count, Pointer<int64_t> indices,
-                Pointer<float> coefficients) {
-  const Draws draws(reinterpret_cast<const Bucket*>(table.address), n, total);
-  draws.run(count, indices, coefficients, [&](int64_t b, int size, uint64_t* points) {
-    random_points(seed, Stream::weights, 0, first + b, size, total, points);
+void alias_draw(const AliasTable& table, const Draws& draws, const Batch& batch) {
+  InverseCdf(table).run(draws.count, batch, [&](int64_t b, int size, uint64_t* points) {
+    random_points(draws.seed, Stream::weights, 0, draws.first + b, size, table.total, points);
   });
 }
 
-void alias_resolve(Pointer<const uint64_t> table, int64_t n, uint64_t total,
-                   Pointer<const uint64_t> points, int64_t count, Pointer<int64_t> indices,
-                   Pointer<float> coefficients) {
-  const Draws draws(reinterpret_cast<const Bucket*>(table.address), n, total);
-  draws.run(count, indices, coefficients, [&](int64_t b, int size, uint64_t* out) {
+void alias_inverse_cdf(const AliasTable& table, Pointer<const uint64_t> points, int64_t count,
+                       const Batch& batch) {
+  InverseCdf(table).run(count, batch, [&](int64_t b, int size, uint64_t* out) {
     std::memcpy(out, points + b, sizeof(uint64_t) * size);
   });
 }

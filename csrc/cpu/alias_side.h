@@ -1,9 +1,8 @@
 // The two sides of the merge that alias_build.cpp does: a block's light or heavy items, selected a
-// vector at a time, with their running sums. Bytes read: each side the weights, once.
+// vector at a time, with their prefix sums. Bytes read: each side the weights, once.
 #pragma once
 
-#include "alias.h"
-#include "cpu/integers.h"
+#include "cpu/categorical.h"
 
 namespace fastis::FASTIS_ISA {
 
@@ -12,7 +11,7 @@ constexpr int kPadding = 16;  // items: vectors are read and written whole
 
 // The table to build, and of what.
 struct Job {
-  Weights weights;
+  const IntegerWeights& weights;
   Buckets buckets;
   double total, n;  // for the coefficients
   Bucket* table;
@@ -134,7 +133,7 @@ class Side {
   bool advance(const Job& job, const Before* before) {
     size = at = 0;
     while (size == 0 && next < job.blocks) {
-      if (before == nullptr || before->has<kHeavy>(job, next)) read(job, next);
+      if (before == nullptr || before->has<kHeavy>(job, next)) select(job, next);
       ++next;
     }
     return size > 0;
@@ -148,12 +147,12 @@ class Side {
   }
 
  private:
-  void read(const Job& job, int64_t block) {
+  void select(const Job& job, int64_t block) {
     alignas(64) uint64_t integers[kBlock + kPadding];
     const int count = job.size(block), border = job.larger(block);
     const uint64_t capacity = job.buckets.capacity;
     base = block * kBlock;
-    job.weights.read(base, count, integers);
+    read(job.weights, base, count, integers);
     const int before_border =
         select_items<kHeavy>(integers, 0, border, capacity + 1, place, weight, 0);
     size = select_items<kHeavy>(integers, border, count, capacity, place, weight, before_border);

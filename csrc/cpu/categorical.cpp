@@ -1,13 +1,16 @@
-// From float weights to integer ones: the power of two that brings their sum to about 2^61, the
-// running sums of groups of 64, and the integers themselves where they are wanted.
+// Fixed weights: quantized to integers, with a power of two that brings their sum to about 2^61,
+// and drawn from by search in the prefix sums of groups of 64. Nothing else is built, so this is
+// for a few draws from weights that change.
 //
-// The integers are floor(w 2^shift), at least 1 where w > 0; weigh() finds the shift and the sums
-// in one pass over the floats if it can. A sum of floats in doubles is exact where all of them are
-// multiples of one power of two and the sum is below 2^53 times that; and the integers add up to it
-// where that power times 2^shift is at least 1, so that nothing is cut off. A chunk for which this
-// can't be certified is read again, in integers.
-// Bytes moved: the weights once, or twice where chunks are not certified (always in float64).
-#include "cpu/integers.h"
+// The integers are floor(w 2^shift), at least 1 where w > 0; quantize() finds the shift and the
+// sums in one pass over the floats if it can. A sum of floats in doubles is exact where all of them
+// are multiples of one power of two and the sum is below 2^53 times that; and the integers add up
+// to it where that power times 2^shift is at least 1, so that nothing is cut off. A chunk for which
+// this can't be certified is read again, in integers. Bytes moved: the weights once, or twice where
+// chunks are not certified (always in float64). A draw: a cache line for each of log2(N / 64)
+// steps, and a group of weights.
+#include "cpu/categorical.h"
+
 #include "fastis.h"
 
 namespace fastis::FASTIS_ISA {
@@ -45,7 +48,7 @@ struct Extremes {
   }
 };
 
-// The sum of a whole group; four running sums hide the latency of the additions.
+// The sum of a whole group; four sums side by side hide the latency of the additions.
 template <class S>
 __attribute__((always_inline)) inline double sum_group(const S* weights,
                                                        Extremes<Compute<S>>& extremes) {
@@ -74,7 +77,7 @@ struct Padded {
 };
 
 template <class S>
-Chunk survey(const S* weights, int count, double* sums) {
+Chunk reduce(const S* weights, int count, double* sums) {
   using F = Compute<S>;
   Extremes<F> extremes;
   Chunk chunk{};
@@ -99,16 +102,35 @@ Chunk survey(const S* weights, int count, double* sums) {
   return chunk;
 }
 
-// Integers already: nothing to survey, and weigh() gives them no shift.
-Chunk survey(const int64_t*, int, double*) { return {0, 1, 0, kRounded}; }
+// Integers already: nothing to reduce, and quantize() gives them no shift.
+Chunk reduce(const int64_t*, int, double*) { return {0, 1, 0, kRounded}; }
+
+// The sums of groups of integers, in place of those of their floats where these are exact.
+void sum_groups(const IntegerWeights& weights, int64_t first, int count, bool exact,
+                uint64_t* sums) {
+  const int groups = (count + kGroup - 1) / kGroup;
+  alignas(64) uint64_t integers[kChunk];
+  if (exact) {
+    read_integers(reinterpret_cast<double*>(sums), groups, weights.shift, integers);
+    std::memcpy(sums, integers, sizeof(uint64_t) * groups);
+    return;
+  }
+  read(weights, first, count, integers);
+  for (int g = 0; g < groups; ++g) {
+    const int end = (g + 1) * kGroup < count ? (g + 1) * kGroup : count;
+    uint64_t sum = 0;
+    for (int i = g * kGroup; i < end; ++i) sum += integers[i];
+    sums[g] = sum;
+  }
+}
 
 int bit_length(uint64_t x) { return x == 0 ? 0 : 64 - __builtin_clzll(x); }
 
-struct Survey {
-  const Weights& weights;
-  int64_t chunks;
+// Weights cut into chunks.
+struct Chunks {
+  const IntegerWeights& weights;
   int threads;
-  const Chunk* of;
+  int64_t count = (weights.n + kChunk - 1) / kChunk;
 
   int size(int64_t chunk) const {
     const int64_t left = weights.n - chunk * kChunk;
@@ -116,14 +138,14 @@ struct Survey {
   }
 
   uint64_t sum_of_integers(int shift) const {
-    const Weights shifted{weights.format, weights.values, weights.n, shift};
+    IntegerWeights shifted = weights;
+    shifted.shift = shift;
     uint64_t sum = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : sum) if (threads > 1)
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (int64_t chunk = 0; chunk < count; ++chunk) {
       alignas(64) uint64_t integers[kChunk];
-      const int count = size(chunk);
-      shifted.read(chunk * kChunk, count, integers);
-      for (int i = 0; i < count; ++i) sum += integers[i];
+      read(shifted, chunk * kChunk, size(chunk), integers);
+      for (int i = 0; i < size(chunk); ++i) sum += integers[i];
     }
     return sum;
   }
@@ -140,74 +162,98 @@ struct Survey {
   }
 };
 
+constexpr int kDraws = 64;  // searched abreast, so that their cache misses overlap
+
+// group[i]: the first whose prefix sum is above points[i].
+void find_groups(const uint64_t* prefix, int64_t groups, const uint64_t* points, int size,
+                 int64_t* group) {
+  for (int i = 0; i < size; ++i) group[i] = 0;
+  for (int64_t length = groups; length > 1;) {
+    const int64_t half = length / 2;
+    length -= half;
+    for (int i = 0; i < size; ++i) {
+      group[i] += prefix[group[i] + half - 1] <= points[i] ? half : 0;
+      __builtin_prefetch(prefix + group[i] + length / 2 - 1);
+    }
+  }
+}
+
 }  // namespace
 
-bool weigh(int format, Pointer<const void> values, int64_t n, int threads, Pointer<uint64_t> ends,
-           Pointer<int64_t> shift_and_total) {
-  Weights weights{format, values, n, 0};
-  const int64_t chunks = (n + kChunk - 1) / kChunk;
+bool quantize(const IntegerWeights& given, int threads, Pointer<int64_t> shift_and_total) {
+  IntegerWeights weights = given;
+  const Chunks chunks{weights, threads};
   constexpr int kGroups = kChunk / kGroup;
-  const Scratch<Chunk> chunk_of(chunks);
-  const Survey survey_of{weights, chunks, threads, chunk_of};
-  double* const sums = reinterpret_cast<double*>(ends.address);  // until they are integers
+  const Scratch<Chunk> chunk_of(chunks.count);
+  uint64_t* const prefix = weights.prefix;
+  double* const sums = reinterpret_cast<double*>(prefix);  // until they are integers
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    chunk_of[chunk] = weights.visit([&](const auto* w) {
-      return survey(w + chunk * kChunk, survey_of.size(chunk), sums + chunk * kGroups);
+  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+    chunk_of[chunk] = visit(weights, [&](const auto* w) {
+      return reduce(w + chunk * kChunk, chunks.size(chunk), sums + chunk * kGroups);
     });
   }
   double least = 0, most = 0, sum = 0;
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     least = chunk_of[chunk].least < least ? chunk_of[chunk].least : least;
     most = chunk_of[chunk].most > most ? chunk_of[chunk].most : most;
     sum += chunk_of[chunk].sum;
   }
   const bool usable = least >= 0 && most > 0 && most < __builtin_inf() && sum == sum;
   if (!usable) return false;
-  if (format != kIntegers) {
+  if (weights.format != fastis::Format::int64) {
     int exponent;
     __builtin_frexp(most, &exponent);  // most < 2^exponent
-    const int first = kSumBits - bit_length(static_cast<uint64_t>(n - 1)) - exponent;
-    weights.shift = first + survey_of.spare_bits(sum, first);
+    const int first = kSumBits - bit_length(static_cast<uint64_t>(weights.n - 1)) - exponent;
+    weights.shift = first + chunks.spare_bits(sum, first);
   }
-  const int shift = weights.shift;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const int count = survey_of.size(chunk), groups = (count + kGroup - 1) / kGroup;
-    uint64_t* const out = ends + chunk * kGroups;
-    alignas(64) uint64_t integers[kChunk];
-    if (chunk_of[chunk].lowest + shift >= 0) {
-      read_integers(sums + chunk * kGroups, groups, shift, integers);
-      for (int g = 0; g < groups; ++g) out[g] = integers[g];
-      continue;
-    }
-    weights.read(chunk * kChunk, count, integers);
-    for (int g = 0; g < groups; ++g) {
-      const int end = (g + 1) * kGroup < count ? (g + 1) * kGroup : count;
-      uint64_t group_sum = 0;
-      for (int i = g * kGroup; i < end; ++i) group_sum += integers[i];
-      out[g] = group_sum;
-    }
+  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+    sum_groups(weights, chunk * kChunk, chunks.size(chunk),
+               chunk_of[chunk].lowest + weights.shift >= 0, prefix + chunk * kGroups);
   }
   uint64_t total = 0;
-  for (int64_t g = 0; g < (n + kGroup - 1) / kGroup; ++g) ends[g] = total += ends[g];
-  shift_and_total[0] = shift;
+  for (int64_t g = 0; g < (weights.n + kGroup - 1) / kGroup; ++g) prefix[g] = total += prefix[g];
+  shift_and_total[0] = weights.shift;
   shift_and_total[1] = static_cast<int64_t>(total);
   return true;
 }
 
-void integers(int format, Pointer<const void> values, int64_t n, int shift, int threads,
-              Pointer<uint64_t> out) {
-  const Weights weights{format, values, n, shift};
-  const int64_t chunks = (n + kChunk - 1) / kChunk;
+void integer_weights(const IntegerWeights& weights, int threads, Pointer<uint64_t> out) {
+  const Chunks chunks{weights, threads};
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+  for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
     alignas(64) uint64_t buffer[kChunk];
-    const int64_t begin = chunk * kChunk;
-    const int count = static_cast<int>(n - begin < kChunk ? n - begin : kChunk);
-    weights.read(begin, count, buffer);
-    std::memcpy(out + begin, buffer, sizeof(uint64_t) * count);
+    read(weights, chunk * kChunk, chunks.size(chunk), buffer);
+    std::memcpy(out + chunk * kChunk, buffer, sizeof(uint64_t) * chunks.size(chunk));
   }
+}
+
+void categorical_draw(const IntegerWeights& weights, const Draws& draws, const Batch& batch) {
+  const int64_t n = weights.n, groups = (n + kGroup - 1) / kGroup;
+  const uint64_t* const prefix = weights.prefix;
+  const double total = static_cast<double>(weights.total), items = static_cast<double>(n);
+  for (int64_t b = 0; b < draws.count; b += kDraws) {
+    const int size = draws.count - b < kDraws ? static_cast<int>(draws.count - b) : kDraws;
+    uint64_t points[kDraws];
+    int64_t group[kDraws];
+    random_points(draws.seed, Stream::weights, 0, draws.first + b, size, weights.total, points);
+    find_groups(prefix, groups, points, size, group);
+    for (int i = 0; i < size; ++i) {
+      const int64_t begin = group[i] * kGroup;
+      alignas(64) uint64_t integers[kGroup];
+      read(weights, begin, static_cast<int>(n - begin < kGroup ? n - begin : kGroup), integers);
+      uint64_t x = points[i] - (group[i] > 0 ? prefix[group[i] - 1] : 0);
+      int item = 0;
+      while (x >= integers[item]) x -= integers[item++];
+      batch.indices[b + i] = begin + item;
+      batch.weights[b + i] = coefficient_of(total, items, integers[item]);
+    }
+  }
+}
+
+void random_integers(uint64_t total, const Draws& draws, Pointer<uint64_t> out) {
+  random_points(draws.seed, Stream::weights, 0, draws.first, draws.count, total, out);
 }
 
 }  // namespace fastis::FASTIS_ISA

@@ -3,60 +3,6 @@
 
 namespace fastis::FASTIS_NAMESPACE {
 
-// SIMD lanes (floats) that this build uses.
-int lanes();
-
-// One iteration: the observed scores into the states and the tree (unless the table has no states),
-// the variance moments, and the clock of updates. An index out of range is an IndexError, before
-// anything has changed.
-void update(Pointer<const Table> table, const Observation& observation);
-
-// The next minibatch: without replacement in the warm-up, by importance (or uniformly) after it.
-void draw(Pointer<const Table> table, const Batch& batch);
-
-// Codes, e0 and totals anew from the states of all samples, which have been written from outside.
-void rescale(Pointer<const Table> table);
-
-// What a draw does with points of its own: the items at `points`, each below the total of the
-// distribution as it stands (past the warm-up; only for tables with states).
-void table_inverse_cdf(Pointer<const Table> table, Pointer<const uint64_t> points /* [count] */,
-                       int64_t count, const Batch& found /* [count] */);
-
-// One saved state into another, without the flags of capped items. A caller that holds the GIL gets
-// all of one moment.
-void copy_state(int64_t num_scalars, int64_t num_states, const Durable& from, const Durable& to);
-
-// Can these states be those of a table with this clock and e0? The first that can't, or -1; then
-// `found` is how many are seen and the sum of their integer weights (-1: 2^63 or more).
-int64_t check_states(Pointer<const State> states /* [N] */, int64_t n, int64_t updates,
-                     int exponent, Importance importance, Pointer<int64_t> found /* [2] */);
-
-// Draws from given weights. format: 0 float, 1 double, 2 bfloat16, 3 float16 of the weights, whose
-// integers are floor(w 2^shift), at least 1 where w > 0; 4: int64, the integers themselves.
-// weigh: the shift with which they add up to about 2^61, that total, and the running sums of groups
-// of 64. False: a weight is negative or not finite, or all are 0.
-bool weigh(int format, Pointer<const void> weights /* [N] */, int64_t n, int threads,
-           Pointer<uint64_t> ends /* [ceil(N / 64)] */, Pointer<int64_t> shift_and_total /* [2] */);
-void integers(int format, Pointer<const void> weights /* [N] */, int64_t n, int shift, int threads,
-              Pointer<uint64_t> out /* [N] */);
-// `count` draws, the first of them number `first` of the stream of `seed`, by searching `ends`;
-// coefficients = total / (N integer).
-void search(int format, Pointer<const void> weights /* [N] */, int64_t n, int shift,
-            Pointer<const uint64_t> ends, uint64_t total, uint64_t seed, int64_t first,
-            int64_t count, Pointer<int64_t> indices /* [count] */,
-            Pointer<float> coefficients /* [count] */);
-// The alias table of the weights; draws from it, or the items of given points below the total.
-void alias_build(int format, Pointer<const void> weights /* [N] */, int64_t n, int shift,
-                 uint64_t total, int threads, Pointer<uint64_t> table /* [N, 2] */);
-void alias_draw(Pointer<const uint64_t> table /* [N, 2] */, int64_t n, uint64_t total,
-                uint64_t seed, int64_t first, int64_t count, Pointer<int64_t> indices /* [count] */,
-                Pointer<float> coefficients /* [count] */);
-void alias_resolve(Pointer<const uint64_t> table /* [N, 2] */, int64_t n, uint64_t total,
-                   Pointer<const uint64_t> points /* [count] */, int64_t count,
-                   Pointer<int64_t> indices /* [count] */, Pointer<float> coefficients);
-void draw_points(uint64_t total, uint64_t seed, int64_t first, int64_t count,
-                 Pointer<uint64_t> points /* [count] */);
-
 // Cross-entropy: loss, score and gradient in one pass. format: 0 float, 1 double, 2 bfloat16,
 // 3 float16 of the logits; other tensors are float (double for double), grad is in the logits'
 // format (float for float16). A null pointer: no such tensor.
@@ -81,5 +27,44 @@ void label_loss(int kind, int format, Pointer<const void> logits /* [B, L] */,
                 bool reduce, Pointer<void> grad /* [B, L] */, Pointer<void> loss,
                 Pointer<void> losses, Pointer<void> score, Pointer<void> mean_grad /* [L] */,
                 int threads);
+
+// One iteration: the observed scores into the states and the tree (unless the table has no states),
+// the variance moments, and the clock of updates. An index out of range is an IndexError, before
+// anything has changed.
+void update(Pointer<const Table> table, const Observation& observation);
+
+// The next minibatch: without replacement in the warm-up, by importance (or uniformly) after it.
+void draw(Pointer<const Table> table, const Batch& batch);
+
+// Codes, e0 and totals anew from the states of all samples, which have been written from outside.
+void rescale(Pointer<const Table> table);
+
+// One saved state into another, without the flags of capped items. A caller that holds the GIL gets
+// all of one moment.
+void copy_state(int64_t num_scalars, int64_t num_states, const Durable& from, const Durable& to);
+
+// Can these states be those of a table with this clock and e0? The first that can't, or -1; then
+// `found` is how many are seen and the sum of their integer weights (-1: 2^63 or more).
+int64_t check_states(Pointer<const State> states /* [N] */, int64_t n, int64_t updates,
+                     int exponent, Importance importance, Pointer<int64_t> found /* [2] */);
+
+// Categorical: draws from fixed weights.
+
+// Finds the shift with which the integers add up to about 2^61 (0 for integers) and that total;
+// fills weights.prefix [ceil(N / 64)]. Reads format, values and n of the weights. False: a weight
+// is negative or not finite, or all are 0.
+bool quantize(const IntegerWeights& weights, int threads,
+              Pointer<int64_t> shift_and_total /* [2] */);
+void integer_weights(const IntegerWeights& weights, int threads, Pointer<uint64_t> out /* [N] */);
+// Coefficients are total / (N integer).
+void categorical_draw(const IntegerWeights& weights, const Draws& draws,
+                      const Batch& batch /* [count] */);
+void alias_build(const IntegerWeights& weights, int threads, Pointer<Bucket> table /* [N] */);
+void alias_draw(const AliasTable& table, const Draws& draws, const Batch& batch /* [count] */);
+// The items at points below the total.
+void alias_inverse_cdf(const AliasTable& table, Pointer<const uint64_t> points /* [count] */,
+                       int64_t count, const Batch& batch /* [count] */);
+// Uniform in [0, total).
+void random_integers(uint64_t total, const Draws& draws, Pointer<uint64_t> out /* [count] */);
 
 }  // namespace fastis::FASTIS_NAMESPACE

@@ -206,15 +206,6 @@ void draw_by_importance(const Table& t, uint64_t iteration, const Batch& batch) 
 
 }  // namespace
 
-void table_inverse_cdf(Pointer<const Table> table, Pointer<const uint64_t> points, int64_t count,
-                       const Batch& found) {
-  const Distribution distribution(*table.address);
-  for (int64_t first = 0; first < count; first += kBlock) {
-    const int size = static_cast<int>(std::min<int64_t>(kBlock, count - first));
-    distribution.find(points + first, size, {found.indices + first, found.weights + first});
-  }
-}
-
 void draw(Pointer<const Table> table, const Batch& batch) {
   const Table& t = *table.address;
   const int64_t iteration = t.scalars->draws++;

@@ -1,4 +1,4 @@
-// Sums over the tiles of given weights: a warp a tile.
+// Sums over tiles of weights: a warp a tile.
 #pragma once
 
 #include <cub/warp/warp_reduce.cuh>
@@ -22,7 +22,7 @@ __device__ inline device::Threads threads() { return {blockIdx.x, threadIdx.x, g
 // sums[tile] = sum of of_quad(quad) over its quads. The tiles of a warp follow from Threads as
 // those of a thread do, with a warp for a thread.
 template <class Sum, class OfQuad>
-__device__ void sum_tiles(const device::GivenWeights& weights, Sum* sums, const OfQuad& of_quad) {
+__device__ void sum_tiles(const device::TiledWeights& weights, Sum* sums, const OfQuad& of_quad) {
   using Reduce = cub::WarpReduce<Sum>;
   __shared__ typename Reduce::TempStorage storage[device::kThreads / kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;

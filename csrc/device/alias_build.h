@@ -33,26 +33,24 @@ struct TileSums {
 };
 static_assert(sizeof(TileSums) == 24);
 
-FASTIS_HD inline int64_t parts_of(const GivenWeights& weights) {
-  return (2 * weights.tiles() + kSteps - 1) / kSteps;
-}
+FASTIS_HD inline int64_t parts_of(int64_t n) { return (2 * tiles_of(n) + kSteps - 1) / kSteps; }
 
 struct AliasJob {
-  GivenWeights weights;
+  TiledWeights weights;
   Buckets buckets;
   double total, n;         // for the coefficients
   const TileSums* before;  // [tiles + 1]
   Bucket* table;           // [N]
 
-  FASTIS_HD AliasJob(const GivenWeights& given, uint64_t all, const TileSums* sums, Bucket* out)
-      : weights(given),
-        buckets(all, static_cast<uint64_t>(given.n)),
-        total(static_cast<double>(all)),
-        n(static_cast<double>(given.n)),
+  FASTIS_HD AliasJob(const TiledWeights& all, const TileSums* sums, Bucket* out)
+      : weights(all),
+        buckets(all.total, static_cast<uint64_t>(all.n)),
+        total(static_cast<double>(all.total)),
+        n(static_cast<double>(all.n)),
         before(sums),
         table(out) {}
 
-  FASTIS_HD int64_t parts() const { return parts_of(weights); }
+  FASTIS_HD int64_t parts() const { return parts_of(weights.n); }
   FASTIS_HD int64_t heavies(int64_t tile) const {
     const int64_t items = tile * kTile;
     return (items < weights.n ? items : weights.n) - before[tile].lights;
@@ -153,7 +151,7 @@ class Side {
             each(job, first_quad + q, quad, [&](int j, uint64_t weight, uint64_t difference) {
               sums[at.count] = kHeavy ? at.sum + difference : at.sum;
               position[at.count] = static_cast<uint16_t>(q * kQuad + j);
-              if (kHeavy) coefficient[at.count] = alias_coefficient(job.total, job.n, weight);
+              if (kHeavy) coefficient[at.count] = coefficient_of(job.total, job.n, weight);
               at = at + Running{difference, 1};
             });
           });
@@ -242,7 +240,7 @@ FASTIS_HD void build_part(Block& block, PartMemory& memory, const AliasJob& job,
     const int64_t index = light.index(i);
     const uint64_t own = job.buckets[index] - light.deficit(i);
     BucketBits::write(job.table + index, own << bits | static_cast<uint64_t>(heavy.index(j)),
-                      alias_coefficient(job.total, job.n, own), memory.coefficient[j]);
+                      coefficient_of(job.total, job.n, own), memory.coefficient[j]);
   });
   const int first_heavy = heavy.first_from(from.heavy_end);
   // Whole tiles lie behind a place even where their last items add nothing to the surpluses.
@@ -261,10 +259,10 @@ FASTIS_HD void build_part(Block& block, PartMemory& memory, const AliasJob& job,
     } else if (memory.next != kNone) {
       next = static_cast<int64_t>(memory.next);
       next_coefficient =
-          alias_coefficient(job.total, job.n, job.weights.read(next / kQuad).at(next % kQuad));
+          coefficient_of(job.total, job.n, job.weights.read(next / kQuad).at(next % kQuad));
     }
-    const uint64_t given = light.sum(light.first_from(heavy.sum(j)));
-    const uint64_t own = job.buckets[index] + heavy.sum(j) - given;
+    const uint64_t filled = light.sum(light.first_from(heavy.sum(j)));
+    const uint64_t own = job.buckets[index] + heavy.sum(j) - filled;
     BucketBits::write(job.table + index, own << bits | static_cast<uint64_t>(next),
                       memory.coefficient[j], next_coefficient);
   });

@@ -1,23 +1,21 @@
-// Weights that a caller gives, on the device: their integers floor(w 2^shift), but at least 1 where
-// w > 0, as cpu/integers.h makes them; what a survey of them finds; and the search in running sums
-// of their integers. Each is written for one thread's share; csrc/cuda/categorical.cu and
-// emulate_categorical.cpp hand out the shares.
+// Fixed weights on the device: their largest value and sum, their integers (as cpu/categorical.h
+// makes them), and draws by search in prefix sums over tiles of integers. Each is written for one
+// thread's share; csrc/cuda/categorical.cu hands out the shares.
 #pragma once
 
 #include <cstring>
 
-#include "alias.h"
 #include "device/grid.h"
+#include "integer_weights.h"
 
 namespace fastis::device {
 
 constexpr int kQuad = 4;               // weights that a thread reads by one access
-constexpr int kTile = 256;             // weights to one running sum
+constexpr int kTile = 256;             // weights to one prefix sum
 constexpr int kQuads = kTile / kQuad;  // quads to a tile
-enum class Format : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3, int64 = 4 };
 
 // w = mantissa 2^exponent of a number with `kFraction` bits below the leading one, whose exponent
-// field counts from -kBias. The sign is left out: -0 is 0, and others are refused by the survey.
+// field counts from -kBias. The sign is left out: -0 is 0, and others are refused by reduce().
 template <class Bits, int kFraction, int kBias>
 struct Binary {
   uint64_t mantissa;
@@ -60,14 +58,14 @@ struct Quad {
   }
 };
 
-struct GivenWeights {
-  Format format;
-  const void* values;  // [n], aligned to 16 bytes
-  int64_t n;
-  int shift;
+FASTIS_HD inline int64_t tiles_of(int64_t n) { return (n + kTile - 1) / kTile; }
+
+// Weights read four at a time and added up by tiles.
+struct TiledWeights : IntegerWeights {
+  FASTIS_HD explicit TiledWeights(const IntegerWeights& weights) : IntegerWeights(weights) {}
 
   FASTIS_HD int64_t quads() const { return (n + kQuad - 1) / kQuad; }
-  FASTIS_HD int64_t tiles() const { return (n + kTile - 1) / kTile; }
+  FASTIS_HD int64_t tiles() const { return tiles_of(n); }
 
   // visit(weight, position in the quad) for what there is of a quad, as a Binary or an int64_t.
   template <class Visit>
@@ -102,7 +100,7 @@ struct GivenWeights {
   template <class Bits, class Number, class Visit>
   FASTIS_HD void each_of(int64_t quad, const Visit& visit) const {
     const int64_t first = quad * kQuad;
-    const Bits* const from = static_cast<const Bits*>(values) + first;
+    const Bits* const from = static_cast<const Bits*>(values.address) + first;
     Four<Bits> four{};
     if (first + kQuad <= n) {
       four = *reinterpret_cast<const Four<Bits>*>(from);
@@ -125,15 +123,15 @@ struct GivenWeights {
 
 // What the shift follows from. The sum is only known to about 2^-29 of itself: in which order
 // floats are added is left open.
-struct Survey {
+struct Reduction {
   double most = 0, sum = 0;
   int64_t unusable = 0;  // how many are negative or not finite
 
-  FASTIS_HD Survey operator+(const Survey& o) const {
+  FASTIS_HD Reduction operator+(const Reduction& o) const {
     return {most > o.most ? most : o.most, sum + o.sum, unusable + o.unusable};
   }
 };
-static_assert(sizeof(Survey) == 24);
+static_assert(sizeof(Reduction) == 24);
 
 FASTIS_HD inline double bits_to_double(uint64_t bits) {
   double value;
@@ -156,12 +154,12 @@ FASTIS_HD inline bool usable_weight(const Number& weight) {
   return weight.finite && !weight.negative;
 }
 
-FASTIS_HD inline Survey survey(const GivenWeights& weights, int64_t quad) {
-  Survey found;
+FASTIS_HD inline Reduction reduce(const TiledWeights& weights, int64_t quad) {
+  Reduction found;
   weights.each(quad, [&](const auto& weight, int) {
     const bool usable = usable_weight(weight);
     const double value = usable ? value_of(weight) : 0.0;
-    found = found + Survey{value, value, usable ? 0 : 1};
+    found = found + Reduction{value, value, usable ? 0 : 1};
   });
   return found;
 }
@@ -171,17 +169,17 @@ FASTIS_HD inline uint64_t sum_of(const Quad& quad) {
   return (quad.weight[0] + quad.weight[1]) + (quad.weight[2] + quad.weight[3]);
 }
 
-// The item at point x: `ends` are the running sums of the tiles. A step of the binary search and
-// one of the walk through the tile are one access each.
-FASTIS_HD inline int64_t find_item(const GivenWeights& weights, const uint64_t* ends, uint64_t x,
-                                   uint64_t& weight) {
+// The item at point x, and its weight. A step of the binary search and one of the walk through the
+// tile are one access each.
+FASTIS_HD inline int64_t inverse_cdf(const TiledWeights& weights, uint64_t x, uint64_t& weight) {
+  const uint64_t* const prefix = weights.prefix;
   int64_t low = 0;
   for (int64_t length = weights.tiles(); length > 1;) {
     const int64_t half = length / 2;
-    low += ends[low + half - 1] <= x ? half : 0;
+    low += prefix[low + half - 1] <= x ? half : 0;
     length -= half;
   }
-  x -= low > 0 ? ends[low - 1] : 0;
+  x -= low > 0 ? prefix[low - 1] : 0;
   for (int64_t q = low * kQuads;; ++q) {
     const Quad quad = weights.read(q);
     const uint64_t sum = sum_of(quad);
@@ -196,14 +194,18 @@ FASTIS_HD inline int64_t find_item(const GivenWeights& weights, const uint64_t* 
   }
 }
 
-FASTIS_HD inline void search(const GivenWeights& weights, const uint64_t* ends, uint64_t total,
-                             uint64_t seed, uint64_t first, int64_t b, int64_t* indices,
-                             float* coefficients) {
-  const uint64_t x = scale(random128(seed, Stream::weights, 0, first + b), total);
+// One of the integers below `total` that a stretch of the stream gives.
+FASTIS_HD inline uint64_t random_integer(const Draws& draws, int64_t b, uint64_t total) {
+  const uint64_t number = draws.first + static_cast<uint64_t>(b);
+  return scale(random128(draws.seed, Stream::weights, 0, number), total);
+}
+
+FASTIS_HD inline void categorical_draw(const TiledWeights& weights, const Draws& draws, int64_t b,
+                                       const Batch& batch) {
   uint64_t weight = 0;
-  indices[b] = find_item(weights, ends, x, weight);
-  coefficients[b] =
-      alias_coefficient(static_cast<double>(total), static_cast<double>(weights.n), weight);
+  batch.indices[b] = inverse_cdf(weights, random_integer(draws, b, weights.total), weight);
+  batch.weights[b] =
+      coefficient_of(static_cast<double>(weights.total), static_cast<double>(weights.n), weight);
 }
 
 }  // namespace fastis::device

@@ -1,4 +1,4 @@
-"""Float weights as integers of a fixed sum, in PyTorch."""
+"""Weights as integers: floor(w 2^shift) of floats w, with a power of two for a fixed sum."""
 
 from __future__ import annotations
 
@@ -8,19 +8,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastis.kernels.formats import FORMAT_CODES
 from fastis.kernels.layout import SUM_BITS
 
 
-class Weights(NamedTuple):
-    """Weights that add up to an integer."""
+class IntegerWeights(NamedTuple):
+    """Weights that add up to an integer, as csrc/integer_weights.h has them."""
 
-    values: Tensor  # float [N], whose integers are those of integers(); or int64 [N], the integers
+    values: Tensor  # float [N], whose integers are those of quantized(); or int64 [N], the integers
     shift: int
     total: int
-    ends: Tensor  # int64: running sums of the integers, spaced as the backend likes
+    prefix: Tensor  # int64: prefix sums of the integers, over groups as the backend likes
 
 
-def integers(values: Tensor, shift: int) -> Tensor:
+def arguments(
+    values: Tensor, shift: int, total: int, prefix: Tensor
+) -> tuple[int, int, int, int, int, int]:
+    """What an entry point of the extension takes of IntegerWeights, by position."""
+    code = FORMAT_CODES[values.dtype]
+    return code, values.data_ptr(), values.numel(), shift, total, prefix.data_ptr()
+
+
+def quantized(values: Tensor, shift: int) -> Tensor:
     """floor(w 2^shift) as int64, but at least 1 where w > 0."""
     w = values.double()
     half = shift // 2  # in two factors, since 2^shift itself may overflow
@@ -36,7 +45,7 @@ def shift_of(values: Tensor) -> int:
     n = values.numel()
     _, exponent = math.frexp(float(values.max()))  # max < 2^exponent
     first = SUM_BITS - (n - 1).bit_length() - exponent
-    at_most = int(integers(values, first).sum()) + n  # each integer is off by less than 1
+    at_most = int(quantized(values, first).sum()) + n  # each integer is off by less than 1
     return first + SUM_BITS - at_most.bit_length()
 
 

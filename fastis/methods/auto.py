@@ -86,8 +86,8 @@ class Auto(EMAIS):
         kernels = kernels_for("categorical", table.device.type)
         n, b = constants.num_samples, constants.batch_size
         start = first * b % FOREVER  # the counters are 64 bits wide
-        points = kernels.draw_points(n, constants.seed, start, b, table.device)
-        indices.copy_(torch.where(uniform, points, indices))
+        uniform_indices = kernels.random_integers(n, constants.seed, start, b, table.device)
+        indices.copy_(torch.where(uniform, uniform_indices, indices))
         weights.masked_fill_(uniform, 1.0)
 
     def update(self, table: Table, observation: Observation) -> None:

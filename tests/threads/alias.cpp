@@ -31,10 +31,11 @@ bool equal(int shape, unsigned blocks) {
     values[i] = weight_of(shape, i, n, normal(random));
     total += static_cast<uint64_t>(values[i]);
   }
-  const GivenWeights weights{Format::int64, values.data(), n, 0};
+  const TiledWeights weights(
+      IntegerWeights{Format::int64, {values.data()}, n, 0, total, {nullptr}});
   std::vector<TileSums> sums(static_cast<size_t>(weights.tiles() + 1), TileSums{0, 0, 0});
   std::vector<Bucket> ours(n), theirs(n);
-  const AliasJob job(weights, total, sums.data(), ours.data());
+  const AliasJob job(weights, sums.data(), ours.data());
   for (int64_t tile = 0; tile < weights.tiles(); ++tile) {
     sums[tile + 1] = sums[tile];
     for (int64_t quad = tile * kQuads; quad < (tile + 1) * kQuads; ++quad) {
@@ -53,7 +54,7 @@ bool equal(int shape, unsigned blocks) {
       }
     });
   }
-  const AliasJob expected(weights, total, sums.data(), theirs.data());
+  const AliasJob expected(weights, sums.data(), theirs.data());
   const HostBlock host(7919);
   const auto host_memory = std::make_unique<PartMemory>();
   for (int64_t part = 0; part < job.parts(); ++part) {

@@ -1,24 +1,17 @@
-"""Draws from given weights on the CPU: csrc/cpu/{categorical,alias_*}.cpp."""
+"""Draws from fixed weights on the CPU: csrc/cpu/{categorical,alias_*}.cpp."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from fastis.batch import Batch
 from fastis.kernels.extension import _C
-from fastis.kernels.memory import empty
-from fastis.kernels.quantize import Weights
+from fastis.kernels.memory import empty, empty_batch
+from fastis.kernels.quantize import IntegerWeights, arguments
 
-# Of given weights: code of the format.
-_FORMATS = {
-    torch.float32: 0,
-    torch.float64: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-    torch.int64: 4,
-}
-_GROUP = 64  # weights to one of the running sums
-# Weights from which there are several threads. Fewer take 0.2 ms to weigh: what a busy core may
+_GROUP = 64  # weights to one of the prefix sums
+# Weights from which there are several threads. Fewer take 0.2 ms to quantize: what a busy core may
 # keep the others waiting is more.
 _PARALLEL_WEIGHTS = 1 << 20
 
@@ -27,69 +20,45 @@ def _threads(n: int) -> int:
     return 1 if n < _PARALLEL_WEIGHTS else torch.get_num_threads()
 
 
-def weigh(values: Tensor) -> Weights | None:
-    """See :func:`fastis.kernels.reference.categorical.weigh`; one running sum for 64 weights."""
+def quantize(values: Tensor) -> IntegerWeights | None:
+    """See :func:`fastis.kernels.reference.categorical.quantize`; prefix sums over 64 weights."""
     n = values.numel()
-    ends = values.new_empty(-(-n // _GROUP), dtype=torch.int64)
+    prefix = values.new_empty(-(-n // _GROUP), dtype=torch.int64)
     found = values.new_empty(2, dtype=torch.int64)
-    code = _FORMATS[values.dtype]
-    if not _C.weigh(code, values.data_ptr(), n, _threads(n), ends.data_ptr(), found.data_ptr()):
+    if not _C.quantize(*arguments(values, 0, 0, prefix), _threads(n), found.data_ptr()):
         return None
     shift, total = found.tolist()
-    return Weights(values, shift, total, ends)
+    return IntegerWeights(values, shift, total, prefix)
 
 
-def integers(weights: Weights) -> Tensor:
-    """See :func:`fastis.kernels.reference.categorical.integers`."""
-    values, n = weights.values, weights.values.numel()
-    out = empty((n,), torch.int64, values.device)
-    code = _FORMATS[values.dtype]
-    _C.integers(code, values.data_ptr(), n, weights.shift, _threads(n), out.data_ptr())
+def integer_weights(weights: IntegerWeights) -> Tensor:
+    """See :func:`fastis.kernels.reference.categorical.integer_weights`."""
+    n = weights.values.numel()
+    out = empty((n,), torch.int64, weights.values.device)
+    _C.integer_weights(*arguments(*weights), _threads(n), out.data_ptr())
     return out
 
 
-def search(weights: Weights, seed: int, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """See :func:`fastis.kernels.reference.categorical.search`."""
-    indices = weights.ends.new_empty(count)
-    coefficients = weights.ends.new_empty(count, dtype=torch.float32)
-    _C.search(
-        _FORMATS[weights.values.dtype],
-        weights.values.data_ptr(),
-        weights.values.numel(),
-        weights.shift,
-        weights.ends.data_ptr(),
-        weights.total,
-        seed,
-        first,
-        count,
-        indices.data_ptr(),
-        coefficients.data_ptr(),
-    )
-    return indices, coefficients
+def draw(weights: IntegerWeights, seed: int, first: int, count: int) -> Batch:
+    """See :func:`fastis.kernels.reference.categorical.draw`."""
+    prefix = weights.prefix
+    indices, r = prefix.new_empty(count), prefix.new_empty(count, dtype=torch.float32)
+    addresses = indices.data_ptr(), r.data_ptr()
+    _C.categorical_draw(*arguments(*weights), seed, first, count, *addresses)
+    return Batch(indices, r)
 
 
-def alias_build(weights: Weights) -> Tensor:
+def alias_build(weights: IntegerWeights) -> Tensor:
     """See :func:`fastis.kernels.reference.categorical.alias_build`."""
-    values, n = weights.values, weights.values.numel()
-    table = empty((n, 2), torch.int64, values.device)
-    _C.alias_build(
-        _FORMATS[values.dtype],
-        values.data_ptr(),
-        n,
-        weights.shift,
-        weights.total,
-        _threads(n),
-        table.data_ptr(),
-    )
+    n = weights.values.numel()
+    table = empty((n, 2), torch.int64, weights.values.device)
+    _C.alias_build(*arguments(*weights), _threads(n), table.data_ptr())
     return table
 
 
-def alias_draw(
-    table: Tensor, total: int, seed: int, first: int, count: int
-) -> tuple[Tensor, Tensor]:
+def alias_draw(table: Tensor, total: int, seed: int, first: int, count: int) -> Batch:
     """See :func:`fastis.kernels.reference.categorical.alias_draw`."""
-    indices = table.new_empty(count)
-    coefficients = table.new_empty(count, dtype=torch.float32)
+    indices, weights = table.new_empty(count), table.new_empty(count, dtype=torch.float32)
     _C.alias_draw(
         table.data_ptr(),
         len(table),
@@ -98,29 +67,22 @@ def alias_draw(
         first,
         count,
         indices.data_ptr(),
-        coefficients.data_ptr(),
+        weights.data_ptr(),
     )
-    return indices, coefficients
+    return Batch(indices, weights)
 
 
-def alias_resolve(table: Tensor, total: int, points: Tensor) -> tuple[Tensor, Tensor]:
-    """See :func:`fastis.kernels.reference.categorical.alias_resolve`."""
-    indices = torch.empty_like(points)
-    coefficients = points.new_empty(points.shape, dtype=torch.float32)
-    _C.alias_resolve(
-        table.data_ptr(),
-        len(table),
-        total,
-        points.data_ptr(),
-        points.numel(),
-        indices.data_ptr(),
-        coefficients.data_ptr(),
-    )
-    return indices, coefficients
+def alias_inverse_cdf(table: Tensor, total: int, points: Tensor) -> Batch:
+    """See :func:`fastis.kernels.reference.categorical.alias_inverse_cdf`."""
+    count = points.numel()
+    batch, addresses = empty_batch(table, count)
+    where = table.data_ptr(), len(table), total, points.data_ptr(), count
+    _C.alias_inverse_cdf(*where, *addresses)
+    return batch
 
 
-def draw_points(total: int, seed: int, first: int, count: int, device: torch.device) -> Tensor:
-    """See :func:`fastis.kernels.reference.categorical.draw_points`."""
-    points = torch.empty(count, dtype=torch.int64, device=device)
-    _C.draw_points(total, seed, first, count, points.data_ptr())
-    return points
+def random_integers(total: int, seed: int, first: int, count: int, device: torch.device) -> Tensor:
+    """See :func:`fastis.kernels.reference.categorical.random_integers`."""
+    out = torch.empty(count, dtype=torch.int64, device=device)
+    _C.random_integers(total, seed, first, count, out.data_ptr())
+    return out

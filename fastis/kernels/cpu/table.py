@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from fastis.batch import Batch, Observation
 from fastis.kernels.extension import _C
 from fastis.kernels.layout import Table
@@ -41,10 +39,3 @@ def update_and_draw(table: Table, observation: Observation, next_batch: Batch) -
     """See :func:`fastis.kernels.reference.table.update_and_draw`."""
     update(table, observation)
     draw(table, next_batch)
-
-
-def _inverse_cdf(table: Table, points: Tensor, indices: Tensor, weights: Tensor) -> None:
-    """See :func:`fastis.kernels.reference.table._inverse_cdf`."""
-    count = points.numel()
-    addresses = points.data_ptr(), count, indices.data_ptr(), weights.data_ptr()
-    _C.table_inverse_cdf(table.handle, *addresses)

@@ -1,24 +1,24 @@
-"""Draws from given weights in plain PyTorch: the oracle of every other backend."""
+"""Draws from fixed weights in plain PyTorch: the oracle of every other backend."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fastis.kernels import quantize
+from fastis.batch import Batch
 from fastis.kernels.alias import capacities, index_bits
-from fastis.kernels.quantize import Weights, coefficients
+from fastis.kernels.quantize import IntegerWeights, coefficients, quantized, shift_of
 from fastis.kernels.reference.philox import STREAM_WEIGHTS, random_words, scale
 
 
-def draw_points(total: int, seed: int, first: int, count: int, device: torch.device) -> Tensor:
-    """int64 [count]: points below ``total`` of draws ``first`` ... of the stream of ``seed``."""
+def random_integers(total: int, seed: int, first: int, count: int, device: torch.device) -> Tensor:
+    """int64 [count], uniform in [0, total): numbers ``first`` ... of the stream of ``seed``."""
     positions = torch.arange(first, first + count, device=device)
     return scale(random_words(seed, STREAM_WEIGHTS, 0, positions), total)
 
 
-def weigh(values: Tensor) -> Weights | None:
-    """The weights ``values`` (float [N], or int64 [N] with 0 < sum < 2^62) as integers, and sums.
+def quantize(values: Tensor) -> IntegerWeights | None:
+    """Integers for the weights ``values`` (float [N], or int64 [N] with 0 < sum < 2^62).
 
     None: a weight is negative or not finite, or all of them are 0.
     """
@@ -27,27 +27,27 @@ def weigh(values: Tensor) -> Weights | None:
         least, most = (float(v) for v in torch.aminmax(values))
         if not (least >= 0 and 0 < most < float("inf")):
             return None
-        shift = quantize.shift_of(values)
-    weights = Weights(values, shift, 0, values)
-    ends = torch.cumsum(integers(weights), 0)
-    return weights._replace(total=int(ends[-1]), ends=ends)
+        shift = shift_of(values)
+    weights = IntegerWeights(values, shift, 0, values)
+    prefix = torch.cumsum(integer_weights(weights), 0)
+    return weights._replace(total=int(prefix[-1]), prefix=prefix)
 
 
-def integers(weights: Weights) -> Tensor:
+def integer_weights(weights: IntegerWeights) -> Tensor:
     """int64 [N], of sum ``weights.total``."""
     if weights.values.dtype == torch.int64:
         return weights.values
-    return quantize.integers(weights.values, weights.shift)
+    return quantized(weights.values, weights.shift)
 
 
-def search(weights: Weights, seed: int, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Draws ``first`` ... of the stream of ``seed``: indices int64 and r float32, [count]."""
-    points = draw_points(weights.total, seed, first, count, weights.values.device)
-    indices = torch.searchsorted(weights.ends, points, right=True)
-    return indices, coefficients(integers(weights), weights.total, indices)
+def draw(weights: IntegerWeights, seed: int, first: int, count: int) -> Batch:
+    """Draws ``first`` ... of the stream of ``seed``, [count]."""
+    points = random_integers(weights.total, seed, first, count, weights.values.device)
+    indices = torch.searchsorted(weights.prefix, points, right=True)
+    return Batch(indices, coefficients(integer_weights(weights), weights.total, indices))
 
 
-def alias_build(weights: Weights) -> Tensor:
+def alias_build(weights: IntegerWeights) -> Tensor:
     """The alias table of the weights, int64 [N, 2]: 16 bytes a bucket (csrc/alias.h).
 
     A bucket's first number is ``own << bits | alias``: bucket i gives its first ``own`` units to
@@ -57,7 +57,7 @@ def alias_build(weights: Weights) -> Tensor:
     heavy ones in order; the heavy item fills light buckets until what is left of it fits its own.
     Where the sweep stands follows from prefix sums of deficits and surpluses.
     """
-    w, total = integers(weights), weights.total
+    w, total = integer_weights(weights), weights.total
     n = w.numel()
     capacity = capacities(total, n, w.device)
     light = torch.nonzero(w < capacity).flatten()
@@ -69,23 +69,22 @@ def alias_build(weights: Weights) -> Tensor:
     alias[light] = heavy[torch.searchsorted(surplus, before, right=True)]
     # A heavy item leaves its own bucket short by what the last light bucket took too much.
     reached = torch.cat([deficit.new_zeros(1), deficit])
-    given = reached[torch.searchsorted(reached, surplus)]
-    own[heavy] = capacity[heavy] + surplus - given
+    filled = reached[torch.searchsorted(reached, surplus)]
+    own[heavy] = capacity[heavy] + surplus - filled
     alias[heavy[:-1]] = heavy[1:]
     r = coefficients(w, total, torch.arange(n, device=w.device))
     second = torch.stack([r, r[alias]], dim=1).view(torch.int64)
     return torch.cat([(own << index_bits(n) | alias)[:, None], second], dim=1)
 
 
-def alias_draw(
-    table: Tensor, total: int, seed: int, first: int, count: int
-) -> tuple[Tensor, Tensor]:
-    """Draws ``first`` ... of the stream of ``seed``: indices int64 and r float32, [count]."""
-    return alias_resolve(table, total, draw_points(total, seed, first, count, table.device))
+def alias_draw(table: Tensor, total: int, seed: int, first: int, count: int) -> Batch:
+    """Draws ``first`` ... of the stream of ``seed``, [count]."""
+    points = random_integers(total, seed, first, count, table.device)
+    return alias_inverse_cdf(table, total, points)
 
 
-def alias_resolve(table: Tensor, total: int, points: Tensor) -> tuple[Tensor, Tensor]:
-    """The items (and their r) that ``points`` below ``total``, int64 [n], fall on."""
+def alias_inverse_cdf(table: Tensor, total: int, points: Tensor) -> Batch:
+    """The items at ``points`` below ``total``, int64 [n], and their coefficients."""
     n = len(table)
     larger, capacity = total % n, total // n
     border = larger * (capacity + 1)
@@ -98,4 +97,4 @@ def alias_resolve(table: Tensor, total: int, points: Tensor) -> tuple[Tensor, Te
     word = table[bucket, 0]
     is_alias = offset >= word >> index_bits(n)
     indices = torch.where(is_alias, word & ((1 << index_bits(n)) - 1), bucket)
-    return indices, table.view(torch.float32)[bucket, 2 + is_alias.long()]
+    return Batch(indices, table.view(torch.float32)[bucket, 2 + is_alias.long()])

@@ -171,19 +171,11 @@ def _draw_by_importance(
     points = scale(words, drawn.total)
     if constants.scheme != SCHEMES["multinomial"]:
         points = _slice_points(positions, points, drawn.total, constants.batch_size)
-    _find(drawn, points, indices, weights)
+    _inverse_cdf(drawn, points, indices, weights)
 
 
-def _inverse_cdf(table: Table, points: Tensor, indices: Tensor, weights: Tensor) -> None:
-    """The items at ``points`` (int64 [n], below the total of the distribution as it stands).
-
-    What a draw does, with points of the caller's. Capped items come first in the order of the
-    points, then all others in the order of their indices.
-    """
-    _find(distribution(table), points, indices, weights)
-
-
-def _find(drawn: Distribution, points: Tensor, indices: Tensor, weights: Tensor) -> None:
+def _inverse_cdf(drawn: Distribution, points: Tensor, indices: Tensor, weights: Tensor) -> None:
+    """The items at ``points`` (int64 [n], below the total): capped ones first, then the others."""
     light = torch.ones_like(drawn.weights, dtype=torch.bool)
     light[drawn.capped] = False
     order = torch.cat([drawn.capped, torch.nonzero(light).flatten()])

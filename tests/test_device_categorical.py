@@ -1,7 +1,7 @@
-"""Given weights on the device, run on the host: bit for bit what the reference does.
+"""Fixed weights on the device, run on the host: bit for bit what the reference does.
 
-The CUDA backend's own Python drives csrc/emulate_categorical.cpp, which hands out the shares of a
-launch's threads and blocks one after the other, forwards, backwards and scrambled.
+The CUDA backend's own Python drives tests/csrc/emulate_categorical.h, which hands out the shares
+of a launch's threads and blocks one after the other, forwards, backwards and scrambled.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given, settings
+from native import native
 from test_alias import FLOATS, SHAPES, SIZES, integer_weights, lognormal, seeded
 
-from fastis import _C
 from fastis.kernels.cuda import categorical as cuda_categorical
 from fastis.kernels.reference import categorical as reference_categorical
 
@@ -21,7 +21,7 @@ ORDERS = [FORWARDS, BACKWARDS, SCRAMBLED]
 
 def emulate(monkeypatch, stride):
     def call(name, device, *arguments):
-        assert getattr(_C, f"emulate_{name}")(*arguments, stride) == 0
+        assert getattr(native(), name)(*arguments, stride) == 0
 
     monkeypatch.setattr(cuda_categorical, "_call", call)
     monkeypatch.setattr(cuda_categorical, "_scratch", lambda *_: torch.empty(1, dtype=torch.uint8))
@@ -37,9 +37,11 @@ def assert_equal(ours, theirs):
 
 
 def check_against_reference(values):
-    expected, got = reference_categorical.weigh(values), cuda_categorical.weigh(values)
+    expected, got = reference_categorical.quantize(values), cuda_categorical.quantize(values)
     assert (got.shift, got.total) == (expected.shift, expected.total)
-    assert torch.equal(cuda_categorical.integers(got), reference_categorical.integers(expected))
+    assert torch.equal(
+        cuda_categorical.integer_weights(got), reference_categorical.integer_weights(expected)
+    )
     table = reference_categorical.alias_build(expected)
     ours = cuda_categorical.alias_build(got)
     assert torch.equal(ours, table)
@@ -47,7 +49,7 @@ def check_against_reference(values):
     drawn = reference_categorical.alias_draw(table, total, 5, 3, 40)
     assert_equal(cuda_categorical.alias_draw(ours, total, 5, 3, 40), drawn)
     assert_equal(
-        cuda_categorical.search(got, 5, 3, 40), reference_categorical.search(expected, 5, 3, 40)
+        cuda_categorical.draw(got, 5, 3, 40), reference_categorical.draw(expected, 5, 3, 40)
     )
 
 
@@ -127,8 +129,8 @@ def test_weights_that_do_not_start_at_sixteen_bytes(emulated):
 def test_bad_weights_are_refused(emulated, dtype, bad):
     values = torch.ones(300, dtype=dtype)
     values[257] = bad
-    assert cuda_categorical.weigh(values) is None
-    assert cuda_categorical.weigh(torch.zeros(5, dtype=dtype)) is None
+    assert cuda_categorical.quantize(values) is None
+    assert cuda_categorical.quantize(torch.zeros(5, dtype=dtype)) is None
 
 
 @pytest.mark.parametrize("total", [2**61, 2**61 + 12345, 7, 1])
@@ -136,23 +138,23 @@ def test_every_border_of_a_bucket(emulated, total):
     n = 5000
     weights = torch.full((n,), total // n)
     weights[: total - int(weights.sum())] += 1
-    table = cuda_categorical.alias_build(cuda_categorical.weigh(weights))
-    ends = torch.cumsum(weights, 0)
+    table = cuda_categorical.alias_build(cuda_categorical.quantize(weights))
+    prefix = torch.cumsum(weights, 0)
     some = weights > 0
-    points = torch.cat([(ends - weights)[some], (ends - 1)[some]])
-    expected = reference_categorical.alias_resolve(table, total, points)
-    assert_equal(cuda_categorical.alias_resolve(table, total, points), expected)
+    points = torch.cat([(prefix - weights)[some], (prefix - 1)[some]])
+    expected = reference_categorical.alias_inverse_cdf(table, total, points)
+    assert_equal(cuda_categorical.alias_inverse_cdf(table, total, points), expected)
 
 
-def test_points_are_the_references(emulated):
+def test_random_integers_are_the_references(emulated):
     args = (2**62, 2**63 + 5, 2**33 - 250, 5001, torch.device("cpu"))
-    expected = reference_categorical.draw_points(*args)
-    assert torch.equal(cuda_categorical.draw_points(*args), expected)
+    expected = reference_categorical.random_integers(*args)
+    assert torch.equal(cuda_categorical.random_integers(*args), expected)
 
 
 @pytest.mark.parametrize("count", [1, 767, 768, 769, 3072, 3073, 20_000])
 def test_every_draw_is_made_once(emulated, count):
-    weights = cuda_categorical.weigh(torch.rand(1000, generator=seeded()))
+    weights = cuda_categorical.quantize(torch.rand(1000, generator=seeded()))
     table = cuda_categorical.alias_build(weights)
     drawn = cuda_categorical.alias_draw(table, weights.total, 9, 2**40, count)
     assert_equal(drawn, reference_categorical.alias_draw(table, weights.total, 9, 2**40, count))
@@ -164,13 +166,13 @@ def test_threads_share_every_index_in_64_bits(count, blocks):
     found, threads = torch.zeros(3, dtype=torch.int64), 256 * blocks
     seen = 0
     for block, thread in [(0, 0), (0, 255), (blocks // 2, 17), (blocks - 1, 255)]:
-        _C.emulate_share(block, thread, blocks, count, found.data_ptr())
+        native().share(block, thread, blocks, count, found.data_ptr())
         first, step, number = found.tolist()
         assert (first, step) == (256 * block + thread, threads)
         assert number == len(range(first, count, threads))
     if count <= 100_001:
         for k in range(threads):
-            _C.emulate_share(k // 256, k % 256, blocks, count, found.data_ptr())
+            native().share(k // 256, k % 256, blocks, count, found.data_ptr())
             seen += int(found[2])
         assert seen == count
 
@@ -183,4 +185,4 @@ def test_threads_share_every_index_in_64_bits(count, blocks):
     ],
 )  # fmt: skip
 def test_blocks_of_a_launch(items, most, expected):
-    assert _C.emulate_blocks_for(items, most) == expected
+    assert native().blocks_for(items, most) == expected

@@ -1,9 +1,10 @@
-// Integer weights from float ones, a vector at a time: floor(w 2^shift), but at least 1 where w >
-// 0. Bit for bit what integers() of fastis/kernels/quantize.py gives: a float is a
-// mantissa times a power of two, so the product is a shift of the mantissa.
+// Integer weights from floats, a vector at a time. Bit for bit what fastis/kernels/quantize.py
+// gives: a float is a mantissa times a power of two, so floor(w 2^shift) is a shift of the
+// mantissa.
 #pragma once
 
 #include "cpu/random.h"
+#include "integer_weights.h"
 
 namespace fastis::FASTIS_ISA {
 
@@ -44,7 +45,7 @@ inline Words where(Mask<double> mask, Words yes) { return bit_cast<Words>(mask) 
 
 // w finite and not negative. kSubnormal: some may be below 2^-1022 (floats in doubles never are).
 template <bool kSubnormal>
-inline Words to_integers(Vec<double> w, int shift) {
+inline Words to_integer_weights(Vec<double> w, int shift) {
   constexpr uint64_t kImplicit = uint64_t{1} << 52;
   const Words zero{};
   const Words bits = bit_cast<Words>(w) & ~(uint64_t{1} << 63);  // -0 is 0
@@ -110,55 +111,48 @@ inline Doubles<float> to_doubles(Vec<float> x) {
 }
 inline Doubles<double> to_doubles(Vec<double> x) { return {{x}}; }
 
-// integers [count, rounded up to whole vectors of S] of `count` weights.
+// integers [count, rounded up to whole vectors of S] of `count` values.
 template <class S>
-inline void read_integers(const S* weights, int count, int shift, uint64_t* integers) {
+inline void read_integers(const S* values, int count, int shift, uint64_t* integers) {
   constexpr int kStep = kLanes<Compute<S>>;
   for (int i = 0; i < count; i += kStep) {
     const auto w =
-        count - i < kStep ? load_some(weights + i, count - i, Compute<S>(0)) : load(weights + i);
+        count - i < kStep ? load_some(values + i, count - i, Compute<S>(0)) : load(values + i);
     const auto doubles = to_doubles(w);
     int at = i;
     for (const Vec<double> part : doubles.part) {
-      store_as(integers + at, to_integers<kDigits<S> == 53>(part, shift));
+      store_as(integers + at, to_integer_weights<kDigits<S> == 53>(part, shift));
       at += kWords;
     }
   }
 }
-inline void read_integers(const int64_t* weights, int count, int, uint64_t* integers) {
-  std::memcpy(integers, weights, sizeof(uint64_t) * count);
+inline void read_integers(const int64_t* values, int count, int, uint64_t* integers) {
+  std::memcpy(integers, values, sizeof(uint64_t) * count);
 }
 
-constexpr int kIntegers = 4;
-constexpr int kGroup = 64;  // weights to one of the running sums that weigh() makes for search()
+constexpr int kGroup = 64;  // integers to one of the prefix sums
 
-// Weights as they lie in memory, of any format.
-struct Weights {
-  int format;  // 0 float, 1 double, 2 bfloat16, 3 float16, kIntegers: int64, taken as they are
-  const void* values;
-  int64_t n;
-  int shift;
-
-  template <class Visitor>
-  auto visit(const Visitor& visitor) const {
-    switch (format) {
-      case 0:
-        return visitor(static_cast<const float*>(values));
-      case 1:
-        return visitor(static_cast<const double*>(values));
-      case 2:
-        return visitor(static_cast<const BFloat16*>(values));
-      case 3:
-        return visitor(static_cast<const Float16*>(values));
-      default:
-        return visitor(static_cast<const int64_t*>(values));
-    }
+// visit(values) with the values as they lie in memory.
+template <class Visitor>
+auto visit(const IntegerWeights& weights, const Visitor& visitor) {
+  switch (weights.format) {
+    case fastis::Format::float32:
+      return visitor(static_cast<const float*>(weights.values.address));
+    case fastis::Format::float64:
+      return visitor(static_cast<const double*>(weights.values.address));
+    case fastis::Format::bfloat16:
+      return visitor(static_cast<const BFloat16*>(weights.values.address));
+    case fastis::Format::float16:
+      return visitor(static_cast<const Float16*>(weights.values.address));
+    default:
+      return visitor(static_cast<const int64_t*>(weights.values.address));
   }
+}
 
-  // integers [count, rounded up to 16 of them]
-  void read(int64_t first, int count, uint64_t* integers) const {
-    visit([&](const auto* values) { read_integers(values + first, count, shift, integers); });
-  }
-};
+// integers [count, rounded up to 16 of them]: those of items first, ..., first + count - 1
+inline void read(const IntegerWeights& weights, int64_t first, int count, uint64_t* integers) {
+  visit(weights,
+        [&](const auto* values) { read_integers(values + first, count, weights.shift, integers); });
+}
 
 }  // namespace fastis::FASTIS_ISA

@@ -1,4 +1,4 @@
-"""Draws from given weights: ``sample``, the drop-in for ``torch.multinomial``, and ``AliasTable``.
+"""Draws from fixed weights: ``sample``, the drop-in for ``torch.multinomial``, and ``AliasTable``.
 
 Weights become integers with a total T of about 2^61 (each is off by at most one unit); a draw is
 floor(R T / 2^128) of 128 random bits R. So there is no limit of 2^24 categories, a zero weight is
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from fastis.batch import Batch
 from fastis.kernels import kernels_for
 from fastis.kernels.alias import alias_contents
 from fastis.kernels.flatten import water_level
-from fastis.kernels.quantize import Weights
+from fastis.kernels.quantize import IntegerWeights
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # In a race: of the largest rate; smaller positive weights count as that.
@@ -62,11 +63,12 @@ class AliasTable:
     """
 
     def __init__(self, weights: Tensor, *, max_prob: float | None = None) -> None:
-        weighed = _weigh(weights, "weights")
+        quantized = _quantize(weights, "weights")
         if max_prob is not None:
-            weighed = _capped(weighed, check.number("max_prob", max_prob, 0.0), "max_prob", 1)
-        self._total = weighed.total
-        self._table = kernels_for("categorical", weighed.values.device.type).alias_build(weighed)
+            most = check.number("max_prob", max_prob, 0.0)
+            quantized = _capped(quantized, most, "max_prob", 1)
+        self._total = quantized.total
+        self._table = _kernels(quantized.values.device).alias_build(quantized)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -85,7 +87,8 @@ class AliasTable:
         device = self._table.device
         seed = _seed_from(generator, device)
         kernels = kernels_for("categorical", device.type)
-        return Batch(*kernels.alias_draw(self._table, self._total, seed, 0, count))
+        drawn: Batch = kernels.alias_draw(self._table, self._total, seed, 0, count)
+        return drawn
 
 
 def sample(
@@ -155,12 +158,14 @@ def sample(
                 f"max_duplicates must be None without replacement, got {max_duplicates!r}"
             )
         return _race(source, count, generator)
-    weighed = _weigh(source, "source")
+    quantized = _quantize(source, "source")
     if max_duplicates is not None:
         most = check.number("max_duplicates", max_duplicates, 0.0)
-        weighed = _capped(weighed, most, "max_duplicates", count)
+        quantized = _capped(quantized, most, "max_duplicates", count)
     seed = _seed_from(generator, source.device)
-    return Batch(*kernels_for("categorical", source.device.type).search(weighed, seed, 0, count))
+    kernels = kernels_for("categorical", source.device.type)
+    drawn: Batch = kernels.draw(quantized, seed, 0, count)
+    return drawn
 
 
 def _sample_from_sampler(
@@ -224,14 +229,18 @@ def _heat(
     values: Tensor, most: float, winners: int, seed: int, begin: int
 ) -> tuple[Tensor, Tensor]:
     """The first arrivals among some items, the first of them item ``begin``: times and items."""
-    n, kernels = values.numel(), kernels_for("categorical", values.device.type)
-    points = kernels.draw_points(1 << 62, seed, begin, n, values.device)
+    n, device = values.numel(), values.device
+    numbers = _kernels(device).random_integers(1 << 62, seed, begin, n, device)
     # -log(1 - u), 0 < u < 1: of full precision near 0, where the winners are; neither 0 nor
     # infinite, so that a rate of 0 comes after all others.
-    u = points.double().add_(0.5).mul_(2.0**-62 * (1 - 2.0**-53))
+    u = numbers.double().add_(0.5).mul_(2.0**-62 * (1 - 2.0**-53))
     arrivals = u.neg_().log1p_().neg_().div_(_rates(values, most))
     first = torch.topk(arrivals, min(winners, n), largest=False, sorted=False)
     return first.values, first.indices + begin
+
+
+def _kernels(device: torch.device) -> ModuleType:
+    return kernels_for("categorical", device.type)
 
 
 def _vector(weights: Tensor, name: str) -> Tensor:
@@ -244,13 +253,14 @@ def _vector(weights: Tensor, name: str) -> Tensor:
     return weights
 
 
-def _weigh(weights: Tensor, name: str) -> Weights:
+def _quantize(weights: Tensor, name: str) -> IntegerWeights:
     """The integer weights of a usable float vector, or an error; reads them from the device."""
     values = _vector(weights, name)
-    weighed: Weights | None = kernels_for("categorical", values.device.type).weigh(values)
-    if weighed is None:
+    kernels = kernels_for("categorical", values.device.type)
+    quantized: IntegerWeights | None = kernels.quantize(values)
+    if quantized is None:
         raise _unusable(values, name)
-    return weighed
+    return quantized
 
 
 def _unusable(weights: Tensor, name: str) -> ValueError:
@@ -261,7 +271,7 @@ def _unusable(weights: Tensor, name: str) -> ValueError:
     )
 
 
-def _capped(weights: Weights, most: float, name: str, draws: int) -> Weights:
+def _capped(weights: IntegerWeights, most: float, name: str, draws: int) -> IntegerWeights:
     """The weights as integers of which none is drawn more than ``most`` times in ``draws``."""
     if most >= draws:
         return weights
@@ -276,18 +286,16 @@ def _capped(weights: Weights, most: float, name: str, draws: int) -> Weights:
     capped = _cut_to_level(weights, ratio)
     if capped.total >= _COARSE:
         return capped
-    found: Weights = kernels_for("categorical", weights.values.device.type).weigh(
-        _without_peaks(weights.values, ratio)
-    )
-    return _cut_to_level(found, ratio)
+    values = _without_peaks(weights.values, ratio)
+    return _cut_to_level(_kernels(values.device).quantize(values), ratio)
 
 
-def _cut_to_level(weights: Weights, ratio: Fraction) -> Weights:
+def _cut_to_level(weights: IntegerWeights, ratio: Fraction) -> IntegerWeights:
     """min(W, theta) of the integers W, theta the largest for which none exceeds its share."""
-    kernels = kernels_for("categorical", weights.values.device.type)
-    integers = kernels.integers(weights)
-    theta = water_level(integers, 1, ratio.numerator, ratio.denominator)
-    capped: Weights = kernels.weigh(integers.clamp(max=theta))
+    kernels = _kernels(weights.values.device)
+    integer_weights = kernels.integer_weights(weights)
+    theta = water_level(integer_weights, 1, ratio.numerator, ratio.denominator)
+    capped: IntegerWeights = kernels.quantize(integer_weights.clamp(max=theta))
     return capped
 
 

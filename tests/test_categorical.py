@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastis
-from fastis import sampling
+from fastis import categorical
 
 ODD_WEIGHTS = {
     "size 1": [3.0],
@@ -264,7 +264,7 @@ def test_a_race_in_heats_is_the_same_race(count, monkeypatch):
     weights = torch.rand(1000) * (torch.arange(1000) % 10 > 0)
     drawn = []
     for chunk in (1000, 64, 999, 1):
-        monkeypatch.setattr(sampling, "_RACE_CHUNK", (chunk, chunk))
+        monkeypatch.setattr(categorical, "_RACE_CHUNK", (chunk, chunk))
         generator = torch.Generator().manual_seed(2)
         drawn.append(fastis.sample(weights, count, replacement=False, generator=generator))
     assert (weights[drawn[0].indices] > 0).all()
