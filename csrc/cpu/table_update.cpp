@@ -1,6 +1,7 @@
 // The update: scores of a minibatch into the states, the tree and the variance traces. Block by
-// block: a pass of gathers, one of arithmetic (vectorised by the compiler), one of scatters. A sample that was drawn twice is updated once: its first position sets `last` to the
-// present iteration, so that the second finds dt = 0.
+// block: a pass of gathers, one of arithmetic (vectorised by the compiler), one of scatters. A
+// sample that was drawn twice is updated once: its first position sets `last` to the present
+// iteration, so that the second finds dt = 0.
 #include <algorithm>
 #include <cmath>
 
