@@ -134,8 +134,9 @@ class Distribution {
 
   uint64_t total() const { return total_; }
 
-  // The items that at most kBlock points fall into, and their coefficients.
-  void find(const uint64_t* points, int size, const Batch& found) const {
+  // The items that at most kBlock points fall into, and their coefficients. (Inlined into the loop
+  // over blocks, the descents are 2 % slower.)
+  __attribute__((noinline)) void find(const uint64_t* points, int size, const Batch& found) const {
     Descent capped, uncapped;
     for (int b = 0; b < size; ++b) {
       Descent& side = points[b] < capped_total_ ? capped : uncapped;
