@@ -1,1 +1,1 @@
-"""Benchmarks of fastis. ``train.py`` is the main job; ``bench_*.py`` time single pieces."""
+"""Benchmarks of fastis: ``bench_*.py`` and ``gpu_*.py`` time pieces, ``experiments/`` trains."""

@@ -20,11 +20,9 @@ takes the fastest of those that FILE has.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,8 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastis
-from bench.provenance import provenance
-from bench.report import Row, aligned, append_row, read_rows
+from bench.report import Report, Row, make_parser, read_rows
+from bench.timing import device_us, host_and_device
 
 Shape = tuple[int, int, torch.dtype]
 SHAPES: tuple[Shape, ...] = (
@@ -147,22 +145,8 @@ def check(data: Data) -> None:
     torch.testing.assert_close(loss, (weights * theirs).mean(), rtol=1e-4, atol=1e-4)
 
 
-def eager_microseconds(call: Callable[[], object], repeats: int) -> float:
-    """Time of a call with its work on the host, from the first to the last of many."""
-    for _ in range(5):
-        call()
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) / repeats * 1e6
-
-
 def measure(shape: Shape, ceiling: dict[str, float], repeats: int) -> Iterator[dict[str, object]]:
     """A row per function, ours and the peers'."""
-    from bench.gpu_ceilings import microseconds
-
     torch.manual_seed(0)
     sets = [data_of(shape) for _ in range(copies_of(shape))]
     check(sets[0])
@@ -171,8 +155,9 @@ def measure(shape: Shape, ceiling: dict[str, float], repeats: int) -> Iterator[d
     for side, functions in (("torch", peers()), ("fastis", ours())):
         for what, function in functions.items():
             calls = [lambda d=data, f=function: f(d) for data in sets]
-            us = microseconds(calls, repeats)
-            eager = eager_microseconds(calls[0], 3 if rows * classes > LARGE else 200)
+            us = device_us(calls, repeats)
+            many = 3 if rows * classes > LARGE else 200
+            eager = host_and_device(calls[0], many) / many * 1e6
             row: dict[str, object] = {
                 "side": side, "what": what, "shape": (rows, classes), "us": us, "eager_us": eager,
                 "dtype": str(dtype).removeprefix("torch."),
@@ -218,7 +203,6 @@ HEADER = ("shape", "what", "us", "eager", "ceiling", "/forward", "/step", "targe
 
 def tune(shape: Shape, repeats: int) -> Iterator[dict[str, object]]:
     """Times of ``score`` and ``grad`` under other launch geometries."""
-    from bench.gpu_ceilings import microseconds
     from fastis.kernels.triton import loss as triton_loss
 
     rows, classes, _ = shape
@@ -227,7 +211,7 @@ def tune(shape: Shape, repeats: int) -> Iterator[dict[str, object]]:
         for other in alternatives(plan_of(shape, with_grad)):
             with mock.patch.object(triton_loss, "row_launch", lambda *_, o=other, **__: o):
                 check(sets[0])
-                us = microseconds([lambda d=d, g=with_grad: raw(d, g) for d in sets], repeats)
+                us = device_us([lambda d=d, g=with_grad: raw(d, g) for d in sets], repeats)
             speed = bytes_moved("grad" if with_grad else "score", shape) / us / 1e6
             print(f"{rows}x{classes} grad={with_grad} {us:9.1f} us {speed:6.2f} TB/s {other}")
             yield {"what": "grad" if with_grad else "score", "shape": (rows, classes), "us": us,
@@ -301,10 +285,7 @@ def alternatives(plan: tuple) -> Iterator[tuple]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="file to append a row a measurement to")
+    parser = make_parser(__doc__, "a measurement")
     parser.add_argument("--quick", action="store_true", help="a few repeats only")
     parser.add_argument("--tune", action="store_true", help="compare launch geometries instead")
     parser.add_argument("--winner", type=Path, help="file with rows of --tune, to launch by")
@@ -315,30 +296,25 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     repeats = 5 if args.quick else 30
     shapes = args.shape or (SHAPES[:2] if args.tune else SHAPES)
-    where = provenance(torch.device("cuda"))
-
-    def store(benchmark: str, row: Row) -> None:
-        if args.json:
-            append_row(args.json, {"benchmark": benchmark, **row, **where})
-
     if args.tune:
+        report = Report("gpu loss tuned", (), args.json)
         for shape in shapes:
             for row in tune(shape, repeats):
-                store("gpu loss tuned", row)
+                report.store(row, "cuda")
         return 0
     from bench.gpu_ceilings import ceilings
 
     ceiling = ceilings(repeats)
     for name, speed in ceiling.items():
         print(f"{name} ceiling: {speed / 1e12:.2f} TB/s")
-    lines = [HEADER]
+    report = Report("gpu loss", HEADER, args.json)
     with winners(args.winner):
         for shape in shapes:
             for row in measure(shape, ceiling, repeats):
-                lines.append(line_of(row))
-                store("gpu loss", {"ceiling": ceiling, **row})
+                report.line(*line_of(row))
+                report.store({"ceiling": ceiling, **row}, "cuda")
             torch.cuda.empty_cache()
-    print(aligned(lines))
+    report.show()
     return 0
 
 

@@ -25,11 +25,9 @@ update + draw of 4096 in at most 10 us, and at most 0.03 of torchrl's at N = 1e6
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
@@ -39,13 +37,12 @@ from torch import Tensor
 import fastis
 from bench.bench_graph import make_sampler, validate
 from bench.bench_sample import scored
-from bench.provenance import provenance
-from bench.report import aligned, append_row
+from bench.report import Report, Row, make_parser
+from bench.timing import device, device_us, interleaved
 
 MILLION, LARGEST = 1_000_000, 100_000_000
 LEGAL_FOR_MULTINOMIAL = 1 << 24
 NUM_BATCHES = 20  # different minibatches that one graph goes through
-Row = dict[str, object]
 
 # (figure of the row, "most" or "least", bound) by case, N and B; None: any.
 AIMS: dict[tuple[str, int | None, int | None], list[tuple[str, str, float]]] = {
@@ -86,19 +83,8 @@ def ratios(row: Row, node_us: float, others: dict[str, float | None]) -> Row:
     return row
 
 
-HEADER = (
-    "what",
-    "N",
-    "B",
-    "sigma",
-    "us",
-    "nodes",
-    "/torchrl",
-    "/N=1e6",
-    "of gather",
-    "aims",
-    "met",
-)
+HEADER = ("what", "N", "B", "sigma", "us", "nodes", "/torchrl", "/N=1e6", "of gather")
+HEADER += ("aims", "met")
 
 
 def line_of(row: Row) -> tuple[str, ...]:
@@ -123,16 +109,10 @@ def line_of(row: Row) -> tuple[str, ...]:
 
 def eager_microseconds(call: Callable[[], object], repeats: int) -> float:
     """Median of eager calls on the device's clock, which waits for the host where it must."""
-    times = []
-    for _ in range(repeats + 2):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        begin.record()
+    for _ in range(2):
         call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    return median(times[2:])
+    torch.cuda.synchronize()
+    return interleaved({"call": call}, rounds=repeats, calls=1, clock=device).us("call")
 
 
 def torchrl_tree(n: int) -> tuple[object | None, str]:
@@ -160,8 +140,6 @@ def minibatches(n: int, batch_size: int, sigma: float = 1.0) -> list[tuple[fasti
 
 def torchrl_microseconds(n: int, batch_size: int, repeats: int) -> tuple[float | None, str]:
     """Update and draw of torchrl's tree, in a graph if that can be; and a note, or none."""
-    from bench.gpu_ceilings import microseconds
-
     tree, missing = torchrl_tree(n)
     if tree is None:
         return None, missing
@@ -174,7 +152,7 @@ def torchrl_microseconds(n: int, batch_size: int, repeats: int) -> tuple[float |
 
     calls = [lambda d=data: call(*d) for data in batches]
     try:
-        return microseconds(calls, repeats), ""
+        return device_us(calls, repeats), ""
     except RuntimeError as error:
         torch.cuda.synchronize()
         note = f"torchrl's segment tree can't be captured ({error}): its times are eager"
@@ -214,20 +192,18 @@ def measure_sampler(
     torchrl_us: float | None,
     repeats: int,
 ) -> Iterator[Row]:
-    from bench.gpu_ceilings import microseconds
-
     data = [(batch, scored(score)) for batch, score in minibatches(n, batch_size, sigma)]
     for case, function in cases_of(n, batch_size, sigma).items():
         calls = [lambda f=function, d=d: f(*d) for d in data]
         row: Row = {"case": case, "num_samples": n, "batch_size": batch_size, "sigma": sigma}
-        row["us"] = microseconds(calls, repeats)
+        row["us"] = device_us(calls, repeats)
         peer = torchrl_us if case == "update + draw" else None
         yield ratios(row, node_us, {"of_torchrl": peer})
 
 
 def measure_alias(n: int, count: int, node_us: float, repeats: int) -> Iterator[Row]:
     """Construction, draws in bulk, and torch.multinomial where it may be used."""
-    from bench.gpu_ceilings import gathers_a_second, microseconds
+    from bench.gpu_ceilings import gathers_a_second
 
     generator = torch.Generator(device="cuda").manual_seed(0)
     weights = torch.empty(n, device="cuda").log_normal_(0, 1, generator=generator)
@@ -240,7 +216,7 @@ def measure_alias(n: int, count: int, node_us: float, repeats: int) -> Iterator[
         for k in range(4)
     ]
     row: Row = {"case": "alias draw", "num_samples": n, "batch_size": count}
-    row["us"] = microseconds(calls, repeats)
+    row["us"] = device_us(calls, repeats)
     gathered = {size: gathers_a_second(n, count, size, repeats) for size in (8, 16)}
     row["gathers_a_second"] = gathered
     row["of_gather"] = count / float(row["us"]) * 1e6 / gathered[16]
@@ -248,7 +224,7 @@ def measure_alias(n: int, count: int, node_us: float, repeats: int) -> Iterator[
     if n <= LEGAL_FOR_MULTINOMIAL:
         draw = [lambda: torch.multinomial(weights, 4096, replacement=True)]
         row = {"case": "torch.multinomial", "num_samples": n, "batch_size": 4096}
-        yield {**row, "us": microseconds(draw, repeats)}
+        yield {**row, "us": device_us(draw, repeats)}
 
 
 def check_alias(n: int = 100_003) -> None:
@@ -287,10 +263,7 @@ def measure(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="file to append a row a measurement to")
+    parser = make_parser(__doc__, "a measurement")
     parser.add_argument("--quick", action="store_true", help="N = 1e6 and a few repeats only")
     parser.add_argument("--size", type=float, nargs="+", help="N (1e6 and 1e8)")
     parser.add_argument("--sigma", type=float, nargs="+", help="of the scores (1, 2 and 3)")
@@ -304,21 +277,17 @@ def main(argv: list[str] | None = None) -> int:
     repeats = 5 if args.quick else 30
     validate()
     check_alias()
-    ceiling = ceilings(repeats)
-    node_us = node_microseconds(repeats)
-    print(f"empty node of a graph: {node_us:.2f} us")
-    for name, speed in ceiling.items():
+    shared = {"ceiling": ceilings(repeats), "node_us": node_microseconds(repeats)}
+    print(f"empty node of a graph: {shared['node_us']:.2f} us")
+    for name, speed in shared["ceiling"].items():
         print(f"{name} ceiling: {speed / 1e12:.2f} TB/s")
-    lines = [HEADER]
+    report = Report("gpu sample", HEADER, args.json)
     sizes = [int(n) for n in args.size or ([MILLION] if args.quick else [MILLION, LARGEST])]
     sigmas = args.sigma or ([1.0] if args.quick else [1.0, 2.0, 3.0])
-    for row in measure(repeats, sizes, sigmas, node_us, int(args.alias_draws)):
-        lines.append(line_of(row))
-        if args.json:
-            where = provenance(torch.device("cuda"))
-            shared = {"benchmark": "gpu sample", "ceiling": ceiling, "node_us": node_us}
-            append_row(args.json, {**shared, **row, "met": verdict(row), **where})
-    print(aligned(lines))
+    for row in measure(repeats, sizes, sigmas, shared["node_us"], int(args.alias_draws)):
+        report.line(*line_of(row))
+        report.store({**shared, **row, "met": verdict(row)}, "cuda")
+    report.show()
     return 0
 
 

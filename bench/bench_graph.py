@@ -25,11 +25,9 @@ LeNet-5 and the MLP; update + draw of 4096 in at most 10 us.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -38,10 +36,10 @@ import torch
 import torch.nn.functional as F
 
 import fastis
+from bench import timing
 from bench.bench_sample import scored
-from bench.models import build_model
-from bench.provenance import provenance
-from bench.report import aligned, append_row
+from bench.experiments.models import build_model
+from bench.report import Report, Row, make_parser
 
 TARGETS = {"resnet18": 0.995, "lenet5": 0.95, "mlp": 0.95}
 SHAPES = {"resnet18": (3, 32, 32), "lenet5": (1, 28, 28), "mlp": (1, 28, 28)}
@@ -49,36 +47,11 @@ NUM_CLASSES, NUM_SAMPLES, BATCH_SIZE = 10, 50_000, 128
 REPLAYS = 50
 
 
-def capture(step: Callable[[], object], warmups: int = 5) -> torch.cuda.CUDAGraph:
-    """``step`` as a graph, after some eager calls on a side stream, as torch asks for."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(warmups):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph
-
-
-def milliseconds(graph: torch.cuda.CUDAGraph, replays: int = REPLAYS) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(replays):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / replays
-
-
-def take_turns(graphs: dict[str, torch.cuda.CUDAGraph], turns: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(turns):
-        for name, graph in graphs.items():
-            times[name].append(milliseconds(graph))
-    return times
+def replayed(steps: dict[str, Callable[[], object]], turns: int) -> timing.Times:
+    """Each step as a graph of its own; a turn is many replays."""
+    graphs = {name: timing.captured([step], warmups=5) for name, step in steps.items()}
+    replays = {name: graph.replay for name, graph in graphs.items()}
+    return timing.interleaved(replays, rounds=turns, calls=REPLAYS, clock=timing.device)
 
 
 class Training:
@@ -140,9 +113,9 @@ def fused(sampler: fastis.Sampler, held: fastis.Batch, learn: Learn, finish: Fin
 
     def step() -> fastis.Batch:
         out = learn(held)
-        following = sampler.update_and_sample(held, out)
+        next_batch = sampler.update_and_sample(held, out)
         finish(out.loss)
-        return hold(held, following)
+        return hold(held, next_batch)
 
     return step
 
@@ -155,12 +128,12 @@ def ahead(sampler: fastis.Sampler, held: fastis.Batch, learn: Learn, finish: Fin
         main = torch.cuda.current_stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):
-            following = sampler.sample()
+            next_batch = sampler.sample()
         out = learn(held)
         main.wait_stream(side)  # the draw and the update use the same table
         sampler.update(held, out)
         finish(out.loss)
-        return hold(held, following)
+        return hold(held, next_batch)
 
     return step
 
@@ -199,7 +172,7 @@ def validate() -> None:
         def keep(step: Step = step, kept: list[fastis.Batch] = kept) -> None:
             kept[:] = [step()]
 
-        graph = capture(keep)
+        graph = timing.captured([keep], warmups=5)
         held = kept[0]
         twin = fastis.Sampler(5000, 64, method=sampler.method, device="cpu")
         twin.load_state_dict(sampler.state_dict())
@@ -223,25 +196,21 @@ def follow(
         twin.update(present, out)
         return present
     if way == "ahead":
-        following = twin.sample()
+        next_batch = twin.sample()
         twin.update(present, out)
-        return following
+        return next_batch
     twin.update(present, out)
     return twin.sample()
 
 
-def measure_model(model: str, turns: int) -> dict[str, object]:
-    theirs = Training(model)
-    graphs = {"torch": capture(theirs.uniform_step)}
+def measure_model(model: str, turns: int) -> Row:
+    steps: dict[str, Callable[[], object]] = {"torch": Training(model).uniform_step}
     for name, way in WAYS.items():
         ours, sampler = Training(model), make_sampler(NUM_SAMPLES, BATCH_SIZE)
-        graphs[name] = capture(way(sampler, sampler.sample(), ours.scored, ours.finish))
-    times = take_turns(graphs, turns)
-    figures: dict[str, object] = {f"{name}_us": 1e3 * median(v) for name, v in times.items()}
-    for name in WAYS:
-        pairs = zip(times[name], times["torch"], strict=True)
-        figures[f"{name}_ratio"] = median(theirs / ours for ours, theirs in pairs)
-    return figures
+        steps[name] = way(sampler, sampler.sample(), ours.scored, ours.finish)
+    times = replayed(steps, turns)
+    row: Row = {f"{name}_us": times.us(name) for name in times}
+    return row | {f"{name}_ratio": times.ratio("torch", name).median for name in WAYS}
 
 
 def measure_parts(n: int, batch_size: int, turns: int) -> dict[str, float]:
@@ -256,49 +225,44 @@ def measure_parts(n: int, batch_size: int, turns: int) -> dict[str, float]:
         sampler.update(batch, out)
         sampler.sample()
 
-    graphs = {
-        "node": capture(lambda: one.add_(1)),
-        "update": capture(lambda: sampler.update(batch, out)),
-        "draw": capture(sampler.sample),
-        "update, draw": capture(both),
-        "update + draw": capture(lambda: sampler.update_and_sample(batch, out)),
+    steps: dict[str, Callable[[], object]] = {
+        "node": lambda: one.add_(1),
+        "update": lambda: sampler.update(batch, out),
+        "draw": sampler.sample,
+        "update, draw": both,
+        "update + draw": lambda: sampler.update_and_sample(batch, out),
     }
-    return {name: 1e3 * median(values) for name, values in take_turns(graphs, turns).items()}
+    times = replayed(steps, turns)
+    return {name: times.us(name) for name in steps}
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "a case")
     parser.add_argument("--model", nargs="*", choices=list(TARGETS), default=list(TARGETS))
     parser.add_argument("--turns", type=int, default=40)
     parser.add_argument("--size", type=float, nargs="+", default=[1e6, 1e8], help="N of the parts")
-    parser.add_argument("--json", type=Path, help="file to append a row a case to")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("bench_graph.py needs a CUDA device, and torch finds none", file=sys.stderr)
         return 2
     validate()
-    device = torch.device("cuda")
-    lines = [("network", "torch us", *WAYS, *(f"{way}, ratio" for way in WAYS), "target")]
+    head = ("network", "torch us", *WAYS, *(f"{way}, ratio" for way in WAYS), "target")
+    report = Report("graph", head, args.json)
     for model in args.model:
         row = measure_model(model, args.turns)
         cells = [f"{row[f'{name}_us']:.1f}" for name in ("torch", *WAYS)]
         cells += [f"{row[f'{name}_ratio']:.3f}" for name in WAYS]
-        lines.append((model, *cells, f"{TARGETS[model]}"))
-        if args.json:
-            case = {"benchmark": "graph", "model": model, "batch_size": BATCH_SIZE}
-            append_row(args.json, {**case, **row, **provenance(device)})
-    print(aligned(lines))
-    lines = [("N", "B", "node us", "update", "draw", "update, draw", "update + draw")]
+        report.line(model, *cells, TARGETS[model])
+        report.store({"model": model, "batch_size": BATCH_SIZE, **row}, "cuda")
+    report.show()
+    head = ("N", "B", "node us", "update", "draw", "update, draw", "update + draw")
+    report = Report("graph parts", head, args.json)
     for n in map(int, args.size):
         for batch_size in (128, 4096):
             parts = measure_parts(n, batch_size, args.turns)
-            lines.append((f"{n:.0e}", str(batch_size), *(f"{v:.2f}" for v in parts.values())))
-            if args.json:
-                case = {"benchmark": "graph parts", "num_samples": n, "batch_size": batch_size}
-                append_row(args.json, {**case, "us": parts, **provenance(device)})
-    print(aligned(lines))
+            report.line(f"{n:.0e}", batch_size, *(f"{v:.2f}" for v in parts.values()))
+            report.store({"num_samples": n, "batch_size": batch_size, "us": parts}, "cuda")
+    report.show()
     return 0
 
 

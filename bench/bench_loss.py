@@ -1,8 +1,9 @@
 """Time of the losses against PyTorch's: checks the values first, then times, one thread.
 
-    python bench/bench_loss.py [--json FILE] [--repeats 4000] [--threads 1]
+    python bench/bench_loss.py [--json FILE] [--seconds 5] [--threads 1]
 
-What is timed, each interleaved with its peer so that a slow moment hits both:
+What is timed, call by call in turns with its peer, so that neither finds its code and data in the
+nearest caches:
 
 - ``step``: ``fastis.cross_entropy`` forward and backward, score and mean gradient included, against
   ``F.cross_entropy`` forward and backward (no score);
@@ -16,10 +17,7 @@ the torch step reads or writes 6 of them. The ratio is that of the medians, ours
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from math import nan
 from pathlib import Path
@@ -30,8 +28,8 @@ import torch
 import torch.nn.functional as F
 
 import fastis
-from bench.provenance import provenance
-from bench.report import aligned, append_row
+from bench.report import Report, make_parser
+from bench.timing import Times, interleaved
 from fastis import _C
 
 SHAPES = ((128, 10), (4096, 10), (4096, 1000))
@@ -46,19 +44,11 @@ TARGETS = {
 }
 
 
-def medians(functions: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Median microseconds of each function, called in turn."""
-    times: list[list[int]] = [[] for _ in functions]
-    for turn in range(repeats + 20):
-        for function, kept in zip(functions, times, strict=True):
-            start = time.perf_counter_ns()
-            function()
-            if turn >= 20:
-                kept.append(time.perf_counter_ns() - start)
-    return [statistics.median(kept) / 1e3 for kept in times]
+# What is compared, and with what.
+PEERS = {"step": "torch step", "unfused": "torch step", "kernel": "torch forward"}
 
 
-def steps(logits: torch.Tensor, target: torch.Tensor) -> list[Callable[[], object]]:
+def steps(logits: torch.Tensor, target: torch.Tensor) -> dict[str, Callable[[], object]]:
     """Forward and backward: torch, fastis, and torch with the score computed beside it."""
 
     def theirs() -> None:
@@ -80,10 +70,10 @@ def steps(logits: torch.Tensor, target: torch.Tensor) -> list[Callable[[], objec
             g[torch.arange(len(target)), target] -= 1
             return g.norm(dim=1)
 
-    return [theirs, ours, unfused]
+    return {"torch step": theirs, "step": ours, "unfused": unfused}
 
 
-def kernels(logits: torch.Tensor, target: torch.Tensor) -> list[Callable[[], object]]:
+def kernels(logits: torch.Tensor, target: torch.Tensor) -> dict[str, Callable[[], object]]:
     """The compiled function on outputs that exist, and torch's forward pass."""
     logits = logits.detach()
     batch, num_classes = logits.shape
@@ -99,12 +89,12 @@ def kernels(logits: torch.Tensor, target: torch.Tensor) -> list[Callable[[], obj
     def ours(keep: object = outputs) -> None:
         _C.cross_entropy(*arguments)
 
-    return [lambda: F.cross_entropy(logits, target), ours]
+    return {"torch forward": lambda: F.cross_entropy(logits, target), "kernel": ours}
 
 
 def check(logits: torch.Tensor, target: torch.Tensor) -> None:
     """Nothing wrong gets a number."""
-    theirs, ours, unfused = steps(logits, target)
+    theirs, ours, unfused = steps(logits, target).values()
     theirs()
     expected = logits.grad.clone()
     score = ours()
@@ -112,48 +102,35 @@ def check(logits: torch.Tensor, target: torch.Tensor) -> None:
     torch.testing.assert_close(score, unfused(), rtol=1e-5, atol=1e-6)
 
 
-def rows(repeats: int) -> list[dict[str, object]]:
-    """One row per measurement."""
-    results: list[dict[str, object]] = []
-    for shape in SHAPES:
-        torch.manual_seed(0)
-        logits = torch.randn(shape, requires_grad=True)
-        target = torch.randint(shape[1], shape[:1])
-        check(logits, target)
-        times = max(30, repeats * 1280 // max(shape[0] * shape[1], 1280))
-        theirs, ours, unfused = medians(steps(logits, target), times)
-        forward, kernel = medians(kernels(logits, target), times)
-        for name, value, peer in (
-            ("step", ours, theirs),
-            ("unfused", unfused, theirs),
-            ("kernel", kernel, forward),
-        ):
-            target_ratio = TARGETS.get((name, shape))
-            row = {"what": name, "shape": shape, "us": value, "peer_us": peer}
-            results.append({**row, "ratio": value / peer, "target": target_ratio})
-    return results
+def measure(shape: tuple[int, int], seconds: float) -> Times:
+    torch.manual_seed(0)
+    logits = torch.randn(shape, requires_grad=True)
+    target = torch.randint(shape[1], shape[:1])
+    check(logits, target)
+    times = Times()
+    for cases in (steps(logits, target), kernels(logits, target)):
+        times |= interleaved(cases, seconds=seconds / 2, calls=1)
+    return times
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="file to append a row a measurement to")
-    parser.add_argument("--repeats", type=int, default=4000, help="of the smallest shape")
+    parser = make_parser(__doc__, "a measurement")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each shape")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="a few repeats only")
+    parser.add_argument("--quick", action="store_true", help="a moment each")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    lines = [("what", "shape", "us", "torch us", "ratio", "target")]
-    for row in rows(30 if args.quick else args.repeats):
-        if args.json:
-            setting = {"benchmark": "loss", "isa": _C.isa()}
-            append_row(args.json, {**setting, **row, **provenance(torch.device("cpu"))})
-        target = "-" if row["target"] is None else f"{row['target']:.2f}"
-        shape = "x".join(map(str, row["shape"]))
-        times = (f"{row['us']:.1f}", f"{row['peer_us']:.1f}", f"{row['ratio']:.2f}")
-        lines.append((row["what"], shape, *times, target))
-    print(aligned(lines))
+    report = Report("loss", ("what", "shape", "us", "torch us", "ratio", "target"), args.json)
+    for shape in SHAPES:
+        times = measure(shape, 0.05 if args.quick else args.seconds)
+        for what, peer in PEERS.items():
+            us, peer_us, target = times.us(what), times.us(peer), TARGETS.get((what, shape))
+            row = {"isa": _C.isa(), "what": what, "shape": shape, "us": us, "peer_us": peer_us}
+            row["us_quartiles"] = times.spread_us(what).quartiles
+            report.store({**row, "ratio": us / peer_us, "target": target})
+            cells = times.spread_us(what).text(), f"{peer_us:.1f}", f"{us / peer_us:.2f}"
+            report.line(what, "x".join(map(str, shape)), *cells, target)
+    report.show()
     return 0
 
 

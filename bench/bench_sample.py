@@ -2,15 +2,15 @@
 
     python bench/bench_sample.py [--json FILE] [--quick]
 
-One thread; a case's contenders take turns, so that a slow moment hits all of them, and the figures
-are medians. Data vary from call to call. The peers:
+One thread; a case's contenders take turns, and the figures are medians. Data vary from call to
+call. The peers:
 
 - ``torch.multinomial`` with replacement, which pays O(N) a call;
 - ``numpy``'s ``Generator.choice`` with probabilities, O(N) a call;
 - a float64 cumulative sum with ``searchsorted``: cached (weights then never change), or renewed;
 - torchrl's ``SumSegmentTreeFp32`` (prioritised replay), a binary tree of float32 sums, when
   torchrl is installed. Its update sets leaves; ours also averages the scores, derives the weights
-  and the variance traces, and caps: ``tree`` is what keeping the structure adds to that.
+  and the variance traces, and caps: ``tree`` is what keeping the tree adds to that.
 
 What is checked before anything is timed: both backends draw the same indices and coefficients from
 the same scores, after updates too, and the alias table holds the weights it was given.
@@ -26,12 +26,9 @@ N = 1e7 at most 8 ns an item, alias draws at most 0.08 of torchrl's draw.
 
 from __future__ import annotations
 
-import argparse
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
@@ -39,8 +36,8 @@ import numpy as np
 import torch
 
 import fastis
-from bench.provenance import provenance
-from bench.report import aligned, append_row
+from bench.report import Report, Row, make_parser
+from bench.timing import interleaved
 from fastis import _C
 from fastis.loss import ScoredLoss
 
@@ -50,7 +47,6 @@ except ImportError:  # not installed, or built for another torch
     SumSegmentTreeFp32 = None
 
 Contenders = dict[str, Callable[[], object]]
-Row = dict[str, object]
 
 NUM_BATCHES = 64  # different minibatches that calls go through
 TARGETS = {
@@ -65,23 +61,10 @@ TARGETS = {
 }
 
 
-def take_turns(contenders: Contenders, seconds: float) -> dict[str, float]:
-    """Median microseconds of each; slow ones are called once a turn, fast ones some times."""
-    repeats = {}
-    for name, function in contenders.items():
-        function()
-        start = time.perf_counter()
-        function()
-        repeats[name] = max(1, min(50, round(1e-3 / (time.perf_counter() - start))))
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times[next(iter(times))]) < 5:
-        for name, function in contenders.items():
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                function()
-            times[name].append((time.perf_counter() - start) / repeats[name])
-    return {name: 1e6 * median(values) for name, values in times.items()}
+def medians(contenders: Contenders, seconds: float) -> dict[str, float]:
+    """Microseconds of each."""
+    times = interleaved(contenders, seconds=seconds)
+    return {name: times.us(name) for name in contenders}
 
 
 class Data:
@@ -158,7 +141,7 @@ def measure_step(n: int, batch_size: int, seconds: float) -> Row:
             tree[tree.scan_lower_bound(points)] = data.scores[data.next()]
 
         contenders["torchrl"] = torchrl_step
-    times = take_turns(contenders, seconds)
+    times = medians(contenders, seconds)
     return {"us": times, "ratio": times["fastis"] / times["torch.multinomial"]}
 
 
@@ -166,7 +149,7 @@ def measure_kernels(n: int, batch_size: int, seconds: float) -> dict[str, Row]:
     """The compiled functions alone, on memory that exists, against torchrl's."""
     data = Data(n, batch_size)
     with_tree = make_sampler(n, batch_size, data.score)
-    with_tree.sample()  # builds the structure, which updates keep from then on
+    with_tree.sample()  # builds the tree, which updates keep from then on
     without_tree = make_sampler(n, batch_size, data.score)
     indices, weights = torch.empty(batch_size, dtype=torch.int64), torch.ones(batch_size)
 
@@ -196,17 +179,14 @@ def measure_kernels(n: int, batch_size: int, seconds: float) -> dict[str, Row]:
 
         contenders["torchrl update"] = torchrl_update
         contenders["torchrl draw"] = lambda: tree.scan_lower_bound(data.points[data.next()])
-    times = take_turns(contenders, seconds)
-    tree_us = times["update"] - times["update, no tree"]
-    peer = {name: times.get(f"torchrl {name}") for name in ("update", "draw")}
-    us = {"update": times["update"], "tree": tree_us, "draw": times["draw"]}
-    return {
-        name: {
-            "us": {"fastis": value, "torchrl": peer["draw" if name == "draw" else "update"]},
-            "ratio": _ratio(value, peer["draw" if name == "draw" else "update"]),
-        }
-        for name, value in us.items()
-    }
+    times = medians(contenders, seconds)
+    ours = {"update": times["update"], "draw": times["draw"]}
+    ours["tree"] = times["update"] - times["update, no tree"]
+    rows: dict[str, Row] = {}
+    for name, us in ours.items():
+        peer = times.get("torchrl draw" if name == "draw" else "torchrl update")
+        rows[name] = {"us": {"fastis": us, "torchrl": peer}, "ratio": _ratio(us, peer)}
+    return rows
 
 
 def measure_scaling(sizes: list[int], batch_size: int, seconds: float) -> dict[int, Row]:
@@ -216,7 +196,7 @@ def measure_scaling(sizes: list[int], batch_size: int, seconds: float) -> dict[i
         data = Data(n, batch_size)
         contenders[str(n)] = step_of(make_sampler(n, batch_size, data.score), data)
         del data.score
-    times = take_turns(contenders, seconds)
+    times = medians(contenders, seconds)
     base = times[str(1_000_000)]
     return {n: {"us": {"fastis": times[str(n)]}, "ratio": times[str(n)] / base} for n in sizes}
 
@@ -238,8 +218,8 @@ def measure_alias(n: int, batch_size: int, seconds: float) -> dict[str, Row]:
         tree = SumSegmentTreeFp32(n)
         tree[torch.arange(n)] = data.score
         contenders["torchrl"] = lambda: tree.scan_lower_bound(data.points[data.next()])
-    draws = take_turns(contenders, seconds)
-    build = take_turns({"fastis": lambda: fastis.AliasTable(data.score)}, seconds)["fastis"]
+    draws = medians(contenders, seconds)
+    build = medians({"fastis": lambda: fastis.AliasTable(data.score)}, seconds)["fastis"]
     kernel, peer = draws.pop("kernel"), draws.get("torchrl")
     return {
         "alias construction": {"us": {"fastis": build}, "ns_per_item": 1e3 * build / n},
@@ -251,7 +231,7 @@ def measure_alias(n: int, batch_size: int, seconds: float) -> dict[str, Row]:
 def measure_sample(n: int, batch_size: int, seconds: float) -> Row:
     """``fastis.sample(weights, B)`` against the function that it stands in for."""
     score = Data(n, batch_size).score
-    times = take_turns(
+    times = medians(
         {
             "fastis": lambda: fastis.sample(score, batch_size),
             "torch.multinomial": lambda: torch.multinomial(score, batch_size, replacement=True),
@@ -265,7 +245,7 @@ def bytes_per_sample(n: int, batch_size: int) -> float:
     """All of a sampler's tensors, over N."""
     sampler = fastis.Sampler(n, batch_size)
     table = sampler._table
-    _ = table.handle  # allocates the structure
+    _ = table.handle  # allocates the tree
     tensors = [table.scalars, table.variance, table.states, *table._structure.values()]
     return sum(t.numel() * t.element_size() for t in tensors if t is not None) / n
 
@@ -281,7 +261,7 @@ def validate() -> None:
         batch = samplers[1].sample()
         samplers[1].update(batch, scored(data.scores[k]))
         assert torch.equal(batch.indices, expected.indices), "backends draw different indices"
-        assert torch.equal(batch.weights, expected.weights), "... or coefficients"
+        assert torch.equal(batch.weights, expected.weights), "backends draw different coefficients"
     p = fastis.AliasTable(data.score).probabilities
     torch.testing.assert_close(p, data.score.double() / data.score.double().sum())
 
@@ -290,67 +270,54 @@ def _ratio(ours: float, peer: float | None) -> float | None:
     return None if peer is None else ours / peer
 
 
+def measure(seconds: float, largest: int) -> Iterator[tuple[str, int, int | None, Row]]:
+    """Case, N, B and figures of every row, N up to ``largest``."""
+    million, sizes = 1_000_000, [n for n in (10**4, 10**5, 10**6, 10**7, 10**8) if n <= largest]
+    for batch_size in (128, 4096):
+        yield "step", million, batch_size, measure_step(million, batch_size, seconds)
+        for name, row in measure_kernels(million, batch_size, seconds).items():
+            yield name, million, batch_size, row
+        for n, row in measure_scaling(sizes, batch_size, seconds).items():
+            yield "scaling", n, batch_size, row
+    for n in (million, largest // 10):
+        for name, row in measure_alias(n, 4096, seconds).items():
+            yield name, n, None if name == "alias construction" else 4096, row
+    yield "sample(weights)", million, 128, measure_sample(million, 128, seconds)
+    for batch_size in (128, 4096):
+        row = {"bytes_per_sample": bytes_per_sample(largest // 10, batch_size)}
+        yield "memory", largest // 10, batch_size, row
+
+
+def cells_of(row: Row, target: float | None) -> tuple[object, ...]:
+    """Our time, the peers', the figure that counts, and its target."""
+    us = dict(row.get("us", {}))
+    ours, figure = us.pop("fastis", None), row.get("ratio")
+    text = None if figure is None else f"{figure:.3f}"
+    if "ns_per_item" in row:
+        text = f"{row['ns_per_item']:.1f} ns an item"
+    if "bytes_per_sample" in row:
+        text, target = f"{row['bytes_per_sample']:.1f} bytes a sample", 24
+    peers = ", ".join(f"{peer} {v:.4g}" for peer, v in us.items() if v is not None)
+    return None if ours is None else f"{ours:.4g}", peers or None, text, target
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "a case")
     parser.add_argument("--seconds", type=float, default=8.0, help="a case's time")
     parser.add_argument("--quick", action="store_true", help="N up to 1e6 and a moment each")
-    parser.add_argument("--json", type=Path, help="file to append a row a case to")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     validate()
-    seconds = 0.2 if args.quick else args.seconds
-    million, largest = 1_000_000, 1_000_000 if args.quick else 100_000_000
     if SumSegmentTreeFp32 is None:
         print("torchrl is not installed (or not for this torch): its columns stay empty")
-
-    rows: list[tuple[str, int, int | None, Row]] = []
-    for batch_size in (128, 4096):
-        rows.append(("step", million, batch_size, measure_step(million, batch_size, seconds)))
-    for batch_size in (128, 4096):
-        for name, row in measure_kernels(million, batch_size, seconds).items():
-            rows.append((name, million, batch_size, row))
-    for batch_size in (128, 4096):
-        sizes = [n for n in (10**4, 10**5, 10**6, 10**7, 10**8) if n <= largest]
-        for n, row in measure_scaling(sizes, batch_size, seconds).items():
-            rows.append(("scaling", n, batch_size, row))
-    for n in (million, largest // 10):
-        for name, row in measure_alias(n, 4096, seconds).items():
-            rows.append((name, n, None if name == "alias construction" else 4096, row))
-    rows.append(("sample(weights)", million, 128, measure_sample(million, 128, seconds)))
-    for batch_size in (128, 4096):
-        row = {"bytes_per_sample": bytes_per_sample(largest // 10, batch_size)}
-        rows.append(("memory", largest // 10, batch_size, row))
-
-    lines = [("what", "N", "B", "us", "peers, us", "ratio", "target")]
-    for name, n, batch_size, row in rows:
-        if args.json:
-            row_of = {"benchmark": "sample", "case": name, "num_samples": n}
-            row_of["batch_size"] = batch_size
-            append_row(args.json, {**row_of, **row, **provenance(torch.device("cpu"))})
-        us = dict(row.get("us", {}))
-        ours = us.pop("fastis", None)
-        target = TARGETS.get((name, n, batch_size))
-        figure = row.get("ratio")
-        text = "-" if figure is None else f"{figure:.3f}"
-        if "ns_per_item" in row:
-            text = f"{row['ns_per_item']:.1f} ns an item"
-        if "bytes_per_sample" in row:
-            text, target = f"{row['bytes_per_sample']:.1f} bytes a sample", 24
-        peers = ", ".join(f"{peer} {v:.4g}" for peer, v in us.items() if v is not None)
-        lines.append(
-            (
-                name,
-                f"{n:.0e}".replace("+0", ""),
-                "-" if batch_size is None else str(batch_size),
-                "-" if ours is None else f"{ours:.4g}",
-                peers or "-",
-                text,
-                "-" if target is None else f"{target:g}",
-            )
-        )
-    print(aligned(lines))
+    head = ("what", "N", "B", "us", "peers, us", "ratio", "target")
+    report = Report("sample", head, args.json)
+    seconds, largest = (0.2, 1_000_000) if args.quick else (args.seconds, 100_000_000)
+    for name, n, batch_size, row in measure(seconds, largest):
+        report.store({"case": name, "num_samples": n, "batch_size": batch_size, **row})
+        size = f"{n:.0e}".replace("+0", "")
+        report.line(name, size, batch_size, *cells_of(row, TARGETS.get((name, n, batch_size))))
+    report.show()
     return 0
 
 

@@ -5,7 +5,7 @@
 Two loops with the same network, gather, optimizer and cosine schedule take turns in one process:
 ``fastis`` (sample, loss and score, update, scaled learning rate; past its warm-up) and ``torch``
 (``randint``, ``F.cross_entropy``). The ratio of steps per second is the median over pairs of
-neighbouring blocks, so a slow phase of the machine hits both. Targets at batch 128, one thread and
+neighbouring blocks. Targets at batch 128, one thread and
 N = 60,000: at least 0.99 with LeNet-5 and 0.95 with an MLP 784-256-10.
 
 A step of the MLP moves about 0.4 MB of images and 2.4 MB of parameters, gradients and momenta; the
@@ -14,31 +14,24 @@ sampler touches 128 entries of 16 bytes and the sums above them.
 
 from __future__ import annotations
 
-import argparse
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import fastis
-from bench.datasets import load_dataset
-from bench.loop import synchronize
-from bench.models import build_model
-from bench.provenance import provenance
-from bench.report import aligned, append_row
+from bench.experiments.datasets import load_dataset
+from bench.experiments.models import build_model
+from bench.report import Report, make_parser
+from bench.timing import Times, clock_of, interleaved
 
 TARGETS = {"lenet5": 0.99, "mlp": 0.95}
 LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 1e-3
 # The schedule is longer than any measurement: the learning rate stays near its start.
 SCHEDULE = 1_000_000
-Steps = Callable[[int], torch.Tensor]
 
 
 class Loop:
@@ -55,18 +48,18 @@ class Loop:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr, **options)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, SCHEDULE)
 
+    def learn(self, loss: torch.Tensor) -> torch.Tensor:
+        loss.backward()
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
 
 class UniformLoop(Loop):
-    def steps(self, count: int) -> torch.Tensor:
-        x, y, n, device = self.x, self.y, len(self.y), self.x.device
-        for _ in range(count):
-            indices = torch.randint(n, (self.batch_size,), device=device)
-            loss = F.cross_entropy(self.model(x[indices]), y[indices])
-            loss.backward()
-            self.optimizer.step()
-            self.scheduler.step()
-            self.optimizer.zero_grad()
-        return loss.detach()
+    def step(self) -> torch.Tensor:
+        indices = torch.randint(len(self.y), (self.batch_size,), device=self.x.device)
+        return self.learn(F.cross_entropy(self.model(self.x[indices]), self.y[indices]))
 
 
 class EmaisLoop(Loop):
@@ -87,19 +80,12 @@ class EmaisLoop(Loop):
         ones = torch.ones(len(self.y), device=self.x.device)
         self.sampler.update(fastis.Batch(everything, ones), parts)
 
-    def steps(self, count: int) -> torch.Tensor:
-        x, y, sampler = self.x, self.y, self.sampler
-        for _ in range(count):
-            batch = sampler.sample()
-            out = fastis.cross_entropy(
-                self.model(x[batch.indices]), y[batch.indices], batch.weights
-            )
-            sampler.update(batch, out)
-            out.loss.backward()
-            self.optimizer.step()
-            self.scheduler.step()
-            self.optimizer.zero_grad()
-        return out.loss.detach()
+    def step(self) -> torch.Tensor:
+        batch = self.sampler.sample()
+        logits = self.model(self.x[batch.indices])
+        out = fastis.cross_entropy(logits, self.y[batch.indices], batch.weights)
+        self.sampler.update(batch, out)
+        return self.learn(out.loss)
 
 
 def tile(x: torch.Tensor, num_samples: int) -> torch.Tensor:
@@ -110,7 +96,8 @@ def tile(x: torch.Tensor, num_samples: int) -> torch.Tensor:
 
 def validate(loop: EmaisLoop) -> None:
     """A wrong loop gets no number: draws, coefficients, loss and gradient against plain torch."""
-    loop.steps(20)
+    for _ in range(20):
+        loop.step()
     n, sampler = len(loop.y), loop.sampler
     probabilities = sampler.probabilities()
     batch = sampler.sample()
@@ -129,46 +116,23 @@ def validate(loop: EmaisLoop) -> None:
     (expected,) = torch.autograd.grad(loss, logits)
     torch.testing.assert_close(out.loss, loss)
     torch.testing.assert_close(gradient, expected)
-    assert torch.isfinite(loop.steps(20)), "a loss that is not finite"
+    assert torch.isfinite(loop.step()), "a loss that is not finite"
 
 
-def block_seconds(steps: Steps, count: int, device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    steps(count)
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def compare(
-    emais: EmaisLoop, uniform: UniformLoop, pairs: int, seconds_per_block: float
-) -> dict[str, float]:
-    """Interleaved blocks; the order within a pair changes from pair to pair."""
-    device = emais.x.device
-    block_seconds(uniform.steps, 20, device)
-    count = max(10, round(20 * seconds_per_block / block_seconds(uniform.steps, 20, device)))
-    ratios, uniform_times, emais_times = [], [], []
-    for pair in tqdm(range(pairs), leave=False, unit="pair"):
-        order = (uniform.steps, emais.steps) if pair % 2 else (emais.steps, uniform.steps)
-        times = {steps: block_seconds(steps, count, device) / count for steps in order}
-        uniform_times.append(times[uniform.steps])
-        emais_times.append(times[emais.steps])
-        ratios.append(uniform_times[-1] / emais_times[-1])
-    ratios.sort()
+def figures(times: Times) -> dict[str, object]:
+    """Of a row; the ratio is that of steps per second."""
+    ratio = times.ratio("uniform", "emais")
     return {
-        "ratio": round(median(ratios), 4),
-        "ratio_quartiles": [round(ratios[pairs // 4], 4), round(ratios[(3 * pairs) // 4], 4)],
-        "uniform_us_per_step": round(1e6 * median(uniform_times), 1),
-        "emais_us_per_step": round(1e6 * median(emais_times), 1),
-        "steps_per_block": count,
-        "pairs": pairs,
+        "ratio": round(ratio.median, 4),
+        "ratio_quartiles": [round(end, 4) for end in ratio.quartiles],
+        "uniform_us_per_step": round(times.us("uniform"), 1),
+        "emais_us_per_step": round(times.us("emais"), 1),
+        "pairs": len(times["emais"]),
     }
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "a model")
     parser.add_argument("--data", help="Fashion-MNIST's .npz (default: the subset)")
     parser.add_argument("--model", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--num-samples", type=int, default=60_000, help="the set is tiled to this")
@@ -177,26 +141,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=0.3, help="length of a block")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, help="file to append a row a model to")
     args = parser.parse_args(argv)
-
     torch.set_num_threads(args.threads)
     dataset = load_dataset("fashion_mnist", args.data)
     x = tile(dataset.x_train, args.num_samples).to(args.device)
     y = tile(dataset.y_train, args.num_samples).to(args.device)
-    lines = [("model", "uniform us/step", "emais us/step", "ratio", "quartiles", "target")]
+    head = ("model", "uniform us/step", "emais us/step", "ratio (quartiles)", "target")
+    report = Report("step", head, args.json)
     for model in args.model:
-        emais = EmaisLoop(model, x, y, args.batch_size)
-        validate(emais)
-        result = compare(emais, UniformLoop(model, x, y, args.batch_size), args.pairs, args.seconds)
+        loops = {"uniform": UniformLoop, "emais": EmaisLoop}
+        made = {name: loop(model, x, y, args.batch_size) for name, loop in loops.items()}
+        validate(made["emais"])
+        cases = {name: loop.step for name, loop in made.items()}
+        blocks = {"rounds": args.pairs, "turn": args.seconds, "clock": clock_of(x.device)}
+        times = interleaved(cases, **blocks)
         setting = {name: vars(args)[name] for name in ("num_samples", "batch_size", "device")}
-        row = {"benchmark": "step", "model": model, **setting, **result, **provenance(x.device)}
-        if args.json:
-            append_row(args.json, row)
-        quartiles = "{:.4f} to {:.4f}".format(*row["ratio_quartiles"])
-        times = (f"{row['uniform_us_per_step']:.1f}", f"{row['emais_us_per_step']:.1f}")
-        lines.append((model, *times, f"{row['ratio']:.4f}", quartiles, f"{TARGETS[model]:.2f}"))
-    print(aligned(lines))
+        report.store({"model": model, **setting, **figures(times)}, x.device)
+        cells = (f"{times.us(name):.1f}" for name in cases)
+        report.line(model, *cells, times.ratio("uniform", "emais").text(".4f"), TARGETS[model])
+    report.show()
     return 0
 
 

@@ -5,26 +5,23 @@
 Both take a minibatch's indices and scores (with duplicates) and leave the moving mean, the moving
 variance, the last iteration and the importance of every sample that was drawn, once each, and the
 minibatch's variance moments. Results are compared first; then the two take turns, and the ratio is
-the median over pairs. Bytes moved: 16 a sample of the table, read and written, and 20 of the batch.
+the median over rounds. Bytes moved: 16 a sample of the table, read and written, 20 of the batch.
 
 Targets: 4096 samples of a table of 1e6, one thread: at most 0.10.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
-import time
 from pathlib import Path
-from statistics import median
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
 
 import fastis
-from bench.provenance import provenance
-from bench.report import aligned, append_row
+from bench.report import Report, make_parser
+from bench.timing import Times, interleaved
 from fastis.loss import ScoredLoss
 
 TARGETS = {(4096, 1_000_000): 0.10}
@@ -79,61 +76,41 @@ def validate(sampler: fastis.Sampler, eager: Eager, batch, out) -> None:
     assert torch.equal(sampler.last_seen[touched], eager.last[touched])
 
 
-def seconds(function, repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        function()
-    return (time.perf_counter() - start) / repeats
-
-
-def measure(batch_size: int, n: int, pairs: int) -> dict[str, float]:
-    """Microseconds by the public API: the table alone, with the structure kept, and eager torch."""
+def measure(batch_size: int, n: int, rounds: int) -> Times:
+    """By the public API: the table alone, with the tree kept, and eager torch."""
     batch, out = make_case(batch_size, n)
     method = fastis.methods.EMAIS(warmup_epochs=0)
-    table = fastis.Sampler(n, batch_size, method=method)  # never draws: no structure to keep
-    structure = fastis.Sampler(n, batch_size, method=method)
+    table = fastis.Sampler(n, batch_size, method=method)  # never draws: no tree to keep
+    tree = fastis.Sampler(n, batch_size, method=method)
     eager = Eager(n)
     validate(table, eager, batch, out)
-    structure.update(batch, out)
-    structure.sample()  # builds the structure, which every further update then keeps
+    tree.update(batch, out)
+    tree.sample()  # builds the tree, which every further update then keeps
     contenders = {
         "update": lambda: table.update(batch, out),
-        "update_and_structure": lambda: structure.update(batch, out),
+        "update_and_tree": lambda: tree.update(batch, out),
         "eager": lambda: eager.update(*batch, out.score),
     }
-    repeats = max(1, round(0.01 / seconds(contenders["eager"], 20)))
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(pairs):
-        for name, function in contenders.items():
-            times[name].append(seconds(function, repeats))
-    ratios = [a / b for a, b in zip(times["update"], times["eager"], strict=True)]
-    return {
-        **{f"{name}_us": round(1e6 * median(values), 2) for name, values in times.items()},
-        "ratio": round(median(ratios), 4),
-    }
+    return interleaved(contenders, rounds=rounds, turn=0.01)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--pairs", type=int, default=100)
-    parser.add_argument("--quick", action="store_true", help="a few pairs only")
-    parser.add_argument("--json", type=Path, help="file to append a row a case to")
+    parser = make_parser(__doc__, "a case")
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--quick", action="store_true", help="a few rounds only")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    lines = [("B", "N", "update us", "with structure us", "eager us", "ratio", "target")]
+    head = ("B", "N", "update us", "with tree us", "eager us", "ratio", "target")
+    report = Report("update", head, args.json)
     for batch_size, n in CASES:
-        result = measure(batch_size, n, 3 if args.quick else args.pairs)
-        row = {"benchmark": "update", "batch_size": batch_size, "num_samples": n, "threads": 1}
-        if args.json:
-            append_row(args.json, {**row, **result, **provenance(torch.device("cpu"))})
-        figures = [f"{value:.1f}" for name, value in result.items() if name != "ratio"]
-        target = TARGETS.get((batch_size, n))
-        lines.append(
-            (str(batch_size), str(n), *figures, f"{result['ratio']:.3f}", f"{target or '-'}")
-        )
-    print(aligned(lines))
+        times = measure(batch_size, n, 3 if args.quick else args.rounds)
+        ratio = times.ratio("update", "eager")
+        row = {"batch_size": batch_size, "num_samples": n, "threads": 1}
+        row |= {f"{name}_us": round(times.us(name), 2) for name in times}
+        report.store({**row, "ratio": ratio.median, "ratio_quartiles": ratio.quartiles})
+        cells = [f"{times.us(name):.1f}" for name in times]
+        report.line(batch_size, n, *cells, ratio.text(".3f"), TARGETS.get((batch_size, n)))
+    report.show()
     return 0
 
 

@@ -7,13 +7,19 @@ library has one that only reads. Random reads draw their places with Philox, as 
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from bench.report import Report, make_parser
+from bench.timing import device_us
 
 
 @triton.jit
@@ -43,46 +49,15 @@ def empty_kernel():
     pass
 
 
-def graph_of(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
-    """The calls, one after the other, as a CUDA graph: replayed without work on the host."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # compiles, and lets allocators and libraries settle
-            for call in calls:
-                call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
-
-
-def microseconds(calls: Sequence[Callable[[], object]], repeats: int) -> float:
-    """Median time of one call on the device. Calls on different data keep the cache cold."""
-    graph = graph_of(calls)
-    times = []
-    for _ in range(repeats + 2):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(times[2:])
-
-
 def ceilings(repeats: int, megabytes: int = 2048) -> dict[str, float]:
     """Bytes a second of a copy and of a read, over a buffer much larger than any cache."""
     size = megabytes << 20
     source = torch.randint(1 << 16, (size // 4,), dtype=torch.int32, device="cuda")
     target = torch.empty_like(source)
-    copy = microseconds([lambda: target.copy_(source)], repeats)
+    copy = device_us([lambda: target.copy_(source)], repeats)
     check_read(source[: 1 << 20])
     read = min(
-        microseconds([_reader(source, programs)], repeats)
+        device_us([_reader(source, programs)], repeats)
         for programs in (132 * 8, 132 * 16, 132 * 64)
     )
     return {"copy": 2 * size / copy * 1e6, "read": size / read * 1e6}
@@ -99,16 +74,14 @@ def gathers_a_second(num_items: int, count: int, size: int, repeats: int) -> flo
         return lambda: gather_kernel[(programs,)](*arguments, WORDS=words, BLOCK=block, num_warps=8)
 
     times = [
-        microseconds([reader(132 * many, block)], repeats)
-        for many in (8, 32)
-        for block in (256, 1024)
+        device_us([reader(132 * many, block)], repeats) for many in (8, 32) for block in (256, 1024)
     ]
     return count / min(times) * 1e6
 
 
 def node_microseconds(repeats: int, nodes: int = 200) -> float:
     """What an empty kernel takes as one of many nodes of a graph."""
-    return microseconds([lambda: empty_kernel[(1,)](num_warps=1)] * nodes, repeats)
+    return device_us([lambda: empty_kernel[(1,)](num_warps=1)] * nodes, repeats)
 
 
 def _reader(source: Tensor, programs: int) -> Callable[[], object]:
@@ -129,26 +102,16 @@ def check_read(source: Tensor) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the ceilings, and appends them to the file of ``--json``."""
-    import argparse
-    import sys
-    from pathlib import Path
-
-    sys.path.append(str(Path(__file__).resolve().parents[1]))
-    from bench.provenance import provenance
-    from bench.report import append_row
-
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--json", type=Path)
+    parser = make_parser(__doc__, "of the ceilings")
     parser.add_argument("--megabytes", type=int, default=2048)
     args = parser.parse_args(argv)
     found = {"node_us": node_microseconds(30), **ceilings(30, args.megabytes)}
-    print(", ".join(f"{name}: {value:.4g}" for name, value in found.items()))
-    if args.json:
-        where = provenance(torch.device("cuda"))
-        append_row(args.json, {"benchmark": "gpu ceilings", **found, **where})
+    report = Report("gpu ceilings", found, args.json)
+    report.store(found, "cuda")
+    report.line(*(f"{value:.4g}" for value in found.values()))
+    report.show()
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

@@ -9,7 +9,6 @@ release of Triton. Then prunes the cache to what such a run reads. ``bench/gpu_p
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import sys
@@ -22,6 +21,8 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
+
+from bench.report import make_parser
 
 Call = Callable[[], object]
 KEPT = (".json", ".cubin", ".so")
@@ -185,9 +186,7 @@ def prune(cache: Path) -> tuple[int, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--sm", type=int, default=90, help="architecture, 10 x compute capability")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--most", type=int, help="no more than the first so many calls")

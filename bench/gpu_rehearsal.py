@@ -76,7 +76,7 @@ class Graph:
 
 def pretend() -> Iterator[Any]:
     """The patches."""
-    from bench import bench_graph, fake_triton, gpu_ceilings
+    from bench import fake_triton, gpu_ceilings, timing
     from fastis import kernels
     from fastis.kernels.cpu import categorical as cpu_categorical
     from fastis.kernels.cpu import loss as cpu_loss
@@ -103,11 +103,7 @@ def pretend() -> Iterator[Any]:
     served = {"loss": cpu_loss, "table": cpu_table, "categorical": cpu_categorical}
     yield mock.patch.dict(kernels._chosen, {(o, "cuda"): module for o, module in served.items()})
 
-    def capture(step: Callable[[], object], warmups: int = 5) -> Graph:
-        return Graph([step], warmups)
-
-    yield mock.patch.object(bench_graph, "capture", capture)
-    yield mock.patch.object(gpu_ceilings, "graph_of", new=lambda calls: Graph(calls, 3))
+    yield mock.patch.object(timing, "captured", new=lambda calls, warmups=3: Graph(calls, warmups))
     # Its kernel computes nothing here.
     yield mock.patch.object(gpu_ceilings, "check_read", return_value=None)
 

@@ -9,7 +9,6 @@ one after it. ``--device cpu`` rehearses the checks themselves.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from torch import Tensor
 
 import fastis
 from bench.bench_sample import scored
-from bench.report import append_row
+from bench.report import append_row, make_parser
 
 Case = Callable[[str], None]
 CASES: dict[str, Case] = {}
@@ -101,7 +100,7 @@ def rescale(device: str) -> None:
 
 
 @case
-def fixed_weights_and_alias_tables(device: str) -> None:
+def categorical_and_alias_tables(device: str) -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64):
         values = torch.empty(100_003).log_normal_(0, 2, generator=generator()).clamp(max=6e4)
         values = (values * 1000).long() + 1 if dtype == torch.int64 else values.to(dtype)
@@ -215,9 +214,7 @@ def run(name: str, device: str, path: Path) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--from", dest="first", choices=CASES, help="the first case to run")
     parser.add_argument("--device", default="cuda")

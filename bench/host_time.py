@@ -12,13 +12,10 @@ Target: sample, cross_entropy, update and backward at most 40 us in all.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import median
 from unittest import mock
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -27,7 +24,8 @@ import torch
 import torch.nn.functional as F
 
 import fastis
-from bench.report import aligned
+from bench import timing
+from bench.report import Report, make_parser
 from fastis import kernels
 
 TARGET_US = 40.0
@@ -109,35 +107,20 @@ def calls() -> dict[str, Callable[[], object]]:
     }
 
 
-def microseconds(functions: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Median over rounds of each call's time; the calls take turns."""
-    repeats, times = 200, {name: [] for name in functions}
-    for function in functions.values():
-        for _ in range(50):
-            function()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or not all(len(t) > 4 for t in times.values()):
-        for name, function in functions.items():
-            start = time.thread_time()
-            for _ in range(repeats):
-                function()
-            times[name].append((time.thread_time() - start) / repeats * 1e6)
-    return {name: median(values) for name, values in times.items()}
-
-
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=5.0)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with without_a_device():
-        found = microseconds(calls(), args.seconds)
-    lines = [("call", "us")] + [(name, f"{us:.1f}") for name, us in found.items()]
-    print(aligned(lines))
-    met = "met" if found["step"] <= TARGET_US else "NOT met"
-    print(f"a step takes {found['step']:.1f} us of at most {TARGET_US:.0f}: {met}")
+        times = timing.interleaved(calls(), seconds=args.seconds, turn=5e-3, clock=timing.thread)
+    report = Report("host time", ("call", "us"))
+    for name in times:
+        report.line(name, times.spread_us(name).text())
+    report.show()
+    step = times.us("step")
+    met = "met" if step <= TARGET_US else "NOT met"
+    print(f"a step takes {step:.1f} us of at most {TARGET_US:.0f}: {met}")
     return 0
 
 

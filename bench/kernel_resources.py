@@ -12,13 +12,12 @@ with the flags of setup.py, where there is one; where there is none, a line says
 skipped. The numbers are read from the cubins with the cuobjdump that Triton carries.
 
 ``--check`` fails on a kernel that does not compile, on one that is missing from the file, on
-registers that grew by more than ``SLACK`` since it was written (releases of the compiler differ by
-some, a changed kernel by more), and on code that breaks a rule of :mod:`bench.kernel_rules`.
+registers that grew by more than a slack since it was written, and on code that breaks a rule of
+:mod:`bench.kernel_rules`.
 """
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import re
@@ -37,13 +36,11 @@ import torch
 from torch import Tensor
 
 from bench import sass
-from bench.kernel_rules import LOOPED, broken_rules
-from bench.report import aligned, append_row
+from bench.kernel_rules import ARCHITECTURES, LOOPED, complaints
+from bench.report import append_row, make_parser, markdown_table
 
 RESULTS = Path(__file__).parent / "results" / "kernel_resources.json"
 ROWS = RESULTS.with_suffix(".jsonl")
-ARCHITECTURES = (80, 90, 100, 120)
-SLACK = 32
 _TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -326,32 +323,6 @@ def cuda_name(mangled: str) -> str | None:
     return ours[1] + (f"<{ours[2]}>" if ours[2] else "")
 
 
-def identity(row: dict[str, Any]) -> tuple[str, str, int]:
-    return row["kernel"], row["call"], row["sm"]
-
-
-def complaints(rows: list[dict[str, Any]], kept: list[dict[str, Any]]) -> list[str]:
-    """What is wrong with ``rows``, alone and beside the rows of the file."""
-    found = []
-    before = {identity(row): row for row in kept}
-    for row in rows:
-        name = "{} of {!r} for sm_{}".format(*identity(row))
-        found += [f"{name} {rule}" for rule in broken_rules(row)]
-        old = before.pop(identity(row), None)
-        if old is None:
-            found.append(f"{name} is not in {RESULTS.name}: run bench/kernel_resources.py")
-        elif row["registers"] > old["registers"] + SLACK:
-            found.append(f"{name}: {old['registers']} registers became {row['registers']}")
-    sources = {row["call"] for row in rows}
-    if {row["sm"] for row in rows} == set(ARCHITECTURES):
-        # Where there is no nvcc, nothing is said of its kernels.
-        before = {
-            key: old for key, old in before.items() if key[1] in sources or ".cu" not in key[1]
-        }
-        found += [f"{'{} of {!r} for sm_{}'.format(*key)} is launched no more" for key in before]
-    return found
-
-
 def append(rows: list[dict[str, Any]], label: str) -> None:
     """The rows with date and compiler behind the others, for the record."""
     import triton
@@ -369,13 +340,11 @@ def table(rows: list[dict[str, Any]]) -> str:
         steps = [f"{x['instructions']}/{x['elements']}" for x in row.get("loops", ())]
         cells = (str(row.get(column, "")) for column in columns)
         lines.append((row["kernel"], row["call"], *cells, " ".join(steps)))
-    return aligned(lines)
+    return markdown_table(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--check", action="store_true", help="compare with the file, write nothing")
     parser.add_argument("--sm", type=int, nargs="+", default=ARCHITECTURES, help="architectures")
     parser.add_argument("--append", metavar="LABEL", help=f"Triton's rows to results/{ROWS.name}")

@@ -1,10 +1,14 @@
-"""What the machine code of the GPU kernels must not do, from rows of ``kernel_resources.py``."""
+"""What the machine code of the GPU kernels must not do, from rows of ``kernel_resources.py``: by
+itself, and beside the rows of an earlier compilation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
+ARCHITECTURES = (80, 90, 100, 120)
+# Releases of the compiler differ by some registers, a changed kernel by more.
+SLACK = 32
 # Bytes of stack that are no spilling loop: the compiler keeps up to four numbers there at will.
 STACK = 16
 # More than that, six numbers, in these: on sm_100 and sm_120, for all of their programs to be
@@ -63,3 +67,29 @@ def _broken_in_sweep(
     each, bound = loop["instructions"] / loop["elements"], bounds[bool(loop["stores"])]
     if on_h200 and each > bound:
         yield f"takes {each:.1f} instructions an element in a sweep, above {bound}"
+
+
+def identity(row: dict[str, Any]) -> tuple[str, str, int]:
+    return row["kernel"], row["call"], row["sm"]
+
+
+def complaints(rows: list[dict[str, Any]], kept: list[dict[str, Any]]) -> list[str]:
+    """What is wrong with ``rows``, alone and beside the rows of the file."""
+    found = []
+    before = {identity(row): row for row in kept}
+    for row in rows:
+        name = "{} of {!r} for sm_{}".format(*identity(row))
+        found += [f"{name} {rule}" for rule in broken_rules(row)]
+        old = before.pop(identity(row), None)
+        if old is None:
+            found.append(f"{name} is not in the file: run bench/kernel_resources.py")
+        elif row["registers"] > old["registers"] + SLACK:
+            found.append(f"{name}: {old['registers']} registers became {row['registers']}")
+    sources = {row["call"] for row in rows}
+    if {row["sm"] for row in rows} == set(ARCHITECTURES):
+        # Where there is no nvcc, nothing is said of its kernels.
+        before = {
+            key: old for key, old in before.items() if key[1] in sources or ".cu" not in key[1]
+        }
+        found += [f"{'{} of {!r} for sm_{}'.format(*key)} is launched no more" for key in before]
+    return found

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import datetime
 import platform
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -42,3 +44,23 @@ def provenance(device: torch.device) -> dict[str, object]:
             "python": platform.python_version(),
         },
     }
+
+
+def provenance_line(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Machines, versions and dates of the rows."""
+
+    def machine(row: Mapping[str, Any]) -> str:
+        where = row["machine"]
+        parts = [where["gpu"]] if "gpu" in where else []
+        cpu = f"{where['cpu']} ({where['isa']})" if "isa" in where else where["cpu"]
+        parts += [cpu, f"{where['threads']} thread(s) a run"]
+        parts += [f"{row['jobs']} run(s) at a time"] if "jobs" in row else []
+        return ", ".join(parts)
+
+    def distinct(of: Callable[[Mapping[str, Any]], str]) -> str:
+        return "; ".join(dict.fromkeys(map(of, rows)))
+
+    versions = distinct(lambda row: ", ".join(f"{k} {v}" for k, v in row["versions"].items()))
+    days = sorted({row["date"][:10] for row in rows})
+    when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+    return f"Measured {when} on {distinct(machine)}; {versions}."

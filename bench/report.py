@@ -1,20 +1,23 @@
-"""Result rows of the main job: reading them and the table of their means. Knows no torch."""
+"""What benchmarks share: rows in a file, one JSON object a line, and the one writer of tables."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from typing import Any
 
-Row = dict
-# What a (method, learning rate, seed) is compared within.
-WITHIN_SETTING = ("method", "lr", "seed")
+import torch
+
+from bench.provenance import provenance
+
+Row = dict[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a results file, one JSON object a line; none when there is no such file."""
+    """The rows of a results file; none when there is no such file."""
     if not path.exists():
         return []
     rows = []
@@ -32,86 +35,58 @@ def append_row(path: Path, row: Row) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def config_key(config: dict) -> str:
-    """One string per configuration, for finding a run again."""
-    return json.dumps(config, sort_keys=True)
-
-
-def latest(rows: Iterable[Row]) -> list[Row]:
-    """The last row of each configuration, in the order in which the configurations appeared."""
-    return list({config_key(row["config"]): row for row in rows}.values())
-
-
-def setting_of(row: Row) -> dict:
-    return {name: v for name, v in row["config"].items() if name not in WITHIN_SETTING}
-
-
-def setting_name(setting: dict) -> str:
-    """A file name's stem for a setting."""
-    parts = ("dataset", "model", "optimizer", "iterations", "batch_size")
-    return "-".join(str(setting[part]) for part in parts)
-
-
-def by_method_and_lr(rows: Iterable[Row]) -> dict[tuple[str, float], list[Row]]:
-    """Rows of one setting as groups over seeds, methods in order of appearance, lr ascending."""
-    groups: dict[tuple[str, float], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row["config"]["method"], row["config"]["lr"]), []).append(row)
-    methods = list(dict.fromkeys(method for method, _ in groups))
-    return {key: groups[key] for key in sorted(groups, key=lambda k: (methods.index(k[0]), k[1]))}
-
-
-def finals(rows: Iterable[Row], name: str) -> list[float]:
-    values = (row["final"][name] for row in rows)
-    return [math.nan if value is None else value for value in values]
-
-
-def mean_sd(values: list[float], digits: int) -> str:
-    if not all(map(math.isfinite, values)):
-        return "nan"  # one run diverged: the others' mean would hide it
-    text = f"{fmean(values):.{digits}f}"
-    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
-
-
-def table(rows: Iterable[Row]) -> str:
-    """Mean and standard deviation over seeds for each method and learning rate of one setting.
-
-    S, N_ems/B and the factor of the learning rate are averages over the second half of training;
-    the overhead is that of the time per step against uniform's. Runs follow each other, so other
-    load on the machine shows in it: ``bench_step.py`` measures it properly, interleaved.
-    """
-    groups = by_method_and_lr(rows)
-    uniform = [row for (method, _), group in groups.items() if method == "uniform" for row in group]
-    uniform_ms = fmean(finals(uniform, "ms_per_step")) if uniform else math.nan
-    lines = [("method", "lr", "seeds", "test error %", "train loss", "S", "N_ems/B", "lr factor")]
-    lines[0] += ("ms/step", "overhead")
-    for (method, lr), group in groups.items():
-        ms = fmean(finals(group, "ms_per_step"))
-        overhead = "-" if math.isnan(uniform_ms) else f"{100 * (ms / uniform_ms - 1):+.1f} %"
-        lines.append(
-            (
-                method,
-                f"{lr:g}",
-                str(len(group)),
-                mean_sd(finals(group, "test_error"), 2),
-                mean_sd(finals(group, "train_loss"), 4),
-                mean_sd(finals(group, "efficiency"), 3),
-                mean_sd(finals(group, "relative_batch_size"), 2),
-                mean_sd(finals(group, "lr_factor"), 2),
-                mean_sd(finals(group, "ms_per_step"), 3),
-                overhead,
-            )
-        )
-    return aligned(lines)
-
-
-def aligned(lines: list[tuple[str, ...]]) -> str:
-    """Columns under each other: the first flush left, the others flush right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+def markdown_table(lines: Sequence[Sequence[str]], aligned: bool = True) -> str:
+    """The first line is the head. The first column is flush left, the others flush right, also in
+    the text itself if ``aligned``, for a terminal."""
+    widths = [max(4, *map(len, column)) for column in zip(*lines, strict=True)]
+    if not aligned:
+        widths = [0] * len(widths)
+    rule = [f"{'':-<{max(3, widths[0])}}", *(f"{'':-<{max(3, w - 1)}}:" for w in widths[1:])]
     text = []
-    for line in lines:
-        cells = [line[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        text.append("  ".join(cells))
-    text.insert(1, "-" * len(text[0]))
+    for cells in (lines[0], rule, *lines[1:]):
+        first, *others = zip(cells, widths, strict=True)
+        padded = [f"{first[0]:<{first[1]}}", *(f"{cell:>{width}}" for cell, width in others)]
+        text.append("| " + " | ".join(padded) + " |")
     return "\n".join(text)
+
+
+class Report:
+    """The rows and the table of one benchmark: stores each row as soon as it is there."""
+
+    def __init__(self, benchmark: str, head: Sequence[str], path: Path | None = None) -> None:
+        self.benchmark, self.path, self.lines = benchmark, path, [tuple(head)]
+
+    def store(self, row: Row, device: str | torch.device = "cpu") -> None:
+        if self.path:
+            where = provenance(torch.device(device))
+            append_row(self.path, {"benchmark": self.benchmark, **row, **where})
+
+    def line(self, *cells: object) -> None:
+        """One line of the table; None is shown as "-"."""
+        self.lines.append(tuple("-" if cell is None else str(cell) for cell in cells))
+
+    def show(self) -> None:
+        print(markdown_table(self.lines))
+
+
+def make_parser(doc: str | None, rows: str = "") -> argparse.ArgumentParser:
+    """A parser that shows a module's docstring; with ``--json`` if ``rows`` says what is stored."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    if rows:
+        parser.add_argument("--json", type=Path, help=f"file to append a row {rows} to")
+    return parser
+
+
+def positive(kind: type) -> Callable[[str], Any]:
+    """A type of argument: a finite number above 0."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"
+    return parse

@@ -30,7 +30,7 @@ from fastis.kernels.layout import (
     is_uniform,
 )
 from fastis.methods import Method, from_name
-from fastis.methods.base import FOREVER
+from fastis.methods.base import FOREVER, OPTIMIZERS, RULES
 from fastis.variance import Variance
 
 _STATE_VERSION = 2
@@ -38,7 +38,12 @@ _empty_like = torch.empty_like
 
 
 class Sampler(MinibatchSource):
-    """Draws minibatches in proportion to how much each sample matters, and learns it as it goes.
+    """Draws minibatches by importance sampling, and learns each sample's importance on the way.
+
+    A training step calls :meth:`sample` before the forward pass and :meth:`update` after the loss.
+    The first epochs (two, for the default method) are drawn without replacement, to score every
+    sample once; from then on sample i is drawn with probability p_i and has the coefficient
+    ``1/(N p_i)``, which keeps the gradient unbiased. Sixteen bytes of state a sample.
 
     Parameters
     ----------
@@ -51,17 +56,19 @@ class Sampler(MinibatchSource):
         name of :data:`fastis.methods.BY_NAME`, or an object that carries options, e.g.
         ``fastis.methods.EMAIS(tau=1000, warmup_epochs=1)``.
     max_duplicates : float
-        D: at most so many expected copies of any sample in a minibatch, B max p <= D; at least B/N
-        (which is uniform); B or more: no flattening.
+        D, the most expected copies of any sample in a minibatch: B max p <= D. At least B/N, which
+        is uniform; B or more means no cap.
     flatten : "cap" or "mix"
-        how: p = min(c w, D/B) (the least variance under the cap), or p = (1 - a) p + a/N.
+        how the cap is met: p = min(c w, D/B), which has the least variance, or p = (1 - a) p + a/N,
+        which keeps some probability for every sample.
     scheme : "multinomial", "stratified" or "systematic"
-        independent draws; one draw per equal slice of the cumulative distribution; one uniform
-        shifted to all slices. The same expectation, falling variance.
+        independent draws; one draw from each of B equal slices of the cumulative distribution; or
+        one random offset for all slices. The same expectation, with less and less variance.
     device : torch.device or str, optional
-        where state and batches live; None: torch's default device. Data may live anywhere.
+        where the state and the minibatches live; None: torch's default device. The data may live
+        anywhere.
     seed : int
-        64 bits: the key of all randomness. Draw b of iteration t depends on (seed, t, b) and the
+        of all randomness, in [0, 2^64). Draw b of iteration t depends on (seed, t, b) and the
         scores alone, on every backend and after any resume.
 
     Raises
@@ -69,7 +76,17 @@ class Sampler(MinibatchSource):
     TypeError, ValueError
         naming the argument, what was expected and what came.
 
-    Equivalent, for method="scan", to the indices of ``DataLoader(shuffle=True, drop_last=True)``.
+    See Also
+    --------
+    fastis.methods : the methods and their options.
+    fastis.EffectiveBatchLR : the learning rate that goes with the reduced variance.
+
+    Equivalent to, for ``method="scan"``, the indices of ``DataLoader(shuffle=True,
+    drop_last=True)``; for the default, with the present importance w::
+
+        p = w / w.sum()  # then capped: B * p <= max_duplicates
+        indices = torch.multinomial(p, batch_size, replacement=True)
+        weights = 1 / (num_samples * p[indices])
 
     Example
     -------
@@ -256,16 +273,35 @@ class Sampler(MinibatchSource):
         """Smoothed variance traces, effective minibatch size and efficiency."""
         return self._variance
 
-    def lr_factor(self, optimizer: str = "sgd") -> Tensor:
+    def lr_factor(self, optimizer: str = "sgd", rule: str = "linear") -> Tensor:
         """What to multiply the learning rate with, a 0-d float64 tensor on the device.
 
-        N_ems / B for "sgd" (Kutsuna 2025, eq. 8), its square root for "adam" (and its family); 1
-        while draws are uniform, and for methods that define no adjustment. RAIS: its gain.
+        Parameters
+        ----------
+        optimizer : "sgd" or "adam"
+            the factor of the rule, or its square root for Adam and its family, whose own
+            normalisation by the gradient's size makes the other half of it.
+        rule : "linear" or "gain"
+            N_ems / B (Kutsuna 2025, eq. 8), which is right where noise dominates the minibatch's
+            gradient; or the gain of a larger minibatch (AdaScale, Johnson et al. 2020)
+            ``(mu2 + tr V_uni / B) / (mu2 + tr V_is / B)``, with mu2 the squared norm of the mean
+            gradient: between 1 and N_ems / B, and nearer to 1 the less noise there is.
+
+        1 while draws are uniform, and for methods that define no adjustment. RAIS has a gain of its
+        own, by either rule. A loss without ``mean_grad`` counts as mu2 = 0, which makes the rules
+        one.
+
+        Raises
+        ------
+        ValueError
+            for another optimizer or rule.
         """
-        factor = self._method.lr_factor(self._table)
+        if rule not in RULES:
+            check.choice("rule", rule, RULES)
+        factor = self._method.lr_factor(self._table, rule)
         if optimizer == "sgd":
             return factor
-        check.choice("optimizer", optimizer, ["sgd", "adam"])
+        check.choice("optimizer", optimizer, OPTIMIZERS)
         return factor.sqrt()
 
     @property

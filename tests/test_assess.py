@@ -14,12 +14,14 @@ from test_bench import PNG_SIGNATURE, fashion_file
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import assess, assess_plot, report
-from bench.datasets import load_dataset
-from bench.loop import Run, RunConfig
+from bench import report
+from bench.experiments import assess, assess_plot
+from bench.experiments.config import RunConfig
+from bench.experiments.datasets import load_dataset
+from bench.experiments.loop import Run
 from fastis.estimators import per_sample_gradients
 
-RESULTS = Path(assess.__file__).parent / "results"
+RESULTS = Path(report.__file__).parent / "results"
 SIZES = ["--iterations", "20", "--batch-size", "8", "--samples", "15", "--minibatches", "6"]
 
 
@@ -138,7 +140,7 @@ def test_estimates_scatter_about_the_exact_traces(trained):
     """Without noise all minibatches have the same weights. 5 standard errors, seed fixed: a right
     mean fails once in 1.7 million."""
     run, at, _ = trained
-    args = assess.make_parser().parse_args(["--noise", "1e-9", "--minibatches", "200"])
+    args = assess.arguments().parse_args(["--noise", "1e-9", "--minibatches", "200"])
     row, ratios = assess.trace_rows(run, at, args)
     p = at.norms / at.norms.sum()
     for space in ("logits", "parameters"):
@@ -189,7 +191,7 @@ def test_regression_leaves_out_what_is_not_finite():
 
 
 def test_places_to_stop_at():
-    args = assess.make_parser().parse_args(["--iterations", "100", "--checkpoints", "2"])
+    args = assess.arguments().parse_args(["--iterations", "100", "--checkpoints", "2"])
     places = assess.visits(args)
     assert list(places) == [0, 20, 50, 100]
     assert places[50] == ["kf1"]

@@ -16,9 +16,11 @@ import fastis
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import bench_step, datasets, gradient_variance, loop, make_subset, plot, report, train
-from bench.loop import RunConfig
-from bench.models import build_model
+from bench import bench_step, report, timing
+from bench.experiments import datasets, gradient_variance, loop, make_subset, show, tables, train
+from bench.experiments.config import RunConfig, latest
+from bench.experiments.groups import best_rates, groups_of
+from bench.experiments.models import build_model
 
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 pytestmark = pytest.mark.usefixtures("threads_and_data")
@@ -192,7 +194,7 @@ def test_train_writes_rows_table_and_plot_and_resumes(tmp_path, capsys):
     assert len(rows) == 6
     assert table.count("±") >= 3 * 4
     for method in ("emais", "scan", "uniform"):
-        assert f"\n{method} " in table
+        assert f"\n| {method} " in table
     (png,) = out.glob("*.png")
     assert png.read_bytes().startswith(PNG_SIGNATURE)
     row = rows[0]
@@ -222,7 +224,7 @@ def test_train_adam_grid_with_two_jobs(tmp_path, capsys):
     assert str(tmp_path) not in (tmp_path / "out" / train.RESULTS).read_text()
     capsys.readouterr()
     png = tmp_path / "again.png"
-    assert plot.main([str(tmp_path / "out" / train.RESULTS), "--out", str(png)]) == 0
+    assert show.main([str(tmp_path / "out" / train.RESULTS), "--out", str(png)]) == 0
     assert png.read_bytes().startswith(PNG_SIGNATURE)
 
 
@@ -246,20 +248,52 @@ def test_train_refuses_before_it_runs(tmp_path, capsys, options, words):
 # ---- table and step time
 
 
-def made_up_row(method: str, seed: int, error: float | None, ms: float) -> dict:
-    final = dict.fromkeys(("train_loss", "efficiency", "relative_batch_size", "lr_factor"), 1.0)
-    config = vars(RunConfig(method=method, lr=0.01, seed=seed))
-    return {"config": config, "final": final | {"test_error": error, "ms_per_step": ms}}
+def made_up_row(method: str, seed: int, loss: float | None, lr: float = 0.01) -> dict:
+    """A row as of a run whose train loss fell to ``loss`` in two evaluations."""
+    final = dict.fromkeys(("efficiency", "relative_batch_size", "lr_factor", "seconds"), 1.0)
+    final |= {"test_error": loss and 100 * loss, "train_loss": loss}
+    curves = {"step": [1, 2], "seconds": [1.0, 2.0], "train_loss": [0.5, loss]}
+    config = RunConfig(method, lr, seed).to_json()
+    return {"config": config, "final": final, "curves": curves}
 
 
-def test_table_means_deviations_and_overhead():
-    rows = [made_up_row("emais", 0, 10.0, 2.2), made_up_row("emais", 1, 12.0, 2.2)]
-    rows += [made_up_row("uniform", 0, 13.0, 2.0), made_up_row("uniform", 1, None, 2.0)]
-    _, _, emais, uniform = report.table(rows).splitlines()
-    assert "11.00 ± 1.41" in emais
-    assert emais.endswith("+10.0 %")
-    assert "nan" in uniform
-    assert uniform.endswith("+0.0 %")
+def test_table_means_deviations_and_differences(capsys):
+    rows = [made_up_row("emais", 0, 0.10), made_up_row("emais", 1, 0.12)]
+    rows += [made_up_row("scan", 0, 0.13), made_up_row("scan", 1, 0.16)]
+    rows += [made_up_row("uniform", 0, 0.10), made_up_row("uniform", 1, None)]
+    show.show(rows, None)
+    text = capsys.readouterr().out
+    emais, scan, uniform = text.splitlines()[2:5]
+    assert "11.00 ± 1.41 | 0.1100 ± 0.0141" in emais
+    assert "-3.50 ± 6.35" in emais  # 12.706 * 0.7071 / sqrt(2)
+    assert scan.count(" - |") == 2
+    assert "diverged" in uniform
+    assert "train loss: 0.1100 ± 0.0141 against 0.1450 ± 0.0212, -24 %" in text
+    until = [" ".join(line.split()) for line in text.split("Until")[1].splitlines()]
+    assert "| emais | 0.01 | 2 of 2 | 2 ± 0 | 2.0 ± 0.0 |" in until
+    assert "| uniform | 0.01 | 1 of 2 | 2 | 2.0 |" in until
+
+
+def test_the_main_job_has_the_rates_that_its_rows_choose():
+    best = best_rates(groups_of(report.read_rows(train.SEARCHED)))
+    assert {method: group.config.lr for method, group in best.items()} == train.BEST_RATE
+    args = train.arguments().parse_args(["--rates"])
+    wanted = train.configurations(args, "embedded")
+    rows = latest(report.read_rows(train.SEARCHED))
+    assert rows.keys() <= wanted.keys()
+    # Its two neighbours were run as often as the best rate.
+    at = train.RATES.index(0.07)
+    assert all(c.key in rows for c in wanted.values() if c.lr in train.RATES[at - 1 : at + 2])
+
+
+def test_by_default_each_method_has_its_own_rate():
+    def lrs(*options):
+        configs = train.configurations(train.arguments().parse_args(options), "embedded")
+        return {(config.method, config.lr) for config in configs.values()}
+
+    assert lrs() == set(train.BEST_RATE.items())
+    assert lrs("--optimizer", "adam", "--method", "emais") == {("emais", 0.001)}
+    assert lrs("--method", "scan", "--lr", "0.5", "--lr-factor", "2") == {("scan", 1.0)}
 
 
 def test_averages_of_a_run_leave_out_what_is_undefined():
@@ -271,9 +305,9 @@ def test_averages_of_a_run_leave_out_what_is_undefined():
 
 
 def test_latest_row_of_a_configuration_wins():
-    rows = [made_up_row("emais", 0, 10.0, 2.0), made_up_row("scan", 0, 9.0, 2.0)]
-    rows.append(made_up_row("emais", 0, 8.0, 2.0))
-    assert [row["final"]["test_error"] for row in report.latest(rows)] == [8.0, 9.0]
+    rows = [made_up_row("emais", 0, 0.10), made_up_row("scan", 0, 0.09)]
+    rows.append(made_up_row("emais", 0, 0.08))
+    assert [row["final"]["train_loss"] for row in latest(rows).values()] == [0.08, 0.09]
 
 
 def test_broken_results_file_is_named(tmp_path):
@@ -297,16 +331,70 @@ def test_tile_repeats_in_order():
     assert bench_step.tile(torch.arange(3), 7).tolist() == [0, 1, 2, 0, 1, 2, 0]
 
 
-def test_paired_differences(tmp_path, capsys):
-    from bench import compare
+def test_differences_are_to_the_runs_that_are_named(capsys):
+    rows = str(Path(report.__file__).parent / "results" / "fashion_mnist_lenet5.jsonl")
+    assert show.main([rows, "--compared-with", "scan:0.01"]) == 0
+    text = capsys.readouterr().out
+    assert "test error minus scan 0.01" in text
+    (scan,) = (line for line in text.splitlines() if line.split()[:4] == ["|", "scan", "|", "0.01"])
+    assert scan.split()[-4:] == ["-", "|", "-", "|"]
+    with pytest.raises(SystemExit):
+        show.main([rows, "--compared-with", "emais:7"])
+    assert "got emais:7" in capsys.readouterr().err
 
-    path = tmp_path / "rows.jsonl"
-    source = Path(compare.__file__).parent / "results" / "fashion_mnist_lenet5.jsonl"
-    path.write_text(source.read_text())
-    assert compare.main([str(path), "--pair", "scan:0.01", "scan:0.01"]) == 0
-    assert "test_error: +0.0000 ± 0.0000 over 3 seeds" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="METHOD:LR, got 'emais:7'"):
-        compare.main([str(path), "--pair", "emais:7", "scan:0.01"])
+
+def test_paired_interval_by_hand():
+    first, second = {0: 1.0, 1: 3.0, 2: 2.0, 7: 9.0}, {0: 0.0, 1: 1.0, 2: 1.0}
+    mean, half, seeds = tables.paired_interval(first, second)
+    assert (mean, seeds) == (pytest.approx(4 / 3), 3)
+    assert half == pytest.approx(4.303 / 3)  # the differences' deviation is 1 / sqrt(3)
+    with pytest.raises(ValueError, match="2 to 10 common seeds, got 1"):
+        tables.paired_interval({0: 1.0}, {0: 2.0})
+
+
+# ---- the timer
+
+
+def test_cases_take_turns_and_the_first_one_changes():
+    order, clock = [], {"a": 1.0, "b": 3.0}
+    cases = {name: lambda name=name: order.append(name) for name in clock}
+
+    def timed(function, calls):
+        function()
+        return calls * clock[order[-1]]
+
+    times = timing.interleaved(cases, rounds=4, calls=10, clock=timed)
+    assert order == ["a", "b", "b", "a"] * 2
+    assert times == {"a": [1.0] * 4, "b": [3.0] * 4}
+    assert times.us("b") == 3e6
+
+
+def test_a_turn_is_as_long_as_it_shall_be():
+    def timed(function, calls):
+        return calls * 1e-4
+
+    assert timing.calls_in(lambda: None, 0.01, timed) == 100
+    assert timing.calls_in(lambda: None, 1e-5, timed) == 1  # slow ones: once a turn
+
+
+def test_ratios_are_taken_within_a_round_with_their_quartiles():
+    times = timing.Times({"a": [1.5, 2.0, 5.0], "b": [1.0, 2.0, 4.0]})
+    ratio = times.ratio("a", "b")
+    assert ratio == (1.125, 1.25, 1.375)
+    assert ratio.text(".2f") == "1.25 (1.12 to 1.38)"
+    assert timing.spread([2.0]) == (2.0, 2.0, 2.0)
+
+
+def test_tables_are_markdown():
+    lines = [("what", "us"), ("draw", "1.25"), ("update, draw", "10")]
+    assert report.markdown_table(lines).splitlines() == [
+        "| what         |   us |",
+        "| ------------ | ---: |",
+        "| draw         | 1.25 |",
+        "| update, draw |   10 |",
+    ]
+    unaligned = report.markdown_table(lines, aligned=False).splitlines()
+    assert unaligned[:3] == ["| what | us |", "| --- | ---: |", "| draw | 1.25 |"]
 
 
 @pytest.mark.parametrize("scheme", ["multinomial", "stratified", "systematic"])

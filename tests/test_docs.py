@@ -136,7 +136,7 @@ def test_readme_is_short_and_has_the_commands():
 @pytest.mark.usefixtures("threads_and_data")
 def test_the_figure_of_the_readme_is_drawn_from_rows(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from bench import readme_figure
+    from bench.experiments import readme_figure
 
     assert readme_figure.main(["--out", str(tmp_path / "readme.png")]) == 0
     assert (tmp_path / "readme.png").stat().st_size > 10_000

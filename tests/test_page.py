@@ -10,11 +10,11 @@ from test_runs import small
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import markdown, page
-from bench.config import RunConfig
-from bench.experiments import EXPERIMENTS
-from bench.groups import Results, grouped
-from bench.plans import Settings
+from bench.experiments import page
+from bench.experiments.config import RunConfig
+from bench.experiments.experiment import Settings
+from bench.experiments.groups import Results, grouped
+from bench.experiments.papers import EXPERIMENTS
 
 pytestmark = pytest.mark.usefixtures("threads_and_data")
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("threads_and_data")
 @pytest.fixture
 def _no_figures(monkeypatch):
     """They take a second each."""
-    monkeypatch.setattr(page.figures, "draw", lambda *_: False)
+    monkeypatch.setattr(page.plot, "draw", lambda *_: False)
 
 
 def write_page(tmp_path, rows, times=()) -> str:
@@ -31,10 +31,10 @@ def write_page(tmp_path, rows, times=()) -> str:
 
 def test_a_page_of_nothing_says_so(tmp_path):
     text = write_page(tmp_path, [])
-    assert text.count(markdown.NOT_YET) >= len(EXPERIMENTS)
+    assert text.count(page.NOT_YET) >= len(EXPERIMENTS)
     for name in EXPERIMENTS:
         assert f"## {name}: " in text
-        assert f"python bench/reproduce.py {name} --data " in text
+        assert f"python bench/experiments/reproduce.py {name} --data " in text
     assert not list(tmp_path.glob("*.png"))
 
 

@@ -13,13 +13,14 @@ import fastis
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import experiments, page, plans, report, reproduce, step_times
-from bench.config import RunConfig
-from bench.experiments import EXPERIMENTS
-from bench.methods import check_config
-from bench.models import MODELS
-from bench.plans import COMPARED, GRID, VARIANTS, Settings
-from bench.tasks import TASKS, load_task_data
+from bench import report, timing
+from bench.experiments import page, papers, reproduce, step_times
+from bench.experiments.config import RunConfig, latest
+from bench.experiments.experiment import Experiment, Settings
+from bench.experiments.methods import check_config
+from bench.experiments.models import MODELS
+from bench.experiments.papers import COMPARED, EXPERIMENTS, GRID, VARIANTS
+from bench.experiments.tasks import TASKS, load_task_data
 
 SETTINGS = Settings("small.npz", seeds=2)
 pytestmark = pytest.mark.usefixtures("threads_and_data")
@@ -43,13 +44,17 @@ def made_up_row(config: RunConfig, loss: float | None, **final) -> dict:
             "test_error": curve,
             "seconds": [step / 10 for step in steps],
             **{name: [1.0] * 4 for name in ("efficiency", "effective_batch_size", "lr")},
-            **{name: [1.0] * 4 for name in experiments.TRACES},
+            **{name: [1.0] * 4 for name in papers.TRACES},
         },
     }
 
 
 def by_key(rows) -> dict:
-    return {report.config_key(row["config"]): row for row in rows}
+    return latest(rows)
+
+
+def runs(name: str, iterations: int, rows=None) -> list[RunConfig]:
+    return EXPERIMENTS[name].configs(replace(SETTINGS, iterations=(iterations,)), rows or {})
 
 
 # ---- the lists
@@ -80,30 +85,30 @@ def test_methods_that_need_a_class_are_left_out_of_multilabel():
 
 
 def test_fixed_taus_are_scaled_with_the_run():
-    configs = plans.fig1(SETTINGS, 2500, {})
+    configs = runs("fig1", 2500)
     assert {c.options.get("tau") for c in configs} == {None, 100.0, 500.0, 1000.0, 2500.0}
 
 
 def test_best_lr_is_chosen_on_seed_0_and_then_repeated():
-    first = plans.best_lr(SETTINGS, 6250, {})
+    first = runs("best_lr", 6250)
     assert {(c.method, c.lr) for c in first} == {(m, lr) for m in COMPARED for lr in GRID}
     assert {config.seed for config in first} == {0}
     losses = {0.01: 0.3, 0.03: 0.1, 0.1: None}  # the largest diverged
     assert len(first) == len(VARIANTS) * len(GRID)
     of_emais = [config for config in first if config.method == "emais"]
     rows = by_key(made_up_row(c, losses[c.lr], lr_factor=2.34) for c in of_emais)
-    later = [config for config in plans.best_lr(SETTINGS, 6250, rows) if config.seed]
+    later = [config for config in runs("best_lr", 6250, rows) if config.seed]
     # Its own second seed, and SGD-Scan's at 0.03 * 2.34 in two digits.
     assert {(c.method, c.lr) for c in later} == {("emais", 0.03), ("scan", 0.07)}
 
 
 def test_adam_repeats_scan_at_the_rate_that_emais_had():
-    first = plans.table6(SETTINGS, 100, {})
+    first = runs("table6", 100)
     assert {(c.method, c.lr) for c in first} == {
         (method, 0.001) for method in ("emais", "rais", "scan", "uniform")
     }
     rows = by_key(made_up_row(c, 0.1, lr_factor=1.618) for c in first if c.method == "emais")
-    later = [c for c in plans.table6(SETTINGS, 100, rows) if c not in first]
+    later = [c for c in runs("table6", 100, rows) if c not in first]
     assert [(c.method, c.lr, c.optimizer, c.seed) for c in later] == [
         ("scan", 0.0016, "adam", 0),
         ("scan", 0.0016, "adam", 1),
@@ -111,12 +116,12 @@ def test_adam_repeats_scan_at_the_rate_that_emais_had():
 
 
 def test_wall_clock_measures_the_best_rates_once_they_are_known():
-    grid = plans.wall_clock(SETTINGS, 100, {})
+    grid = runs("wall_clock", 100)
     assert {(c.method, c.lr) for c in grid} == {
         (method, lr) for method in ("emais", "scan", "uniform") for lr in GRID
     }
     rows = by_key(made_up_row(c, c.lr, lr_factor=2.0) for c in grid)
-    found = [(c.variant, c.lr) for c in plans.wall_clock(SETTINGS, 100, rows) if c.seed == 1]
+    found = [(c.variant, c.lr) for c in runs("wall_clock", 100, rows) if c.seed == 1]
     assert found == [
         ("emais", 0.01),
         ("scan", 0.01),
@@ -198,11 +203,12 @@ def test_runner_runs_what_is_missing_and_reports(tmp_path, capsys):
 
 
 def test_a_failing_run_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
-    def plan(settings, iterations, rows):
+    def plan(settings, rows):
         return [small(method, iterations=2) for method in ("scan", "emais", "uniform")]
 
     broken = fastis.methods.BY_NAME["scan"]
-    monkeypatch.setitem(EXPERIMENTS, "fig6", experiments.Experiment("three", plan))
+    monkeypatch.setitem(EXPERIMENTS, "fig6", Experiment("three", plan))
+    monkeypatch.setattr(broken, "fused", False)
     monkeypatch.setattr(broken, "update", lambda *_: 1 / 0)
     assert reproduce_here(tmp_path / "out", "fig6") == 1
     assert "scan lr 0.01 seed 0: ZeroDivisionError" in capsys.readouterr().err
@@ -215,8 +221,8 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path, capsys, monkeypatch):
     [
         (["fig99"], "NAME must be one or more of table2,"),
         ([], "got none"),
-        (["fig6", "--seeds", "0"], "--seeds must be above 0, got 0"),
-        (["fig6", "--iterations", "5", "-1"], "--iterations must be above 0, got -1"),
+        (["fig6", "--seeds", "0"], "--seeds: expected a number above 0, got 0"),
+        (["fig6", "--iterations", "5", "-1"], "--iterations: expected a number above 0, got -1"),
         (["fig6", "--data", "absent.npz"], "absent.npz"),
     ],
 )
@@ -232,11 +238,11 @@ def test_list_counts_what_is_there(capsys):
     assert reproduce.main(["--list"]) == 0
     text = capsys.readouterr().out
     for name in (*EXPERIMENTS, reproduce.STEP_TIMES):
-        assert f"\n{name} " in text
+        assert f"\n| {name} " in text
 
 
 def test_step_times_take_ratios_within_a_round(tmp_path, monkeypatch):
-    times = {"uniform": [1.0, 2.0, 4.0], "emais": [1.5, 2.0, 5.0]}
+    times = timing.Times({"uniform": [1.0, 2.0, 4.0], "emais": [1.5, 2.0, 5.0]})
     found = step_times.summary(times)
     assert found["emais"]["ratio"] == 1.25  # of 1.5, 1 and 1.25
     assert found["emais"]["ms"] == 2000

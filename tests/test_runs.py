@@ -14,11 +14,11 @@ import fastis
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import loop
-from bench.config import RunConfig
-from bench.dynamic_batch import FollowingSampler, factors_of
-from bench.methods import Scorer, build_method, check_config
-from bench.tasks import TASKS, load_task_data
+from bench.experiments import loop
+from bench.experiments.config import RunConfig
+from bench.experiments.dynamic_batch import FollowingSampler
+from bench.experiments.methods import Scorer, build_method, check_config
+from bench.experiments.tasks import TASKS, load_task_data
 
 pytestmark = pytest.mark.usefixtures("threads_and_data")
 
@@ -85,7 +85,7 @@ def test_last_layer_score_is_the_norm_of_that_layers_gradient():
 
 def test_scorer_gives_losses_scores_and_exact_norms(data, monkeypatch):
     run = loop.Run(small(), data)
-    monkeypatch.setattr("bench.methods.EVALUATION_BATCH", 3)
+    monkeypatch.setattr("bench.experiments.methods.EVALUATION_BATCH", 3)
     indices = torch.tensor([5, 1, 1, 30, 7, 12, 39])
     x, y = data.x_train[indices], data.y_train[indices]
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_dynamic_minibatches_have_the_size_of_the_other_runs_n_ems():
     data = replace(whole, x_train=whole.x_train[:400], y_train=whole.y_train[:400])
     config = replace(small(iterations=120), lr=0.05)
     leader = loop.Run(config, data)
-    factors = factors_of(leader, 120)
+    factors = leader.factors(120)
     assert factors[:99] == [1.0] * 99  # two epochs of 50 minibatches, less one
     assert max(factors) > 1.2
     run = loop.Run(replace(config, method="uniform", batch_size_like="emais"), data)

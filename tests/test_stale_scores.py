@@ -13,9 +13,10 @@ import fastis
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import markdown, report, stale_scores
-from bench.config import RunConfig
-from bench.stale_scores import Follower, Rule
+from bench import report
+from bench.experiments import stale_scores
+from bench.experiments.config import RunConfig
+from bench.experiments.stale_scores import Follower, Rule
 
 CONFIG = RunConfig("emais", 0.01, 0, model="mlp", batch_size=8, iterations=64, data="small.npz")
 
@@ -116,7 +117,7 @@ def test_summary_is_of_the_middle_half_and_against_the_best_fixed_tau_of_each_mo
 
 
 def test_section_is_of_the_rows():
-    assert markdown.NOT_YET in stale_scores.section([])
+    assert stale_scores.NOT_YET in stale_scores.section([])
     text = stale_scores.section([made_up_row(), made_up_row(1)])
     assert "| tau t (the paper's) | 0.400 | 0.200 | 0.200 |" in text
     assert all(words in text for words in ("2 seed(s)", "--seeds 2", "an abacus"))

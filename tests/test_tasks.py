@@ -11,9 +11,9 @@ from test_bench import fashion_file
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from bench import metrics, tasks
-from bench.models import build_model
-from bench.tasks import TASKS, load_task_data
+from bench.experiments import metrics, tasks
+from bench.experiments.models import build_model
+from bench.experiments.tasks import TASKS, load_task_data
 
 SCORES = torch.tensor([0.6, 0.9, 0.7, 0.8])
 TARGET = torch.tensor([0.0, 1.0, 1.0, 0.0])

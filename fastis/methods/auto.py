@@ -40,6 +40,11 @@ class Auto(EMAIS):
         1: importance sampling whenever it is not predicted to be worse.
     tau, importance, warmup_epochs, floor, refresh_every, score_fn, estimator, smoothing
         see :class:`EMAIS`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        naming the option, what was expected and what came.
     """
 
     name: ClassVar[str] = "auto"

@@ -37,6 +37,11 @@ class Confidence(WithoutCoefficients):
         epochs without replacement before the weights are used (ours).
     estimator, smoothing
         see :class:`fastis.methods.Method`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        naming the option, what was expected and what came.
     """
 
     name: ClassVar[str] = "confidence"

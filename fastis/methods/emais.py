@@ -51,6 +51,11 @@ class EMAIS(Method):
         (called under ``torch.no_grad()``), or float [n], their scores.
     estimator, smoothing
         see :class:`fastis.methods.Method`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        naming the option, what was expected and what came.
     """
 
     name: ClassVar[str] = "emais"

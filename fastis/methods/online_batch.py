@@ -53,6 +53,11 @@ class OnlineBatch(WithoutCoefficients):
         epochs without replacement at the start (1): a loss for every sample.
     estimator, smoothing
         see :class:`fastis.methods.Method`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        naming the option, what was expected and what came.
     """
 
     name: ClassVar[str] = "online_batch"

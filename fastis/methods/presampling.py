@@ -59,6 +59,11 @@ class Presampling(Method):
         how much of tau a step keeps (0.9).
     estimator, smoothing
         see :class:`fastis.methods.Method`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        naming the option, what was expected and what came.
     """
 
     name: ClassVar[str] = "presampling"

@@ -42,6 +42,11 @@ class Prioritized(Weighted):
         epochs without replacement at the start (0).
     estimator, smoothing
         see :class:`fastis.methods.Method`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        naming the option, what was expected and what came.
     """
 
     name: ClassVar[str] = "prioritized"

@@ -65,6 +65,11 @@ class RAIS(Weighted):
         epochs without replacement at the start (2); the gain is 1 in them.
     estimator, smoothing
         see :class:`fastis.methods.Method`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        naming the option, what was expected and what came.
     """
 
     name: ClassVar[str] = "rais"
@@ -209,7 +214,7 @@ class RAIS(Weighted):
 
     # What can be read ----------------------------------------------------------------------------
 
-    def lr_factor(self, table: Table) -> Tensor:
+    def lr_factor(self, table: Table, rule: str) -> Tensor:
         return table.memory["gain"].clone()
 
     def effective_iterations(self, table: Table) -> Tensor:

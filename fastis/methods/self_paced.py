@@ -38,6 +38,11 @@ class SelfPaced(Learning):
         what lambda is multiplied with every epoch (1.3; Kumar et al. 2010, a value from memory).
     estimator, smoothing
         see :class:`fastis.methods.Method`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        naming the option, what was expected and what came.
     """
 
     name: ClassVar[str] = "self_paced"

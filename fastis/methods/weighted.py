@@ -41,7 +41,7 @@ class Learning(Method):
 
 @dataclass(frozen=True)
 class Weighted(Learning):
-    """A method with weights of its own, after some epochs without replacement.
+    """A method that computes the weights of the samples itself, after some uniform epochs.
 
     As in every table, no weight is below 0.001 of their mean (ours).
 
@@ -49,6 +49,11 @@ class Weighted(Learning):
     ----------
     warmup_epochs : int
         epochs without replacement before the weights are used.
+
+    Raises
+    ------
+    TypeError, ValueError
+        naming the option, what was expected and what came.
     """
 
     has_states: ClassVar[bool] = True
@@ -68,7 +73,7 @@ class Weighted(Learning):
 
 @dataclass(frozen=True)
 class WithoutCoefficients(Weighted):
-    """... whose loss is the plain mean over the minibatch: a biased estimate, by design."""
+    """A :class:`Weighted` method whose minibatches have weights of 1: biased, by design."""
 
     def draw(self, table: Table, batch: Batch) -> None:
         super().draw(table, batch)

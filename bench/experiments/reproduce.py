@@ -1,8 +1,8 @@
 """The experiments of the papers: runs what is missing of the named ones.
 
-    python bench/reproduce.py table2 best_lr --data fashion_mnist.npz --jobs 2
-    python bench/reproduce.py --list
-    python bench/reproduce.py --report
+    python bench/experiments/reproduce.py table2 best_lr --data fashion_mnist.npz --jobs 2
+    python bench/experiments/reproduce.py --list
+    python bench/experiments/reproduce.py --report
 
 Every run appends one row to ``bench/results/reproduce_<data set>.jsonl`` when it ends; runs that
 have a row are not repeated, so an interrupted invocation goes on where it stopped. Seed 0 of all
@@ -12,31 +12,30 @@ experiments comes first: partial results compare.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from bench import report, step_times
-from bench.config import RunConfig
-from bench.datasets import data_name
-from bench.experiments import EXPERIMENTS, Experiment
-from bench.methods import check_config
-from bench.plans import Settings
-from bench.report import Row
-from bench.workers import cached_dataset, run_all
+from bench.experiments import step_times
+from bench.experiments.config import RunConfig, latest
+from bench.experiments.datasets import data_name
+from bench.experiments.experiment import Experiment, Settings
+from bench.experiments.methods import check_config
+from bench.experiments.papers import EXPERIMENTS
+from bench.experiments.workers import cached_dataset, run_all
+from bench.report import Row, append_row, make_parser, markdown_table, positive, read_rows
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 # Rows of before this script that are runs of its experiments too.
 EARLIER = "fashion_mnist_lenet5.jsonl"
 # No list of runs: all methods take turns in one process.
 STEP_TIMES = "table5"
 STEP_TIMES_FILE = "reproduce_step_times.jsonl"
-# Written by bench/stale_scores.py, for the page.
+# Written by stale_scores.py, for the page.
 STALE_SCORES = "stale_scores.jsonl"
 NAMES = (*EXPERIMENTS, STEP_TIMES)
 
@@ -49,12 +48,11 @@ def rows_file(folder: Path, config: RunConfig) -> Path:
 def read_all(folder: Path) -> dict[str, Row]:
     """The last row of every configuration that has one."""
     files = [folder / EARLIER, *sorted(folder.glob("reproduce_*.jsonl"))]
-    rows = (row for file in files for row in report.read_rows(file) if "config" in row)
-    return {report.config_key(row["config"]): row for row in rows}
+    return latest(row for file in files for row in read_rows(file) if "config" in row)
 
 
 def read_step_times(folder: Path) -> list[Row]:
-    return report.read_rows(folder / STEP_TIMES_FILE)
+    return read_rows(folder / STEP_TIMES_FILE)
 
 
 def measure_step_times(args: argparse.Namespace, settings: Settings) -> None:
@@ -65,7 +63,7 @@ def measure_step_times(args: argparse.Namespace, settings: Settings) -> None:
         return
     torch.set_num_threads(args.threads)
     dataset = cached_dataset("fashion_mnist", args.data)
-    report.append_row(args.out / STEP_TIMES_FILE, step_times.measure(settings, dataset))
+    append_row(args.out / STEP_TIMES_FILE, step_times.measure(settings, dataset))
 
 
 class Plan:
@@ -102,33 +100,26 @@ class Plan:
         return sorted(pending.values(), key=lambda config: config.seed)
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+def arguments() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    add, count, number = parser.add_argument, positive(int), positive(float)
     add("names", nargs="*", metavar="NAME", help=f"one or more of {', '.join(NAMES)}")
     add("--list", action="store_true", help="the experiments, and how much of each is there")
     add("--report", action="store_true", help="writes the page of what is there; runs nothing")
     add("--data", help="the data set's .npz (default: FASTIS_DATA, else the subset)")
-    add("--seeds", type=int, help="how many: 0, 1, ...; default 3, on CUDA 5")
-    add("--iterations", type=int, nargs="+", help="lengths of the runs; default: the experiment's")
-    add("--seconds", type=float, default=Settings.seconds, help="training time of kf's runs")
+    add("--seeds", type=count, help="how many: 0, 1, ...; default 3, on CUDA 5")
+    add("--iterations", type=count, nargs="+", help="lengths; default: the experiment's")
+    add("--seconds", type=number, default=Settings.seconds, help="training time of kf's runs")
     add("--again", action="store_true", help="measures runs that have a row once more")
     add("--only", nargs="+", metavar="METHOD", help="leave the other methods out")
     add("--device", default="cpu")
-    add("--jobs", type=int, default=1, help="runs at the same time, each in its own process")
-    add("--threads", type=int, default=1, help="CPU threads of each run")
+    add("--jobs", type=count, default=1, help="runs at the same time, each in its own process")
+    add("--threads", type=count, default=1, help="CPU threads of each run")
     add("--out", type=Path, default=RESULTS, help="folder of the rows")
     return parser
 
 
 def make_settings(args: argparse.Namespace) -> Settings:
-    for name in ("seeds", "iterations", "seconds", "jobs", "threads"):
-        value = getattr(args, name)
-        for number in value if isinstance(value, list) else [value]:
-            if number is not None and not 0 < number < math.inf:
-                raise ValueError(f"--{name} must be above 0, got {number}")
     return Settings(
         data=data_name(args.data),
         seeds=args.seeds or (5 if args.device.startswith("cuda") else 3),
@@ -146,21 +137,17 @@ def check(args: argparse.Namespace, pending: list[RunConfig]) -> None:
 
 
 def overview(settings: Settings, rows: dict[str, Row]) -> str:
-    lines = [("experiment", "runs", "there", "what")]
+    lines = [("experiment", "runs", "there")]
     for name, experiment in EXPERIMENTS.items():
         configs = experiment.configs(settings, rows)
         there = sum(experiment.has(c, rows) for c in configs)
-        lines.append((name, str(len(configs)), str(there), experiment.title))
-    lines.append((STEP_TIMES, "-", "-", "Time per step of each method ([K] Table 5)"))
-    widths = [max(len(line[i]) for line in lines) for i in range(3)]
-    return "\n".join(
-        f"{name:<{widths[0]}}  {runs:>{widths[1]}}  {there:>{widths[2]}}  {what}"
-        for name, runs, there, what in lines
-    )
+        lines.append((f"{name} - {experiment.title}", str(len(configs)), str(there)))
+    lines.append((f"{STEP_TIMES} - Time per step of each method ([K] Table 5)", "-", "-"))
+    return markdown_table(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser()
+    parser = arguments()
     args = parser.parse_args(argv)
     try:
         settings = make_settings(args)
@@ -169,9 +156,9 @@ def main(argv: list[str] | None = None) -> int:
             print(overview(settings, rows))
             return 0
         if args.report:
-            from bench import page  # matplotlib: for this alone
+            from bench.experiments import page  # matplotlib: for this alone
 
-            others = (report.read_rows(args.out / name) for name in (STEP_TIMES_FILE, STALE_SCORES))
+            others = (read_rows(args.out / name) for name in (STEP_TIMES_FILE, STALE_SCORES))
             print(page.write(args.out, rows, *others))
             return 0
         unknown = [name for name in args.names if name not in NAMES]
@@ -190,8 +177,9 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(pending)} runs to do", flush=True)
     try:
         for row in run_all(plan, args.data, args.jobs, args.threads):
-            report.append_row(rows_file(args.out, RunConfig(**row["config"])), row)
-            rows[report.config_key(row["config"])] = row
+            config = RunConfig(**row["config"])
+            append_row(rows_file(args.out, config), row)
+            rows[config.key] = row
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1

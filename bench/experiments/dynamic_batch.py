@@ -8,14 +8,10 @@ has to be stored, and both runs start from the same network.
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
 
 import torch
 
 import fastis
-
-if TYPE_CHECKING:
-    from bench.loop import Run
 
 
 class FollowingSampler:
@@ -49,7 +45,7 @@ class FollowingSampler:
     def update(self, batch: fastis.Batch, out: object) -> None:
         self.factor = self._ahead.popleft()
 
-    def lr_factor(self, optimizer: str = "sgd") -> torch.Tensor:
+    def lr_factor(self, optimizer: str = "sgd", rule: str = "linear") -> torch.Tensor:
         factor = self.size / self.batch_size
         value = factor if optimizer == "sgd" else factor**0.5
         return torch.full((), value, dtype=torch.float64, device=self.device)
@@ -57,12 +53,3 @@ class FollowingSampler:
     def reading(self) -> dict[str, float]:
         """What is read of a sampler's variance: the size in force, and uniform's efficiency."""
         return {"effective_batch_size": float(self.size), "efficiency": 1.0}
-
-
-def factors_of(leader: Run, steps: int) -> list[float]:
-    """Trains ``steps`` steps; N_ems / B after each of them (1 in the warm-up)."""
-    factors = []
-    for _ in range(steps):
-        leader.train(1)
-        factors.append(leader.sampler.lr_factor("sgd"))
-    return torch.stack(factors).tolist()

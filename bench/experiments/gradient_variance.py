@@ -1,10 +1,10 @@
 """Variance of the minibatch gradient under the drawing schemes, at fixed networks on the way.
 
-    python bench/gradient_variance.py --data fashion_mnist.npz [--order label] [--json FILE]
+    python bench/experiments/gradient_variance.py --data fashion_mnist.npz [--order label]
 
-Trains LeNet-5 with EMAIS (bench/train.py's job), stops at some iterations, and there computes the
-trace of the covariance of the estimate (1/B) sum r g exactly, from the integer weights of the next
-draw (no random draws: rare large coefficients would make them too noisy to compare):
+Trains LeNet-5 with EMAIS as train.py does, stops at some iterations, and there computes the trace
+of the covariance of the estimate (1/B) sum r g exactly, from the integer weights of the next draw
+(no random draws: rare large coefficients would make them too noisy to compare):
 
 - independent ("multinomial") and uniform draws: (sum |g_i|^2 / (N^2 p_i) - |G|^2) / B;
 - "stratified": draw b falls into slice b of the cumulative distribution, so the mean gradient of
@@ -19,12 +19,10 @@ Slices follow the order of the data: ``--order label`` sorts the training set by
 
 from __future__ import annotations
 
-import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +30,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastis
-from bench.datasets import Dataset, load_dataset
-from bench.loop import Run, RunConfig
-from bench.provenance import provenance
-from bench.report import aligned, append_row
+from bench.experiments.config import RunConfig
+from bench.experiments.datasets import Dataset, load_dataset
+from bench.experiments.loop import Run
+from bench.experiments.tasks import sort_by_class
+from bench.report import Report, make_parser
 from fastis.estimators import gradient_norms
 from fastis.kernels.flatten import distribution
 
@@ -147,25 +146,20 @@ def parameter_traces(run: Run, layout: Layout) -> dict[str, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "an iteration")
     parser.add_argument(
         "--data", help="the data set's .npz (default: FASTIS_DATA, else the subset)"
     )
     parser.add_argument("--order", choices=["file", "label"], default="file")
     parser.add_argument("--lr", type=float, default=0.03)
     parser.add_argument("--at", type=int, nargs="+", default=[1000, 3000, 6250])
-    parser.add_argument("--json", type=Path, help="file to append a row an iteration to")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     dataset = load_dataset("fashion_mnist", args.data)
     if args.order == "label":
-        order = dataset.y_train.argsort(stable=True)
-        x, y = dataset.x_train[order], dataset.y_train[order]
-        dataset = replace(dataset, x_train=x, y_train=y)
+        dataset = sort_by_class(dataset)
     run = Run(RunConfig("emais", args.lr, seed=0, iterations=max(args.at)), dataset)
-    lines = [("iteration", "gradient of", *SCHEMES)]
+    report = Report("gradient_variance", ("iteration", "gradient of", *SCHEMES), args.json)
     for iteration in sorted(args.at):
         run.train(iteration - run.sampler.step)
         layout = Layout(run.sampler)
@@ -175,14 +169,12 @@ def main(argv: list[str] | None = None) -> int:
         }
         for space, traces in spaces.items():
             ratios = {name: value / traces["multinomial"] for name, value in traces.items()}
-            cells = [f"{ratios[name]:.3f}" if name in ratios else "-" for name in SCHEMES]
-            lines.append((str(iteration), space, *cells))
-            if args.json:
-                row = {"benchmark": "gradient_variance", "order": args.order, "lr": args.lr}
-                row.update(iteration=iteration, space=space, trace=traces, ratio=ratios)
-                row["data"] = Path(args.data).name if args.data else "default"
-                append_row(args.json, {**row, **provenance(torch.device("cpu"))})
-    print(aligned(lines))
+            shown = (f"{ratios[name]:.3f}" if name in ratios else None for name in SCHEMES)
+            report.line(iteration, space, *shown)
+            row = {"order": args.order, "lr": args.lr, "iteration": iteration, "space": space}
+            row["data"] = Path(args.data).name if args.data else "default"
+            report.store({**row, "trace": traces, "ratio": ratios})
+    report.show()
     return 0
 
 

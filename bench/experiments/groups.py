@@ -1,21 +1,25 @@
-"""An experiment's runs as groups over seeds: what its tables and figures are made of."""
+"""Runs as groups over seeds: what tables and figures are made of."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from statistics import median
+from statistics import fmean, median
 
 import numpy as np
 
-from bench.config import RunConfig
-from bench.curves import curve
-from bench.experiments import Experiment
-from bench.plans import WITHOUT_TRACES, Rows, Settings
-from bench.report import Row, finals
+from bench.experiments.config import RunConfig, latest
+from bench.experiments.experiment import Experiment, Rows, Settings
+from bench.report import Row
 
+# No coefficients, or not quite: the variance traces, N_ems and S mean nothing for them.
+# Presampling's draws share their candidates: N_ems and S of rows from before the sampler took that
+# into account are too good.
+WITHOUT_TRACES = ("confidence", "confvar", "self_paced", "online_batch", "prioritized")
+WITHOUT_TRACES += ("presampling",)
 OF_TRACES = ("efficiency", "effective_batch_size", "relative_batch_size")
 
 
@@ -38,7 +42,15 @@ class Group:
         return any(row["final"].get(name) is not None for row in self.rows)
 
     def finals(self, name: str) -> list[float]:
-        return finals(self.rows, name)
+        """NaN where a run has none: it diverged."""
+        values = (row["final"][name] for row in self.rows)
+        return [math.nan if value is None else value for value in values]
+
+    @property
+    def final_loss(self) -> float:
+        """The mean final train loss; infinite if a run diverged."""
+        losses = self.finals("train_loss")
+        return fmean(losses) if losses and all(map(math.isfinite, losses)) else math.inf
 
     def late_medians(self, name: str) -> list[float]:
         """Of every run that has the curve: its median over the second half of the evaluations, for
@@ -61,6 +73,24 @@ class Group:
         return curve(self.rows, name, x)
 
 
+def curve(rows: Sequence[Row], name: str, x: str) -> tuple[np.ndarray, np.ndarray]:
+    """Points ``[P]`` and values ``[seeds, P]``, NaN where there is none.
+
+    Runs that were read at other points (by time, or by effective iterations) are interpolated over
+    the part that all of them have.
+    """
+    pairs = [(_floats(row["curves"][x]), _floats(row["curves"][name])) for row in rows]
+    if all(np.array_equal(points, pairs[0][0]) for points, _ in pairs):
+        return pairs[0][0], np.stack([values for _, values in pairs])
+    start, end = max(points[0] for points, _ in pairs), min(points[-1] for points, _ in pairs)
+    points = np.linspace(start, end, min(len(points) for points, _ in pairs))
+    return points, np.stack([np.interp(points, *pair) for pair in pairs])
+
+
+def _floats(values: list[float | None]) -> np.ndarray:
+    return np.array([np.nan if value is None else value for value in values], dtype=float)
+
+
 def grouped(configs: list[RunConfig], found: Callable[[RunConfig], Row | None]) -> list[Group]:
     """Groups in the order of their first run."""
     by_run: dict[str, list[RunConfig]] = {}
@@ -73,6 +103,21 @@ def grouped(configs: list[RunConfig], found: Callable[[RunConfig], Row | None]) 
         missing = tuple(seed for seed, row in rows.items() if row is None)
         groups.append(Group(runs[0], there, missing))
     return groups
+
+
+def groups_of(rows: Iterable[Row]) -> list[Group]:
+    """Of a results file; the last row of a run counts."""
+    found = latest(rows)
+    return grouped([RunConfig(**row["config"]) for row in found.values()], lambda c: found[c.key])
+
+
+def best_rates(groups: Iterable[Group]) -> dict[str, Group]:
+    """For each variant its learning rate of least final train loss, the mean over seeds."""
+    best: dict[str, Group] = {}
+    for group in groups:
+        if group.label not in best or group.final_loss < best[group.label].final_loss:
+            best[group.label] = group
+    return best
 
 
 @dataclass(frozen=True)

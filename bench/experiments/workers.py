@@ -12,10 +12,10 @@ from functools import cache
 import torch
 from tqdm import tqdm
 
-from bench import loop
-from bench.config import RunConfig
-from bench.datasets import Dataset
-from bench.tasks import load_task_data
+from bench.experiments import loop
+from bench.experiments.config import RunConfig
+from bench.experiments.datasets import Dataset
+from bench.experiments.tasks import load_task_data
 
 # Says what to run next, best first; asked again after every run, since rows may call for others.
 Plan = Callable[[], list[RunConfig]]

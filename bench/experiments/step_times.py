@@ -8,26 +8,26 @@ over rounds is reported. Measured after two epochs and a bit: past every warm-up
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import median, quantiles
 
 import torch
 from tqdm import tqdm
 
-from bench.bench_step import block_seconds
-from bench.config import RunConfig
-from bench.datasets import Dataset
-from bench.loop import Run
-from bench.markdown import NOT_YET, markdown_table, provenance_line
-from bench.plans import VARIANTS, Settings
-from bench.provenance import provenance
-from bench.report import Row
+from bench import timing
+from bench.experiments.config import RunConfig
+from bench.experiments.datasets import Dataset
+from bench.experiments.experiment import Settings
+from bench.experiments.loop import Run
+from bench.experiments.papers import VARIANTS
+from bench.experiments.tables import NOT_YET
+from bench.provenance import provenance, provenance_line
+from bench.report import Row, markdown_table
 
 BENCHMARK = "step_times"
 REFERENCE = "uniform"
 
 
 def configs(settings: Settings) -> list[RunConfig]:
-    return [settings.config(method, 0.01, 0, options=options) for method, options in VARIANTS]
+    return [settings.config(method, options=options) for method, options in VARIANTS]
 
 
 def setting(settings: Settings) -> dict[str, str]:
@@ -35,28 +35,15 @@ def setting(settings: Settings) -> dict[str, str]:
     return {"benchmark": BENCHMARK, "data": settings.data, "device": settings.device}
 
 
-def interleaved(runs: dict[str, Run], rounds: int, steps: int) -> dict[str, list[float]]:
-    """Seconds per step of every run in every round; the first of a round changes."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    names = list(runs)
-    for turn in tqdm(range(rounds), desc="rounds", leave=False):
-        start = turn % len(names)
-        for name in names[start:] + names[:start]:
-            run = runs[name]
-            times[name].append(block_seconds(run.train, steps, run.device) / steps)
-    return times
-
-
-def summary(times: dict[str, list[float]]) -> dict[str, dict[str, object]]:
+def summary(times: timing.Times) -> dict[str, dict[str, object]]:
     """Median milliseconds, and median and quartiles of the ratio to uniform's, of every run."""
     result: dict[str, dict[str, object]] = {}
-    for name, seconds in times.items():
-        ratios = [mine / ref for mine, ref in zip(seconds, times[REFERENCE], strict=True)]
-        low, _, high = quantiles(ratios, n=4, method="inclusive")
+    for name in times:
+        ratio = times.ratio(name, REFERENCE)
         result[name] = {
-            "ms": round(1e3 * median(seconds), 4),
-            "ratio": round(median(ratios), 4),
-            "ratio_quartiles": [round(low, 4), round(high, 4)],
+            "ms": round(times.us(name) / 1e3, 4),
+            "ratio": round(ratio.median, 4),
+            "ratio_quartiles": [round(end, 4) for end in ratio.quartiles],
         }
     return result
 
@@ -85,6 +72,9 @@ def measure(
     runs = {config.variant: Run(config, dataset) for config in wanted}
     for run in tqdm(runs.values(), desc="warm-up", leave=False):
         run.train(warm_up)
+    steps_of = {name: lambda run=run: run.train(1) for name, run in runs.items()}
+    clock = timing.clock_of(torch.device(settings.device))
+    times = timing.interleaved(steps_of, rounds=rounds, calls=steps, clock=clock)
     return {
         **setting(settings),
         "model": wanted[0].model,
@@ -92,7 +82,7 @@ def measure(
         "num_samples": num_samples,
         "rounds": rounds,
         "steps_per_round": steps,
-        "methods": summary(interleaved(runs, rounds, steps)),
+        "methods": summary(times),
         **provenance(torch.device(settings.device)),
     }
 
@@ -106,7 +96,8 @@ def section(rows: Sequence[Row]) -> str:
         "forward pass comes and goes with its tau; with a threshold of 0 it is there at every step."
     )
     for row in rows:
-        lines = [
+        lines = [["method", "ms/step", "ratio", "quartiles"]]
+        lines += [
             [
                 name,
                 f"{found['ms']:.2f}",
@@ -119,12 +110,12 @@ def section(rows: Sequence[Row]) -> str:
             f"**{row['model']}, {row['num_samples']} samples ({row['data']}), minibatch "
             f"{row['batch_size']}, {row['rounds']} rounds of {row['steps_per_round']} steps**"
         )
-        parts.append(markdown_table(["method", "ms/step", "ratio", "quartiles"], lines))
+        parts.append(markdown_table(lines, aligned=False))
         parts.append(provenance_line([{**row, "jobs": 1}]))
     if not rows:
         parts.append(NOT_YET)
     last = rows[-1] if rows else {"data": "fashion_mnist.npz", "device": "cpu"}
     options = f" --data {last['data']}" if last["data"] != "embedded" else ""
     options += f" --device {last['device']}" if last["device"] != "cpu" else ""
-    parts.append(f"```sh\npython bench/reproduce.py table5{options}\n```")
+    parts.append(f"```sh\npython bench/experiments/reproduce.py table5{options}\n```")
     return "\n\n".join(parts)

@@ -17,13 +17,13 @@ import torch
 from tqdm import tqdm
 
 import fastis
-from bench.config import RunConfig
-from bench.datasets import Dataset
-from bench.dynamic_batch import FollowingSampler, factors_of
-from bench.methods import Scorer, build_method
-from bench.models import build_model
+from bench.experiments.config import RunConfig
+from bench.experiments.datasets import Dataset
+from bench.experiments.dynamic_batch import FollowingSampler
+from bench.experiments.methods import Scorer, build_method
+from bench.experiments.models import build_model
+from bench.experiments.tasks import TASKS
 from bench.provenance import provenance
-from bench.tasks import TASKS
 
 STEPS_PER_READING = 50
 CURVE_POINTS = 50
@@ -91,12 +91,17 @@ class Run:
             return fastis.EffectiveIterationsLR(
                 cosine,
                 self.sampler,
-                config.optimizer,
+                config.lr_rule,
+                optimizer=config.optimizer,
                 max_lr=config.max_lr or None,
                 total_iterations=config.iterations,
             )
         return fastis.EffectiveBatchLR(
-            cosine, self.sampler, config.optimizer, max_lr=config.max_lr or None
+            cosine,
+            self.sampler,
+            config.lr_rule,
+            optimizer=config.optimizer,
+            max_lr=config.max_lr or None,
         )
 
     def progress(self) -> float:
@@ -146,7 +151,7 @@ class Run:
     def timed_train(self, steps: int) -> tuple[float, float]:
         """Takes ``steps`` steps; the last loss and the milliseconds per step."""
         if self.leader is not None:
-            self.sampler.follow(factors_of(self.leader, steps))
+            self.sampler.follow(self.leader.factors(steps))
         synchronize(self.device)
         self._block_start = time.perf_counter()
         loss = self.train(steps)
@@ -155,6 +160,14 @@ class Run:
         self._block_start = None
         self.train_seconds += seconds
         return loss.item(), 1e3 * seconds / steps
+
+    def factors(self, steps: int) -> list[float]:
+        """Takes ``steps`` steps; N_ems / B after each of them (1 in the warm-up)."""
+        factors = []
+        for _ in range(steps):
+            self.train(1)
+            factors.append(self.sampler.lr_factor("sgd"))
+        return torch.stack(factors).tolist()
 
     def reading(self) -> dict[str, float]:
         """What the sampler and the scheduler say now, and the training time so far."""

@@ -1,4 +1,4 @@
-"""Draws the figures of bench/assess.py from its rows; reads nothing else."""
+"""Draws the figures of assess.py from its rows; reads nothing else."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# bench.plot chooses the backend that needs no screen.
-from bench.plot import STYLE, plt, reference_line
+# plot.py chooses the backend that needs no screen.
+from bench.experiments.plot import STYLE, plt, reference_line
 from bench.report import Row
 
 LABELS = {

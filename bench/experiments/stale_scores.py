@@ -1,7 +1,7 @@
 """How well tables that learn from the same minibatches predict the scores: time constants, floors,
 and ways to correct for scores that are out of date.
 
-    python bench/stale_scores.py --data fashion_mnist.npz
+    python bench/experiments/stale_scores.py --data fashion_mnist.npz
 
 One network trains with EMAIS as published. Every rule below keeps a table of its own, which sees
 that run's minibatches and nothing else. At each sixteenth of the run all samples are scored, and
@@ -15,7 +15,6 @@ of an estimate from minibatches, and without each rule having trained another ne
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,21 +22,20 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import fastis
-from bench import report
-from bench.config import RunConfig
-from bench.datasets import Dataset, data_name, load_dataset
-from bench.loop import Run
-from bench.markdown import NOT_YET, markdown_table, provenance_line
-from bench.plans import PAPER_ITERATIONS, TAUS
-from bench.provenance import provenance
-from bench.report import Row
+from bench.experiments.config import RunConfig
+from bench.experiments.datasets import Dataset, data_name, load_dataset
+from bench.experiments.loop import Run
+from bench.experiments.papers import PAPER_ITERATIONS, TAUS
+from bench.experiments.tables import NOT_YET
+from bench.provenance import provenance, provenance_line
+from bench.report import Row, append_row, make_parser, markdown_table
 
 BENCHMARK = "stale_scores"
 PARTS = 16  # evaluations come at multiples of this part of the run, past the warm-up
@@ -197,6 +195,13 @@ def summary(rows: Sequence[Row]) -> list[tuple[str, float, float, float]]:
     return lines
 
 
+def summary_table(rows: Sequence[Row], aligned: bool = True) -> str:
+    head = ["rule", "S, middle half", "S, last quarter"]
+    head.append("most above the best fixed tau, middle half")
+    lines = [[name, *(f"{value:.3f}" for value in values)] for name, *values in summary(rows)]
+    return markdown_table([head, *lines], aligned)
+
+
 def fixed_taus(row: Row) -> list[str]:
     taus = {f"tau {tau * row['config']['iterations'] / PAPER_ITERATIONS:g}" for tau in TAUS}
     return [name for name in row["efficiency"] if name in taus]
@@ -209,7 +214,7 @@ def section(rows: Sequence[Row]) -> str:
         "For fig1, and not in the papers. One network trains with EMAIS; tables of other rules see "
         "its minibatches too. S is computed from the scores of all samples at each sixteenth of "
         "the run. The best fixed tau is the best of the paper's four at each evaluation. What the "
-        "rules are: `bench/stale_scores.py`."
+        "rules are: `bench/experiments/stale_scores.py`."
     )
     for lr in sorted({row["config"]["lr"] for row in rows}):
         group = [row for row in rows if row["config"]["lr"] == lr]
@@ -218,9 +223,7 @@ def section(rows: Sequence[Row]) -> str:
             f"**{config['model']}, {config['data']}, base rate {lr:g}, {config['iterations']} "
             f"iterations, {len(group)} seed(s)**"
         )
-        lines = [[name, *(f"{v:.3f}" for v in values)] for name, *values in summary(group)]
-        head = ["rule", "S, middle half", "S, last quarter", "most above the best fixed tau"]
-        parts.append(markdown_table([*head[:3], head[3] + ", middle half"], lines))
+        parts.append(summary_table(group, aligned=False))
     if rows:
         parts.append(provenance_line(rows))
     else:
@@ -229,14 +232,12 @@ def section(rows: Sequence[Row]) -> str:
     seeds = 1 + max((row["config"]["seed"] for row in rows), default=2)
     options = f" --data {last}" if last != "embedded" else ""
     options += f" --seeds {seeds} --json bench/results/stale_scores.jsonl"
-    parts.append(f"```sh\npython bench/stale_scores.py{options}\n```")
+    parts.append(f"```sh\npython bench/experiments/stale_scores.py{options}\n```")
     return "\n\n".join(parts)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, "a run")
     add = parser.add_argument
     add("--data", help="the data set's .npz (default: FASTIS_DATA, else the subset)")
     add("--lr", type=float, nargs="+", default=[0.01, 0.03])
@@ -244,33 +245,21 @@ def main(argv: list[str] | None = None) -> int:
     add("--iterations", type=int, default=6250)
     add("--batch-size", type=int, default=128)
     add("--device", default="cpu")
-    add("--json", type=Path, help="file to append a row a run to")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     try:
         dataset = load_dataset("fashion_mnist", args.data)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    setting = {name: vars(args)[name] for name in ("iterations", "batch_size", "device")}
     for lr in args.lr:
         rows = []
         for seed in range(args.seeds):
-            config = RunConfig(
-                "emais",
-                lr,
-                seed,
-                data=data_name(args.data),
-                iterations=args.iterations,
-                batch_size=args.batch_size,
-                device=args.device,
-            )
+            config = RunConfig("emais", lr, seed, data=data_name(args.data), **setting)
             rows.append(measure(config, dataset))
             if args.json:
-                report.append_row(args.json, rows[-1])
-        print(
-            f"lr {lr:g}: S in the middle half, in the last quarter, most above the best fixed tau"
-        )
-        for name, *values in summary(rows):
-            print(f"{name:<40}" + "".join(f"{value:8.3f}" for value in values))
+                append_row(args.json, rows[-1])
+        print(f"lr {lr:g}\n{summary_table(rows)}")
     return 0
 
 

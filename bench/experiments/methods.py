@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 import fastis
-from bench.config import RunConfig
-from bench.datasets import Dataset
-from bench.tasks import EVALUATION_BATCH, Task
+from bench.experiments.config import RunConfig
+from bench.experiments.datasets import Dataset
+from bench.experiments.tasks import EVALUATION_BATCH, Task
 from fastis.estimators import gradient_norms
 
 

@@ -1,7 +1,7 @@
 """Writes the subset of Fashion-MNIST that the benchmarks carry: 1,000 training and 200 test images
 of each class, drawn by a fixed seed and kept in the order of the whole set.
 
-    python bench/make_subset.py fashion_mnist.npz
+    python bench/experiments/make_subset.py fashion_mnist.npz
 """
 
 import argparse
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-SUBSET = Path(__file__).parent / "data" / "fashion_mnist_subset.npz"
+SUBSET = Path(__file__).parents[1] / "data" / "fashion_mnist_subset.npz"
 PER_CLASS = {"train": 1000, "test": 200}
 SEED = 2017
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastis
-from bench import datasets, metrics
-from bench.datasets import Dataset
+from bench.experiments import datasets, metrics
+from bench.experiments.datasets import Dataset
 
 EVALUATION_BATCH = 500
 
@@ -52,9 +52,9 @@ class Task:
     Attributes
     ----------
     source : str
-        the file that the data come from: a key of ``bench.datasets.LOADERS``.
+        the file that the data come from: a key of ``datasets.LOADERS``.
     model : str
-        the network it is usually learnt with: a key of ``bench.models.MODELS``.
+        the network it is usually learnt with: a key of ``models.MODELS``.
     loss : callable
         (logits, target, weights) -> ScoredLoss, the loss that is trained.
     sample_losses : callable
@@ -170,7 +170,7 @@ TASKS = {
 
 
 def load_task_data(name: str, data: str | Path | None = None) -> Dataset:
-    """The data of a task, from ``data`` or where :func:`bench.datasets.load_dataset` looks.
+    """The data of a task, from ``data`` or where :func:`datasets.load_dataset` looks.
 
     Raises
     ------

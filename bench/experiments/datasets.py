@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-EMBEDDED = Path(__file__).parent / "data" / "fashion_mnist_subset.npz"
+EMBEDDED = Path(__file__).parents[1] / "data" / "fashion_mnist_subset.npz"
 PARTS = ("train", "test")
 
 
@@ -54,7 +54,7 @@ def load_dataset(name: str = "fashion_mnist", data: str | Path | None = None) ->
         "fashion_mnist" or "cifar10".
     data : path, optional
         the .npz file; by default what the environment variable FASTIS_DATA names, else the subset
-        of Fashion-MNIST beside this file.
+        of Fashion-MNIST in bench/data.
 
     Raises
     ------

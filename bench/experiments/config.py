@@ -1,11 +1,13 @@
-"""The configuration of a training run, as result rows keep it. Knows no torch."""
+"""The configuration of a training run, as result rows keep it."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bench.report import config_key
+from bench.report import Row
 
 # Fields that came later: a row leaves out those that have their default, so that the rows from
 # before they came are still found as the same runs.
@@ -18,7 +20,18 @@ LATER = (
     "seconds",
     "score",
     "max_lr",
+    "lr_rule",
 )
+
+
+def config_key(config: dict[str, Any]) -> str:
+    """One string per configuration, for finding a run again."""
+    return json.dumps(config, sort_keys=True)
+
+
+def latest(rows: Iterable[Row]) -> dict[str, Row]:
+    """The last row of each configuration, in the order in which the configurations appeared."""
+    return {config_key(row["config"]): row for row in rows}
 
 
 @dataclass(frozen=True)
@@ -28,7 +41,7 @@ class RunConfig:
     method: str
     lr: float
     seed: int
-    dataset: str = "fashion_mnist"  # the task: a key of bench.tasks.TASKS
+    dataset: str = "fashion_mnist"  # the task: a key of tasks.TASKS
     data: str = "embedded"  # or the file's name
     model: str = "lenet5"
     optimizer: str = "sgd"
@@ -37,12 +50,13 @@ class RunConfig:
     momentum: float = 0.9
     weight_decay: float = 1e-3
     device: str = "cpu"
-    # Options of the method, as plain JSON values (see bench.methods).
+    # Options of the method, as plain JSON values (see methods.py).
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     lr_adjust: bool = True  # False: the learning rate does not follow the sampler's factor
-    max_lr: float = 0.0  # an upper limit of what the factor makes of the rate; 0: none
+    lr_rule: str = "linear"  # how it does: "linear" or "gain"
+    max_lr: float = 0.0  # upper bound on the scaled rate; 0: none
     scheme: str = "multinomial"
-    # A method's name: minibatches as large as the N_ems of that method's run (bench.dynamic_batch).
+    # A method's name: minibatches as large as the N_ems of that method's run (dynamic_batch.py).
     batch_size_like: str = ""
     clip_norm: float = 0.0  # 0: gradients are not clipped
     # What the sampler observes of a sample: its gradient norm at the "logits", or that of the
@@ -60,6 +74,7 @@ class RunConfig:
         """The method with whatever sets it apart from its defaults, in words."""
         extras = [f"{name} {value}" for name, value in sorted(self.options.items())]
         extras += [] if self.lr_adjust else ["lr not adjusted"]
+        extras += [] if self.lr_rule == "linear" else [self.lr_rule]
         extras += [] if self.scheme == "multinomial" else [self.scheme]
         extras += [f"rate at most {self.max_lr:g}"] if self.max_lr else []
         extras += [] if self.score == "logits" else [f"score {self.score}"]

@@ -1,9 +1,9 @@
 """Do gradients at the logits tell what those of all parameters would? Figures of the papers.
 
-    python bench/assess.py --data fashion_mnist.npz --iterations 25000 --out runs/assessment.jsonl
+    python bench/experiments/assess.py --data fashion_mnist.npz --iterations 25000 [--out FILE]
 
-Trains LeNet-5 with EMAIS (bench/train.py's job), stops at checkpoints, takes the exact norm of
-every training sample's gradient there (fastis.estimators), and compares:
+Trains LeNet-5 with EMAIS as train.py does, stops at checkpoints, takes the exact norm of every
+training sample's gradient there (fastis.estimators), and compares:
 
 fig3  |g_i| at the logits and of all parameters for some random samples (Kutsuna 2025, Fig. 3)
 fig4  variance traces estimated in both spaces from minibatches drawn with the optimal weights times
@@ -26,21 +26,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import fastis
-from bench.config import RunConfig
-from bench.datasets import data_name, load_dataset
-from bench.gradient_variance import parameter_norms, weighted_gradient
-from bench.loop import Run
+from bench.experiments.config import RunConfig
+from bench.experiments.datasets import data_name, load_dataset
+from bench.experiments.gradient_variance import parameter_norms, weighted_gradient
+from bench.experiments.loop import Run
+from bench.experiments.tasks import EVALUATION_BATCH
 from bench.provenance import provenance
-from bench.report import Row, aligned, append_row, read_rows
-from bench.tasks import EVALUATION_BATCH
-from bench.train import positive
+from bench.report import Row, append_row, make_parser, markdown_table, positive, read_rows
 from fastis.estimators import Traces, estimate_traces, population_traces
 
 TRACES = ("trace_is", "trace_uniform", "trace_optimal")
@@ -299,7 +298,7 @@ def summary(rows: list[Row]) -> str:
                 for name, fit in row[f"fit_of_{key}"].items():
                     text = ", ".join(f"{k} {v}" for k, v in fit.items())
                     lines.append((*start, f"{name}, {key}", text))
-    return aligned(lines)
+    return markdown_table(lines)
 
 
 def latest(rows: list[Row]) -> list[Row]:
@@ -316,10 +315,8 @@ def fraction(text: str) -> float:
     return value
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def arguments() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
     add, count, number = parser.add_argument, positive(int), positive(float)
     add("--data", help="the data set's .npz (default: FASTIS_DATA, else the subset)")
     add("--figures", nargs="+", choices=FIGURES, default=list(FIGURES))
@@ -341,7 +338,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser()
+    parser = arguments()
     args = parser.parse_args(argv)
     if not args.plot_only:
         torch.set_num_threads(args.threads)
@@ -366,7 +363,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--out must hold rows to draw, got none in {args.out}")
     rows = latest(rows)
     print(summary(rows))
-    from bench.assess_plot import draw
+    from bench.experiments.assess_plot import draw
 
     for png in draw(rows, args.out):
         print(png)
