@@ -33,9 +33,10 @@ static_assert(sizeof(Scalars) == 24 * 8);
 // Moving averages of the minibatch moments and what follows from them (math: variance traces).
 struct Variance {
   double weight, second, uniform, first_squared, mean_squared;  // 1, A, U, O^2, |G|^2
-  double trace_is, trace_uniform, trace_optimal, effective_batch_size, efficiency, factor;
+  double trace_is, trace_uniform, trace_optimal, effective_batch_size, efficiency;
+  double factor, gain;  // of the learning rate: N_ems / B, and the gain of a larger minibatch
 };
-static_assert(sizeof(Variance) == 11 * 8);
+static_assert(sizeof(Variance) == 12 * 8);
 
 enum class Flatten : int { none = 0, cap = 1, mix = 2 };
 enum class Scheme : int { multinomial = 0, stratified = 1, systematic = 2 };

@@ -14,7 +14,7 @@ struct Moments {
   double second, uniform, first_squared, mean_squared;
 };
 
-// Traces, effective minibatch size, efficiency and factor from the smoothed moments.
+// Traces, effective minibatch size, efficiency, factor and gain from the smoothed moments.
 FASTIS_HD inline void derive(const Table& t, double n) {
   Variance& v = *t.variance;
   const double A = v.second / v.weight, U = v.uniform / v.weight;
@@ -29,8 +29,11 @@ FASTIS_HD inline void derive(const Table& t, double n) {
   const double gap = U - o2;
   v.efficiency = gap > 0 ? (A - o2) / gap : static_cast<double>(NAN);
   const double factor = v.effective_batch_size / n;
-  const bool adjust = t.scalars->updates >= t.warmup_draws && finite(factor) && factor > 0;
-  v.factor = adjust ? factor : 1.0;
+  const double signal = n * (mu2 > 0 ? mu2 : 0);
+  const double gain = (signal + v.trace_uniform) / (signal + v.trace_is);
+  const bool adjust = t.scalars->updates >= t.warmup_draws;
+  v.factor = adjust && finite(factor) && factor > 0 ? factor : 1.0;
+  v.gain = adjust && finite(gain) && gain > 0 ? gain : 1.0;
 }
 
 // Takes the moments of a minibatch of n into the moving averages, unless one is not finite.

@@ -1,6 +1,6 @@
-"""The learning rate that goes with the effective minibatch size (Kutsuna 2025, eq. 8).
+"""The learning rate that goes with the reduced variance (Kutsuna 2025, eq. 8; AdaScale).
 
-A wrapper around any torch scheduler; it needs of the sampler only ``lr_factor(optimizer)``.
+A wrapper around any torch scheduler; it needs of the sampler only ``lr_factor(optimizer, rule)``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
+
+from fastis import check
+from fastis.methods.base import OPTIMIZERS, RULES
 
 _LINEAR = {"SGD", "ASGD"}
 _SQUARE_ROOT = {
@@ -20,7 +23,7 @@ _SQUARE_ROOT = {
 class HasFactor(Protocol):
     """What the scheduler needs of a sampler."""
 
-    def lr_factor(self, optimizer: str = "sgd") -> Tensor: ...
+    def lr_factor(self, optimizer: str = "sgd", rule: str = "linear") -> Tensor: ...
 
 
 class HasProgress(HasFactor, Protocol):
@@ -31,16 +34,19 @@ class HasProgress(HasFactor, Protocol):
 
 
 class EffectiveBatchLR:
-    """Multiplies a scheduler's learning rate by the sampler's factor, N_ems / B or its root.
+    """Multiplies a scheduler's learning rate by what the sampler's reduced variance allows.
 
     Parameters
     ----------
     scheduler : torch.optim.lr_scheduler.LRScheduler
         any, also a chained or recursive one: it always sees the learning rate without the factor.
     sampler : fastis.Sampler
-        or anything with ``lr_factor(optimizer) -> 0-d tensor``.
+        or anything with ``lr_factor(optimizer, rule) -> 0-d tensor``.
+    rule : "linear" or "gain"
+        the factor: N_ems / B (Kutsuna 2025, eq. 8), or the gain of a larger minibatch, which is
+        nearer to 1 where noise does not dominate; see :meth:`fastis.Sampler.lr_factor`.
     optimizer : "sgd", "adam" or None
-        the rule: N_ems / B for SGD, its square root for Adam and its family. None: by the class of
+        whose rate it is: for Adam and its family the factor's square root. None: by the class of
         the scheduler's optimizer.
     max_factor : float, optional
         upper bound on the factor.
@@ -51,7 +57,7 @@ class EffectiveBatchLR:
     Raises
     ------
     TypeError, ValueError
-        for an optimizer whose rule is not known (name it), or a bad argument.
+        for an optimizer whose family is not known (name it), or a bad argument.
 
     The factor is renewed at every :meth:`step`: once an epoch for a scheduler that steps once an
     epoch. A rate that is a float needs the factor on the host: with a sampler on a GPU every step
@@ -65,7 +71,7 @@ class EffectiveBatchLR:
         for group, lr in zip(optimizer.param_groups, unscaled): group["lr"] = lr
         scheduler.step()
         unscaled = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups: group["lr"] *= sampler.lr_factor()
+        for group in optimizer.param_groups: group["lr"] *= sampler.lr_factor("sgd", rule)
     """
 
     _saved: ClassVar[tuple[str, ...]] = ("scheduler", "unscaled", "scaled")  # in a state_dict
@@ -74,8 +80,9 @@ class EffectiveBatchLR:
         self,
         scheduler: Any,
         sampler: HasFactor,
-        optimizer: str | None = None,
+        rule: str = "linear",
         *,
+        optimizer: str | None = None,
         max_factor: float | None = None,
         max_lr: float | None = None,
     ) -> None:
@@ -88,9 +95,11 @@ class EffectiveBatchLR:
         self.scheduler = scheduler
         self.sampler = sampler
         self.optimizer = scheduler.optimizer
-        self.rule = _rule(self.optimizer) if optimizer is None else optimizer
-        if self.rule not in ("sgd", "adam"):
-            raise ValueError(f"optimizer must be 'sgd', 'adam' or None, got {optimizer!r}")
+        self.rule = check.choice("rule", rule, RULES)
+        if optimizer is None:
+            self._family = _family(self.optimizer)
+        else:
+            self._family = check.choice("optimizer", optimizer, OPTIMIZERS)
         for name, limit in (("max_factor", max_factor), ("max_lr", max_lr)):
             if limit is not None and not limit > 0:
                 raise ValueError(f"{name} must be positive, got {limit!r}")
@@ -110,7 +119,7 @@ class EffectiveBatchLR:
         self.scheduler.step(*args, **kwargs)
 
     def _scale(self) -> None:
-        factor = self.sampler.lr_factor(self.rule)
+        factor = self.sampler.lr_factor(self._family, self.rule)
         if self.max_factor is not None:
             factor = factor.clamp(max=self.max_factor)
         on_host = None
@@ -178,7 +187,7 @@ class EffectiveIterationsLR(EffectiveBatchLR):
 
     Parameters
     ----------
-    scheduler, sampler, optimizer, max_factor, max_lr
+    scheduler, sampler, rule, optimizer, max_factor, max_lr
         as in :class:`EffectiveBatchLR`.
     total_iterations : int, optional
         length of the run in effective iterations; the inner scheduler does not go beyond it.
@@ -200,8 +209,9 @@ class EffectiveIterationsLR(EffectiveBatchLR):
         self,
         scheduler: Any,
         sampler: HasProgress,
-        optimizer: str | None = None,
+        rule: str = "linear",
         *,
+        optimizer: str | None = None,
         max_factor: float | None = None,
         max_lr: float | None = None,
         total_iterations: int | None = None,
@@ -210,7 +220,8 @@ class EffectiveIterationsLR(EffectiveBatchLR):
             raise TypeError(f"sampler must be a fastis.Sampler, got {type(sampler).__name__}")
         if total_iterations is not None and not total_iterations > 0:
             raise ValueError(f"total_iterations must be positive, got {total_iterations!r}")
-        super().__init__(scheduler, sampler, optimizer, max_factor=max_factor, max_lr=max_lr)
+        limits = {"max_factor": max_factor, "max_lr": max_lr}
+        super().__init__(scheduler, sampler, rule, optimizer=optimizer, **limits)
         self._progress = sampler
         self.total_iterations = total_iterations
         self._steps = 0
@@ -239,16 +250,16 @@ class EffectiveIterationsLR(EffectiveBatchLR):
         self._steps = state["steps"]
 
 
-def _rule(optimizer: torch.optim.Optimizer) -> str:
-    """The rule for an optimizer's class, or for the nearest torch class that it derives from."""
+def _family(optimizer: torch.optim.Optimizer) -> str:
+    """The family of an optimizer's class, or of the nearest torch class that it derives from."""
     for cls in type(optimizer).__mro__:
         if cls.__name__ in _LINEAR:
             return "sgd"
         if cls.__name__ in _SQUARE_ROOT:
             return "adam"
     raise ValueError(
-        "optimizer must be given as 'sgd' (factor N_ems/B) or 'adam' (its square root) for a "
-        f"{type(optimizer).__name__}, whose rule is not known"
+        "optimizer must be given as 'sgd' (the factor itself) or 'adam' (its square root) for a "
+        f"{type(optimizer).__name__}, whose family is not known"
     )
 
 

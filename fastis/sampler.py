@@ -30,7 +30,7 @@ from fastis.kernels.layout import (
     is_uniform,
 )
 from fastis.methods import Method, from_name
-from fastis.methods.base import FOREVER
+from fastis.methods.base import FOREVER, OPTIMIZERS, RULES
 from fastis.variance import Variance
 
 _STATE_VERSION = 2
@@ -273,16 +273,35 @@ class Sampler(MinibatchSource):
         """Smoothed variance traces, effective minibatch size and efficiency."""
         return self._variance
 
-    def lr_factor(self, optimizer: str = "sgd") -> Tensor:
+    def lr_factor(self, optimizer: str = "sgd", rule: str = "linear") -> Tensor:
         """What to multiply the learning rate with, a 0-d float64 tensor on the device.
 
-        N_ems / B for "sgd" (Kutsuna 2025, eq. 8), its square root for "adam" (and its family); 1
-        while draws are uniform, and for methods that define no adjustment. RAIS: its gain.
+        Parameters
+        ----------
+        optimizer : "sgd" or "adam"
+            the factor of the rule, or its square root for Adam and its family, whose own
+            normalisation by the gradient's size makes the other half of it.
+        rule : "linear" or "gain"
+            N_ems / B (Kutsuna 2025, eq. 8), which is right where noise dominates the minibatch's
+            gradient; or the gain of a larger minibatch (AdaScale, Johnson et al. 2020)
+            ``(mu2 + tr V_uni / B) / (mu2 + tr V_is / B)``, with mu2 the squared norm of the mean
+            gradient: between 1 and N_ems / B, and nearer to 1 the less noise there is.
+
+        1 while draws are uniform, and for methods that define no adjustment. RAIS has a gain of its
+        own, by either rule. A loss without ``mean_grad`` counts as mu2 = 0, which makes the rules
+        one.
+
+        Raises
+        ------
+        ValueError
+            for another optimizer or rule.
         """
-        factor = self._method.lr_factor(self._table)
+        if rule not in RULES:
+            check.choice("rule", rule, RULES)
+        factor = self._method.lr_factor(self._table, rule)
         if optimizer == "sgd":
             return factor
-        check.choice("optimizer", optimizer, ["sgd", "adam"])
+        check.choice("optimizer", optimizer, OPTIMIZERS)
         return factor.sqrt()
 
     @property

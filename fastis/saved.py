@@ -22,6 +22,7 @@ from fastis.kernels.layout import (
     DURABLE_SCALARS,
     EXPONENT,
     FACTOR,
+    GAIN,
     LAST,
     MEAN,
     NO_EXPONENT,
@@ -62,10 +63,18 @@ NOT_NEGATIVE = Range(0.0, _LARGEST)
 
 
 def upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state of version 1, whose samples' states had another name, as one of version 2."""
+    """A state of version 1 as one of version 2; anything else as it is.
+
+    Version 1 called the samples' states records, and had no gain: until the next update it is taken
+    to be the factor.
+    """
     if not isinstance(state, Mapping) or not _is_same(state.get("version"), 1):
         return state
     renamed = {"states" if name == "records" else name: value for name, value in state.items()}
+    variance = state.get("variance")
+    if type(variance) is Tensor and _dense("state_dict['variance']", variance).shape == (GAIN,):
+        variance = _readable("state_dict['variance']", variance)
+        renamed["variance"] = torch.cat([variance, variance[FACTOR:]])
     return {**renamed, "version": 2}
 
 
@@ -136,17 +145,26 @@ def _plain(name: str, state: Mapping[str, Any], like: Tensor) -> Tensor:
     value = state[name]
     if type(value) is not Tensor:  # a subclass may have no memory, or mean something else by it
         raise TypeError(f"{label} must be a torch.Tensor, got {type(value).__name__}")
-    if value.layout is not torch.strided or value.is_nested or value.is_quantized or value.is_meta:
-        kind = "nested" if value.is_nested else str(value.layout)
-        raise TypeError(f"{label} must be a dense tensor, got {kind} on {value.device}")
-    if value.shape != like.shape:
+    if _dense(label, value).shape != like.shape:
         raise ValueError(f"{label} must have shape {list(like.shape)}, got {list(value.shape)}")
     if value.dtype != like.dtype:
         raise TypeError(f"{label} must have dtype {like.dtype}, got {value.dtype}")
+    return _readable(label, value).to(like.device).contiguous()
+
+
+def _dense(label: str, value: Tensor) -> Tensor:
+    if value.layout is not torch.strided or value.is_nested or value.is_quantized or value.is_meta:
+        kind = "nested" if value.is_nested else str(value.layout)
+        raise TypeError(f"{label} must be a dense tensor, got {kind} on {value.device}")
+    return value
+
+
+def _readable(label: str, value: Tensor) -> Tensor:
+    """A dense ``value`` without graph, when it has memory of its own."""
     try:
         if not _has_memory(value):
             raise ValueError(f"{label} must have memory for its {value.numel()} elements")
-        return value.detach().resolve_neg().to(like.device).contiguous()
+        return value.detach().resolve_neg()
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(f"{label} can't be read: {error}") from error
 
@@ -181,7 +199,7 @@ def _check_variance(variance: Tensor) -> None:
     for begin, end, values in (
         (WEIGHT, SECOND, Range(0.0, 1 + 1e-9)),
         (SECOND, TRACE_IS, FINITE),
-        (FACTOR, FACTOR + 1, POSITIVE),
+        (FACTOR, GAIN + 1, POSITIVE),
     ):
         _check_range("variance", variance[begin:end], values, begin)
 

@@ -195,7 +195,7 @@ def test_effective_iterations_drive_the_schedule():
     class Progress:
         effective_iterations = torch.tensor(0.0)
 
-        def lr_factor(self, optimizer="sgd"):
+        def lr_factor(self, optimizer="sgd", rule="linear"):
             return torch.tensor(2.0)
 
     progress = Progress()

@@ -89,7 +89,9 @@ def test_a_rate_that_is_a_tensor_is_scaled_unread(launched, optimizer, limits):
     inner = torch.optim.SGD([weight], lr=0.1)  # which would read a tensor, once
     inner.param_groups[0]["lr"] = lr
     schedule = torch.optim.lr_scheduler.LambdaLR(inner, lambda step: 0.9**step)
-    scheduler = fastis.EffectiveBatchLR(schedule, sampler_on_meta("emais"), optimizer, **limits)
+    scheduler = fastis.EffectiveBatchLR(
+        schedule, sampler_on_meta("emais"), optimizer=optimizer, **limits
+    )
     with no_host_reads():
         for _ in range(3):
             inner.step()

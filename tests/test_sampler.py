@@ -319,6 +319,8 @@ def test_lr_factor_rules():
     assert float(sampler.lr_factor("adam")) == pytest.approx(factor**0.5)
     with pytest.raises(ValueError, match="optimizer must be one of 'sgd', 'adam', got 'lion'"):
         sampler.lr_factor("lion")
+    with pytest.raises(ValueError, match="rule must be one of 'linear', 'gain', got 'root'"):
+        sampler.lr_factor(rule="root")
 
 
 def test_repr_says_what_it_is():

@@ -151,7 +151,7 @@ CHANGES = {
     "subclass": (replaced("states", lambda t: TwoTensor(t, t)), TypeError, "got TwoTensor"),
     "no storage": (replaced("states", without_storage), ValueError, "have memory for its 212"),
     "zerotensor": (
-        replaced("variance", lambda t: torch._efficientzerotensor(11, dtype=t.dtype)),
+        replaced("variance", lambda t: torch._efficientzerotensor(12, dtype=t.dtype)),
         ValueError,
         "'variance'",
     ),

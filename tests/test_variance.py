@@ -56,6 +56,11 @@ def test_traces_against_exact_ones(estimator):
         assert relative["trace_is"] < -0.06  # the plug-in misses the factor B/(B-1) = 8/7
     ems = 8 * measured["trace_uniform"] / measured["trace_is"]
     assert float(sampler.variance.effective_batch_size) == pytest.approx(ems)
+    if estimator == "unbiased":
+        mu2 = float(problem.g.double().mean(0).square().sum())
+        gain = (mu2 + exact["trace_uniform"] / 8) / (mu2 + exact["trace_is"] / 8)
+        assert 1.1 < float(gain) < 0.9 * ems / 8  # a test that tells it from either end
+        assert float(sampler.lr_factor(rule="gain")) == pytest.approx(float(gain), rel=0.03)
 
 
 @pytest.mark.parametrize("candidates", [8, 24, 200])
@@ -135,13 +140,25 @@ def test_a_batch_of_one_says_nothing_about_variance(any_backend):
     sampler = fastis.Sampler(8, 1, method=EMAIS(warmup_epochs=0))
     batch = sampler.sample()
     sampler.update(batch, observe(torch.tensor([2.0])))
-    assert sampler.lr_factor() == 1
+    assert sampler.lr_factor() == sampler.lr_factor(rule="gain") == 1
+
+
+def test_the_rules_are_one_without_a_mean_gradient(any_backend):
+    sampler = fastis.Sampler(64, 8, method=EMAIS(warmup_epochs=0))
+    problem = Problem()
+    for _ in range(50):
+        batch = sampler.sample()
+        sampler.update(batch, observe(problem.score[batch.indices]))
+    assert float(sampler.lr_factor()) != 1
+    assert float(sampler.lr_factor(rule="gain")) == pytest.approx(float(sampler.lr_factor()))
+    root = float(sampler.lr_factor("adam", rule="gain"))
+    assert root == pytest.approx(float(sampler.lr_factor()) ** 0.5)
 
 
 class FakeSampler:
     factor = 1.0
 
-    def lr_factor(self, optimizer="sgd"):
+    def lr_factor(self, optimizer="sgd", rule="linear"):
         value = torch.tensor(self.factor, dtype=torch.float64)
         return value if optimizer == "sgd" else value.sqrt()
 
@@ -308,7 +325,7 @@ def test_lr_errors():
         fastis.EffectiveBatchLR(3, sampler)
     with pytest.raises(TypeError, match=r"sampler must be a fastis.Sampler, got str"):
         fastis.EffectiveBatchLR(sgd, "emais")
-    with pytest.raises(ValueError, match="optimizer must be 'sgd', 'adam' or None, got 'lion'"):
+    with pytest.raises(ValueError, match="optimizer must be one of 'sgd', 'adam', got 'lion'"):
         fastis.EffectiveBatchLR(sgd, sampler, optimizer="lion")
     with pytest.raises(ValueError, match="max_factor must be positive"):
         fastis.EffectiveBatchLR(sgd, sampler, max_factor=0)

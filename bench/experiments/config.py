@@ -20,6 +20,7 @@ LATER = (
     "seconds",
     "score",
     "max_lr",
+    "lr_rule",
 )
 
 
@@ -52,6 +53,7 @@ class RunConfig:
     # Options of the method, as plain JSON values (see methods.py).
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     lr_adjust: bool = True  # False: the learning rate does not follow the sampler's factor
+    lr_rule: str = "linear"  # how it does: "linear" or "gain"
     max_lr: float = 0.0  # upper bound on the scaled rate; 0: none
     scheme: str = "multinomial"
     # A method's name: minibatches as large as the N_ems of that method's run (dynamic_batch.py).
@@ -72,6 +74,7 @@ class RunConfig:
         """The method with whatever sets it apart from its defaults, in words."""
         extras = [f"{name} {value}" for name, value in sorted(self.options.items())]
         extras += [] if self.lr_adjust else ["lr not adjusted"]
+        extras += [] if self.lr_rule == "linear" else [self.lr_rule]
         extras += [] if self.scheme == "multinomial" else [self.scheme]
         extras += [f"rate at most {self.max_lr:g}"] if self.max_lr else []
         extras += [] if self.score == "logits" else [f"score {self.score}"]

@@ -45,7 +45,7 @@ class FollowingSampler:
     def update(self, batch: fastis.Batch, out: object) -> None:
         self.factor = self._ahead.popleft()
 
-    def lr_factor(self, optimizer: str = "sgd") -> torch.Tensor:
+    def lr_factor(self, optimizer: str = "sgd", rule: str = "linear") -> torch.Tensor:
         factor = self.size / self.batch_size
         value = factor if optimizer == "sgd" else factor**0.5
         return torch.full((), value, dtype=torch.float64, device=self.device)

@@ -91,12 +91,17 @@ class Run:
             return fastis.EffectiveIterationsLR(
                 cosine,
                 self.sampler,
-                config.optimizer,
+                config.lr_rule,
+                optimizer=config.optimizer,
                 max_lr=config.max_lr or None,
                 total_iterations=config.iterations,
             )
         return fastis.EffectiveBatchLR(
-            cosine, self.sampler, config.optimizer, max_lr=config.max_lr or None
+            cosine,
+            self.sampler,
+            config.lr_rule,
+            optimizer=config.optimizer,
+            max_lr=config.max_lr or None,
         )
 
     def progress(self) -> float:

@@ -8,7 +8,7 @@ layout is that of csrc/layout.h, position by position.
                                observation (-1: unseen), code of the importance (see math in
                                csrc/code.h). One state is 16 bytes: one cache line a sample.
 ``scalars``    int64 [24]      clocks and totals, named below
-``variance``   float64 [11]    minibatch moments, smoothed, and what follows from them
+``variance``   float64 [12]    minibatch moments, smoothed, and what follows from them
 ``memory``     dict            tensors that the method asked for, by name
 ``starts`` ...                 the sampling structure of the compiled backends; always rebuilt from
                                the states, never saved
@@ -47,7 +47,8 @@ DURABLE_SCALARS = VALID  # the rest describes the structure and is rebuilt
     EFFECTIVE_BATCH_SIZE,
     EFFICIENCY,
     FACTOR,
-) = range(11)
+    GAIN,
+) = range(12)
 # Columns of `states`.
 MEAN, VAR, LAST, CODE = range(4)
 
@@ -169,9 +170,9 @@ class Table:
         self.device = device
         self.scalars = torch.zeros(NUM_SCALARS, dtype=torch.int64, device=device)
         self.scalars[EXPONENT] = NO_EXPONENT
-        self.variance = torch.full((11,), torch.nan, dtype=torch.float64, device=device)
+        self.variance = torch.full((12,), torch.nan, dtype=torch.float64, device=device)
         self.variance[:TRACE_IS] = 0.0
-        self.variance[FACTOR] = 1.0
+        self.variance[FACTOR:] = 1.0
         self.memory: dict[str, Tensor] = {}
         # The clocks as :meth:`count_on_host` follows them; none: not known.
         self.counts_on_host = {DRAWS: 0, UPDATES: 0}

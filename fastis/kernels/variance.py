@@ -107,15 +107,25 @@ def smooth(table: Table, minibatch: Moments, n: int) -> None:
 
 
 def derive(table: Table, n: int) -> None:
-    """Traces, effective minibatch size, efficiency and factor from the smoothed moments."""
+    """Traces, effective minibatch size, efficiency, factor and gain from the smoothed moments.
+
+    The gain of a larger minibatch (AdaScale, Johnson et al. 2020; the ratio of RAIS), with mu2 the
+    squared norm of the mean gradient, at least 0::
+
+        (mu2 + tr V_uni / B) / (mu2 + tr V_is / B)
+    """
     v, unbiased = table.variance, table.constants.unbiased
     moments = Moments(*(v[SECOND:TRACE_IS] / v[WEIGHT]).unbind())
     v[TRACE_IS], v[TRACE_UNIFORM], v[TRACE_OPTIMAL] = traces_of(moments, n, unbiased)
-    A, U, O2, _ = moments
+    A, U, O2, G2 = moments
     o2 = (n * O2 - A) / (n - 1) if unbiased else O2
     v[EFFECTIVE_BATCH_SIZE] = n * v[TRACE_UNIFORM] / v[TRACE_IS]
     v[EFFICIENCY] = torch.where(U - o2 > 0, (A - o2) / (U - o2), torch.nan)
-    factor = v[EFFECTIVE_BATCH_SIZE] / n
+    mu2 = (n * G2 - A) / (n - 1) if unbiased else G2
+    signal = n * mu2.clamp(min=0)
+    ratios = torch.stack(
+        [v[EFFECTIVE_BATCH_SIZE] / n, (signal + v[TRACE_UNIFORM]) / (signal + v[TRACE_IS])]
+    )
     adjust = int(table.scalars[UPDATES]) >= table.constants.warmup_draws
-    good = torch.isfinite(factor) & (factor > 0)
-    v[FACTOR] = torch.where(good, factor, 1.0) if adjust else 1.0
+    good = torch.isfinite(ratios) & (ratios > 0)
+    v[FACTOR:] = torch.where(good, ratios, 1.0) if adjust else 1.0

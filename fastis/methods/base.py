@@ -20,12 +20,14 @@ from fastis import check
 from fastis.batch import Batch, Observation, Scored
 from fastis.kernels import kernels_for
 from fastis.kernels.flatten import distribution
-from fastis.kernels.layout import DRAWS, FACTOR, UPDATES, Table
+from fastis.kernels.layout import DRAWS, FACTOR, GAIN, UPDATES, Table
 from fastis.kernels.variance import ESTIMATORS
 from fastis.saved import Range
 
 _PLAIN: tuple[type, ...] = (bool, int, float)
 FOREVER = 2**62
+# Of the learning rate: whose, and by which rule (:meth:`Method.lr_factor`).
+OPTIMIZERS, RULES = ("sgd", "adam"), ("linear", "gain")
 
 
 # indices int64 [n] on the sampler's device -> the scored loss of these samples, or float [n] there.
@@ -140,9 +142,9 @@ class Method:
         drawn = distribution(table)
         return drawn.weights.double() / float(drawn.total)
 
-    def lr_factor(self, table: Table) -> Tensor:
-        """0-d float64: what SGD's learning rate is multiplied with."""
-        factor = table.variance[FACTOR]
+    def lr_factor(self, table: Table, rule: str) -> Tensor:
+        """0-d float64: what SGD's learning rate is multiplied with, by the "linear" or "gain"."""
+        factor = table.variance[GAIN if rule == "gain" else FACTOR]
         return factor.clone() if self.adjusts_lr else torch.ones_like(factor)
 
     def effective_iterations(self, table: Table) -> Tensor:

@@ -214,7 +214,7 @@ class RAIS(Weighted):
 
     # What can be read ----------------------------------------------------------------------------
 
-    def lr_factor(self, table: Table) -> Tensor:
+    def lr_factor(self, table: Table, rule: str) -> Tensor:
         return table.memory["gain"].clone()
 
     def effective_iterations(self, table: Table) -> Tensor:
