@@ -182,9 +182,8 @@ PYBIND11_MODULE(_C, m) {
       m, "device_structure_nodes",
       +[](int64_t n) { return fastis::Levels(n, fastis::kDeviceTop).total(); })
 
-  FASTIS_CPU(lanes)
   FASTIS_CPU(cross_entropy)
-  FASTIS_CPU(label_loss)
+  FASTIS_CPU(elementwise_loss)
   FASTIS_DEFINE(m, "is_one", &is_one)
 
   FASTIS_CPU(update)

@@ -22,6 +22,48 @@ struct Pointer {
   T* operator->() const { return address; }
 };
 
+// The losses: loss, score and gradient in one pass. Tensors other than the logits and the gradient
+// are float (double for double); the gradient is in the logits' format (float for float16). A null
+// pointer: no such tensor. B: minibatch, T: tokens, C: classes, L: outputs.
+struct CrossEntropy {
+  Format format;               // of the logits
+  Pointer<const void> logits;  // [B T, C], rows row_stride apart
+  int64_t row_stride;
+  Pointer<const int64_t> target;      // [B T], or null with soft
+  Pointer<const void> soft;           // [B T, C] probabilities, or null
+  Pointer<const void> weights;        // [B]
+  Pointer<const void> class_weights;  // [C]
+  int64_t B, T, C, ignore_index;
+  double smoothing;
+  double denominator;  // NaN: torch's, from the labels
+  bool reduce;
+  Pointer<void> grad;       // [B T, C]
+  Pointer<void> loss;       // [1], or [B] unless reduce
+  Pointer<void> losses;     // [B]
+  Pointer<void> score;      // [B]
+  Pointer<void> mean_grad;  // [C], T = 1
+  int threads;
+};
+
+struct ElementwiseLoss {
+  enum class Kind : int { binary_cross_entropy = 0, squared_error = 1 } kind;
+  Format format;
+  Pointer<const void> logits;      // [B, L]
+  Pointer<const void> target;      // [B, L]
+  Pointer<const void> weights;     // [B]
+  Pointer<const void> pos_weight;  // [L]
+  int64_t B, L;
+  double divisor;  // of a sample's sum over its outputs: 1 or L
+  double denominator;
+  bool reduce;
+  Pointer<void> grad;       // [B, L]
+  Pointer<void> loss;       // [1], or [B] unless reduce
+  Pointer<void> losses;     // [B]
+  Pointer<void> score;      // [B]
+  Pointer<void> mean_grad;  // [L]
+  int threads;
+};
+
 }  // namespace fastis
 
 // The device's code run on the host, in an order that `stride` permutes: for tests of everything

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.dense import readable
+from fastis.check import readable
 from fastis.kernels.layout import Table
 from fastis.methods import Method
 from fastis.methods.base import Observation, Scored

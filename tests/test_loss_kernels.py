@@ -141,7 +141,7 @@ def test_cross_entropy_options(dtype, num_classes, soft):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_labels", [1, 2, 3, 7, 8, 9, 17, 100, 1500])
-def test_label_losses(dtype, num_labels):
+def test_elementwise_losses(dtype, num_labels):
     torch.manual_seed(num_labels)
     for batch in (1, 3) if INTERPRETED and num_labels > 100 else (1, 3, 40):
         logits = (4 * torch.randn(batch, num_labels)).to(dtype).requires_grad_()
