@@ -64,6 +64,16 @@ struct ElementwiseLoss {
   int threads;
 };
 
+// out = grad * scale, the backward pass. `to` differs from `from` for float32 to float16 alone. In
+// place (grad == out) nothing happens where a single scale is 1.
+struct ScaleGrad {
+  Format from, to;
+  Pointer<const void> grad;   // [rows, columns]
+  Pointer<void> out;          // [rows, columns]
+  Pointer<const void> scale;  // [rows], scale_stride apart; float64 for float64, else float32
+  int64_t rows, columns, scale_stride;
+};
+
 }  // namespace fastis
 
 // The device's code run on the host, in an order that `stride` permutes: for tests of everything
@@ -104,9 +114,7 @@ int64_t alias_resolve(Pointer<const uint64_t> table, int64_t n, uint64_t total,
                       Pointer<float> coefficients, uint64_t stride);
 int64_t draw_points(uint64_t total, uint64_t seed, int64_t first, int64_t count,
                     Pointer<uint64_t> points, uint64_t stride);
-int64_t scale_grad(int64_t from, int64_t to, Pointer<const void> grad, Pointer<void> out,
-                   Pointer<const void> scale, int64_t rows, int64_t columns, int64_t scale_stride,
-                   uint64_t stride);
+int64_t scale_grad(const ScaleGrad& call, uint64_t stride);
 // What thread number `thread` of block `block` of `blocks` does of n items: the first, the step to
 // the next, and how many.
 void share(unsigned block, unsigned thread, unsigned blocks, int64_t n, Pointer<int64_t> found);
@@ -171,15 +179,7 @@ int64_t alias_resolve(Pointer<const uint64_t> table /* [N, 2] */, int64_t n, uin
 int64_t draw_points(uint64_t total, uint64_t seed, int64_t first, int64_t count,
                     Pointer<uint64_t> points /* [count] */, int64_t device, uint64_t stream);
 
-// out = grad * scale. Formats as above; `to` differs from `from` for float32 to float16 alone.
-// In place (grad == out) nothing happens where a single scale is 1.
-int64_t scale_grad(int64_t from, int64_t to, Pointer<const void> grad /* [rows, columns] */,
-                   Pointer<void> out /* [rows, columns] */,
-                   Pointer<const void> scale /* [rows], scale_stride apart; float64 for float64,
-                                                else float32 */
-                   ,
-                   int64_t rows, int64_t columns, int64_t scale_stride, int64_t device,
-                   uint64_t stream);
+int64_t scale_grad(const ScaleGrad& call, int64_t device, uint64_t stream);
 
 }  // namespace fastis::cuda
 #endif

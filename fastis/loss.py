@@ -159,7 +159,7 @@ def cross_entropy(
         ):
             weights, denominator = _weighting(logits, weights, reduction, denominator)
         if denominator is None:
-            denominator = float(shape.numel() // shape[-1])
+            denominator = float(shape[0] if len(shape) == 2 else shape[0] * shape[1])
     wanted = (
         denominator,
         reduction != "none",

@@ -214,7 +214,7 @@ def test_confident_samples_keep_their_score(gap, num_classes, backend):
 
 
 @pytest.mark.parametrize("kind", ["one-hot", "bce"])
-def test_confident_distribution_and_labels(kind):
+def test_confident_soft_targets_and_elements(kind):
     gaps = torch.tensor([15.0, 30.0, 60.0, 80.0])
     if kind == "bce":
         out = fastis.binary_cross_entropy_with_logits(gaps[:, None], torch.ones(4, 1))

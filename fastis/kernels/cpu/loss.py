@@ -64,8 +64,8 @@ def cross_entropy(
     code, result, kept = _FORMATS[dtype]
     losses = _empty(batch, dtype=result) if weights is None else _empty_like(weights)
     score = _empty_like(losses)
-    loss = _empty((), dtype=result) if reduce else _empty_like(losses)
-    mean_grad = _empty(num_classes, dtype=result) if with_mean_grad else None
+    loss = losses.new_empty(()) if reduce else _empty_like(losses)
+    mean_grad = losses.new_empty(num_classes) if with_mean_grad else None
     grad = None
     if with_grad:
         like = dense and kept is dtype and len(shape) == 2
@@ -152,8 +152,8 @@ def _elementwise(
     code, result, kept = _FORMATS[logits.dtype]
     losses = _empty(batch, dtype=result) if weights is None else _empty_like(weights)
     score = _empty_like(losses)
-    loss = _empty((), dtype=result) if reduce else _empty_like(losses)
-    mean_grad = _empty(outputs, dtype=result) if with_mean_grad else None
+    loss = losses.new_empty(()) if reduce else _empty_like(losses)
+    mean_grad = losses.new_empty(outputs) if with_mean_grad else None
     grad = _empty(logits.shape, dtype=kept) if with_grad else None
     _C.elementwise_loss(
         kind,
