@@ -2,10 +2,11 @@
 
 Equations: Kutsuna 2025, section 7; Katharopoulos and Fleuret 2018, eq. 19, in the form of
 :mod:`fastis.kernels.reference.loss` that loses no digits: sums over ``j != y`` with the largest of
-those logits as reference point, then a closed form a row (:func:`triton_math.solve_label_row`).
+those logits as reference point, then a closed form for each row
+(:func:`fastis.kernels.triton.math.solve_label_row`).
 
-A row is a token: row r belongs to sample r / tokens. :mod:`fastis.kernels.triton.geometry` says who
-takes which rows. An element costs one exponential in a sweep, and 7 to 9 instructions in all: at
+A row is a token: row r belongs to sample r / tokens. :mod:`fastis.kernels.triton.geometry` assigns
+rows to programs. An element costs one exponential in a sweep, and 7 to 9 instructions in all: at
 4 TB/s a multiprocessor of an H200 has 13 issue slots for each bfloat16 that arrives.
 """
 

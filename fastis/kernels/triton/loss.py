@@ -36,6 +36,7 @@ from fastis.kernels.triton.cross_entropy import label_sweeps_kernel, label_tiles
 from fastis.kernels.triton.elementwise import elementwise_kernel
 from fastis.kernels.triton.geometry import (
     SWEEP_REGISTERS,
+    Sweeps,
     Tiles,
     access_width,
     alignment,
@@ -104,7 +105,6 @@ def cross_entropy(
     if not _serves(logits):
         return reference_loss.cross_entropy(logits, target, weights, options, wanted)
     class_weights, ignore_index, label_smoothing = options
-    denominator, reduce, with_grad, with_mean_grad = wanted
     num_classes = logits.shape[-1]
     flat = logits if logits.dim() == 2 else logits.detach().reshape(-1, num_classes)
     if num_classes > 1 and flat.stride(1) != 1:
@@ -112,23 +112,16 @@ def cross_entropy(
     target = target.contiguous()
     labels = target.dtype == torch.int64
     by_label = labels and label_smoothing == 0
-    rows, stride, itemsize = flat.shape[0], flat.stride(0), flat.element_size()
-    address = flat.data_ptr()
-    if by_label:
-        aligned, vector = access_width(address, stride, num_classes, itemsize, with_grad)
-    else:
-        aligned = vector = alignment(address, stride, itemsize)
-    plan = row_launch(
-        rows, num_classes, vector=vector, itemsize=itemsize, with_grad=with_grad,
-        with_mean_grad=with_mean_grad, by_label=by_label,
-    )  # fmt: skip
+    rows, stride = flat.shape[0], flat.stride(0)
+    aligned, plan = _row_plan(flat, by_label, wanted)
     single_block = is_single_block(rows, num_classes)
     out = _outputs(logits, rows, plan.programs, single_block, wanted)
-    label_denominator = labels and reduce and denominator is None
+    label_denominator = labels and wanted.reduce and wanted.denominator is None
     if label_denominator and not single_block:
         below = _label_denominator(target, class_weights, ignore_index, num_classes)
     else:
-        below = _known_denominator(float(rows) if denominator is None else denominator, reduce)
+        number = float(rows) if wanted.denominator is None else wanted.denominator
+        below = _known_denominator(number, wanted.reduce)
     tokens = rows // logits.shape[0]
     arguments = [
         flat, target, weights, class_weights, below.parts, out.grad, out.row_losses, out.row_score,
@@ -147,9 +140,9 @@ def cross_entropy(
             label_tiles_kernel if by_label else soft_targets_tiles_kernel,
             (plan.programs,), plan.num_warps,
             *arguments, out.row_mean_grad, below.inverse, rows, *scalars, **constants,
-            LABEL_DENOMINATOR=label_denominator and single_block, REDUCE=reduce,
-            SINGLE_BLOCK=single_block,
-            BLOCK_R=plan.block_rows, BLOCK_C=plan.block_columns, maxnreg=plan.max_registers,
+            LABEL_DENOMINATOR=label_denominator and single_block, REDUCE=wanted.reduce,
+            SINGLE_BLOCK=single_block, BLOCK_R=plan.block_rows, BLOCK_C=plan.block_columns,
+            maxnreg=plan.max_registers,
         )  # fmt: skip
     else:
         if by_label:
@@ -161,9 +154,10 @@ def cross_entropy(
             CHUNKS=plan.chunks, LANES=plan.lanes, VECTOR=plan.vector,
         )  # fmt: skip
     if logits.dim() == 3:
-        _finish_tokens(out, weights, below, plan.programs, tokens, reduce and not single_block)
+        in_parts = wanted.reduce and not single_block
+        _finish_tokens(out, weights, below, plan.programs, tokens, in_parts)
     elif not single_block:
-        _finish_columns(out, below, plan.programs, rows, reduce)
+        _finish_columns(out, below, plan.programs, rows, wanted.reduce)
     return out.scored
 
 
@@ -245,6 +239,20 @@ def _serves(logits: Tensor) -> bool:
     """Whether the kernels take these logits; the rest is the reference's."""
     full = logits.numel() > 0 and logits.numel() // logits.shape[-1] < 2**31
     return full and logits.dtype != torch.float64
+
+
+def _row_plan(flat: Tensor, by_label: bool, wanted: Wanted) -> tuple[int, Tiles | Sweeps]:
+    """Elements to which the rows ``[R, C]`` of cross-entropy are aligned, and their launch."""
+    (rows, columns), itemsize = flat.shape, flat.element_size()
+    memory = flat.data_ptr(), flat.stride(0)
+    if by_label:
+        aligned, vector = access_width(*memory, columns, itemsize, wanted.with_grad)
+    else:
+        aligned = vector = alignment(*memory, itemsize)
+    return aligned, row_launch(
+        rows, columns, vector=vector, itemsize=itemsize, with_grad=wanted.with_grad,
+        with_mean_grad=wanted.with_mean_grad, by_label=by_label,
+    )  # fmt: skip
 
 
 def _outputs(

@@ -5,8 +5,8 @@
 
 as in :mod:`fastis.kernels.reference.loss` (the score: Kutsuna 2025, section 7). The largest logit
 stays out of every sum, so a confident row loses no digits; the norm is summed from the gradient
-itself, because its expanded form cancels. :mod:`fastis.kernels.triton.geometry` says who takes
-which rows; a row is a token.
+itself, because its expanded form cancels. :mod:`fastis.kernels.triton.geometry` assigns rows to
+programs; a row is a token.
 """
 
 from __future__ import annotations
