@@ -88,7 +88,7 @@ def test_a_loop_never_leaves_a_program_without_work():
             assert plan.programs <= geometry.cdiv(rows, plan.block_rows)
 
 
-def test_whole_means_one_tile_of_one_program():
+def test_single_block_means_one_tile_of_one_program():
     for rows, columns in itertools.product(range(1, 140), (1, 3, 10, 64, 100, 4096, 4097)):
         if not geometry.is_single_block(rows, columns):
             continue
