@@ -37,6 +37,7 @@ from torch import Tensor
 import fastis
 from bench.report import Report, Row, make_parser, read_rows
 from bench.timing import device_us, host_and_device
+from fastis.kernels.loss import CrossEntropyOptions, Wanted
 
 Shape = tuple[int, int, torch.dtype]
 SHAPES: tuple[Shape, ...] = (
@@ -80,9 +81,9 @@ def data_of(shape: Shape) -> Data:
 def raw(data: Data, with_grad: bool) -> tuple[Tensor | None, ...]:
     """The backend's function alone, without mean gradient and without autograd."""
     logits, target, weights = data
-    rest = (None, -100, 0.0, float(len(target)), True, with_grad, False)
+    wanted = Wanted(float(len(target)), True, with_grad, False)
     kernels = fastis.kernels.kernels_for("loss", "cuda")
-    return kernels.cross_entropy(logits.detach(), target, weights, *rest)
+    return kernels.cross_entropy(logits.detach(), target, weights, CrossEntropyOptions(), wanted)
 
 
 def stepping(loss_of: Callable[[Data], Tensor]) -> Callable[[Data], None]:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bench.report import make_parser
+from fastis.kernels.loss import CrossEntropyOptions, ElementwiseOptions, Wanted
 
 Call = Callable[[], object]
 KEPT = (".json", ".cubin", ".so")
@@ -53,9 +54,10 @@ def cross_entropy(
         denominator = float(torch.Size(shape[:-1]).numel())
     if mean is None:
         mean = len(shape) == 2 and shape[-1] <= 4096
+    options = CrossEntropyOptions(meta(shape[-1]) if classes else None, -100, smoothing)
     out = triton_loss.cross_entropy(
-        meta(*shape, dtype=dtype), target, meta(shape[0]) if r else None,
-        meta(shape[-1]) if classes else None, -100, smoothing, denominator, reduce, grad, mean,
+        meta(*shape, dtype=dtype), target, meta(shape[0]) if r else None, options,
+        Wanted(denominator, reduce, grad, mean),
     )  # fmt: skip
     if out[4] is not None:
         backward(out[4], meta() if reduce else meta(shape[0]), dtype)
@@ -101,17 +103,20 @@ def of_tests() -> Iterator[Call]:
                 yield lambda s=shape, o=options: cross_entropy(s, bf16, **o)
     for shape in [(128, 10), (512, 1000), (4, 150528)]:
         for dtype in tests.FLOATS:
-            yield lambda s=shape, d=dtype: label_losses(s, d)
+            yield lambda s=shape, d=dtype: elementwise_losses(s, d)
 
 
-def label_losses(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def elementwise_losses(shape: tuple[int, int], dtype: torch.dtype) -> None:
     from fastis.kernels.triton import loss as triton_loss
 
-    rows, labels = shape
-    rest = (float(labels), float(rows), True, False, labels <= 4096)
-    logits, target, r = meta(*shape, dtype=dtype), meta(*shape), meta(rows)
-    triton_loss.binary_cross_entropy_with_logits(logits, target, r, meta(labels), *rest)
-    triton_loss.mse_loss(logits, target, r, *rest)
+    rows, outputs = shape
+    wanted = Wanted(float(rows), True, False, outputs <= 4096)
+    tensors = meta(*shape, dtype=dtype), meta(*shape), meta(rows)
+    for loss, pos_weight in (
+        (triton_loss.binary_cross_entropy_with_logits, meta(outputs)),
+        (triton_loss.mse_loss, None),
+    ):
+        loss(*tensors, ElementwiseOptions(pos_weight, float(outputs)), wanted)
 
 
 def of_benchmarks() -> Iterator[Call]:

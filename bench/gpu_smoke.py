@@ -174,7 +174,7 @@ def compare(
 
 
 @case
-def label_losses(device: str) -> None:
+def elementwise_losses(device: str) -> None:
     for loss in (fastis.binary_cross_entropy_with_logits, fastis.mse_loss):
         logits = torch.randn(512, 100, generator=generator())
         target = torch.rand(512, 100, generator=generator())

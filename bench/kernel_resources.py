@@ -38,6 +38,7 @@ from torch import Tensor
 from bench import sass
 from bench.kernel_rules import ARCHITECTURES, LOOPED, complaints
 from bench.report import append_row, make_parser, markdown_table
+from fastis.kernels.loss import CrossEntropyOptions, ElementwiseOptions, Wanted
 
 RESULTS = Path(__file__).parent / "results" / "kernel_resources.json"
 ROWS = RESULTS.with_suffix(".jsonl")
@@ -92,27 +93,26 @@ def losses() -> Iterator[tuple[str, Callable[[], object]]]:
     ) -> tuple[str, Callable[[], object]]:  # fmt: skip
         target = meta(*shape) if soft else meta(*shape[:-1], dtype=torch.int64)
         weights = meta(shape[0]) if r else None
-        class_weights = meta(shape[-1]) if classes else None
-        denominator = float(shape[0]) if r else None
+        options = CrossEntropyOptions(meta(shape[-1]) if classes else None, -100, smoothing)
+        wanted = Wanted(float(shape[0]) if r else None, True, grad, mean)
         words = [
             "cross_entropy", "x".join(map(str, shape)), short[dtype], *["soft"] * soft,
             *["smoothed"] * bool(smoothing), *["class_weights"] * classes, *["grad"] * grad,
             *["mean_grad"] * mean,
         ]  # fmt: skip
         return " ".join(words), lambda: triton_loss.cross_entropy(
-            meta(*shape, dtype=dtype), target, weights, class_weights, -100, smoothing, denominator,
-            True, grad, mean,
-        )  # fmt: skip
+            meta(*shape, dtype=dtype), target, weights, options, wanted
+        )
 
-    def labels(
+    def elementwise(
         name: str, *shape: int, dtype: torch.dtype = bf16, mean: bool = True
     ) -> tuple[str, Callable[[], object]]:
-        middle = (meta(shape[1]), 1.0) if name.startswith("binary") else (1.0,)
+        options = ElementwiseOptions(meta(shape[1]) if name.startswith("binary") else None)
+        wanted = Wanted(float(shape[0]), True, True, mean)
         words = [name, "x".join(map(str, shape)), short[dtype], "grad", *["mean_grad"] * mean]
         return " ".join(words), lambda: getattr(triton_loss, name)(
-            meta(*shape, dtype=dtype), meta(*shape), meta(shape[0]), *middle, float(shape[0]), True,
-            True, mean,
-        )  # fmt: skip
+            meta(*shape, dtype=dtype), meta(*shape), meta(shape[0]), options, wanted
+        )
 
     yield cross_entropy(8192, 128256, grad=False)
     yield cross_entropy(8192, 128256)
@@ -133,10 +133,10 @@ def losses() -> Iterator[tuple[str, Callable[[], object]]]:
     yield cross_entropy(4096, 4096, dtype=fp32, soft=True, classes=True, mean=True)
     yield cross_entropy(8192, 128256, smoothing=0.1)
     yield cross_entropy(1024, 32000, soft=True, classes=True)
-    yield labels("binary_cross_entropy_with_logits", 4096, 1000)
-    yield labels("binary_cross_entropy_with_logits", 256, 150528, mean=False)
-    yield labels("mse_loss", 4096, 4096, dtype=fp32)
-    yield labels("mse_loss", 128, 10, dtype=fp32)
+    yield elementwise("binary_cross_entropy_with_logits", 4096, 1000)
+    yield elementwise("binary_cross_entropy_with_logits", 256, 150528, mean=False)
+    yield elementwise("mse_loss", 4096, 4096, dtype=fp32)
+    yield elementwise("mse_loss", 128, 10, dtype=fp32)
     grad, half = meta(8192, 1000, dtype=bf16), meta(8192, 1000)
     scale = triton_loss.scale_grad
 

@@ -18,7 +18,7 @@ KNOWN_STACKS = {
     "cross_entropy 4096x4096 fp32 soft class_weights grad mean_grad": 24,
 }
 # Kernels whose programs loop over tiles: all of a launch must be resident at once.
-LOOPED = ("label_tiles_kernel", "distribution_tiles_kernel", "label_loss_kernel")
+LOOPED = ("label_tiles_kernel", "soft_targets_tiles_kernel", "elementwise_kernel")
 MULTIPROCESSORS = 132  # of an H200
 # Nothing in these files may be read past the coherent caches: other blocks are writing.
 COHERENT = ("table.cu", "categorical.cu")
@@ -26,7 +26,7 @@ COHERENT = ("table.cu", "categorical.cu")
 # an element of a sweep without and with a store, and a row of a tile.
 PER_ELEMENT = {
     "label_sweeps_kernel": (8.5, 6.0),
-    "distribution_sweeps_kernel": (35.0, 37.0),
+    "soft_targets_sweeps_kernel": (35.0, 37.0),
 }
 PER_ROW = {
     "cross_entropy 32768x1000 bf16": 440,

@@ -188,7 +188,7 @@ PYBIND11_MODULE(_C, m) {
       +[](int64_t n) { return fastis::Levels(n, fastis::kDeviceTop).total(); })
 
   FASTIS_CPU(cross_entropy)
-  FASTIS_CPU(label_loss)
+  FASTIS_CPU(elementwise_loss)
   FASTIS_DEFINE(m, "is_one", &is_one)
 
   FASTIS_CPU(update)

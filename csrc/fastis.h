@@ -17,6 +17,58 @@ namespace fastis {
 // Throws std::out_of_range: an IndexError in Python.
 [[noreturn]] void index_out_of_range(int64_t num_samples, int64_t least, int64_t most);
 
+// The losses: loss, score and gradient in one pass. Tensors other than the logits and the gradient
+// are float (double for double); the gradient is in the logits' format (float for float16). A null
+// pointer: no such tensor. B: minibatch, T: tokens, C: classes, L: outputs.
+struct CrossEntropy {
+  Format format;               // of the logits
+  Pointer<const void> logits;  // [B T, C], rows row_stride apart
+  int64_t row_stride;
+  Pointer<const int64_t> target;      // [B T], or null with soft
+  Pointer<const void> soft;           // [B T, C] probabilities, or null
+  Pointer<const void> weights;        // [B]
+  Pointer<const void> class_weights;  // [C]
+  int64_t B, T, C, ignore_index;
+  double smoothing;
+  double denominator;  // NaN: torch's, from the labels
+  bool reduce;
+  Pointer<void> grad;       // [B T, C]
+  Pointer<void> loss;       // [1], or [B] unless reduce
+  Pointer<void> losses;     // [B]
+  Pointer<void> score;      // [B]
+  Pointer<void> mean_grad;  // [C], T = 1
+  int threads;
+};
+
+struct ElementwiseLoss {
+  enum class Kind : int { binary_cross_entropy = 0, squared_error = 1 } kind;
+  Format format;
+  Pointer<const void> logits;      // [B, L]
+  Pointer<const void> target;      // [B, L]
+  Pointer<const void> weights;     // [B]
+  Pointer<const void> pos_weight;  // [L]
+  int64_t B, L;
+  double divisor;  // of a sample's sum over its outputs: 1 or L
+  double denominator;
+  bool reduce;
+  Pointer<void> grad;       // [B, L]
+  Pointer<void> loss;       // [1], or [B] unless reduce
+  Pointer<void> losses;     // [B]
+  Pointer<void> score;      // [B]
+  Pointer<void> mean_grad;  // [L]
+  int threads;
+};
+
+// out = grad * scale, the backward pass. `to` differs from `from` for float32 to float16 alone. In
+// place (grad == out) nothing happens where a single scale is 1.
+struct ScaleGrad {
+  Format from, to;
+  Pointer<const void> grad;   // [rows, columns]
+  Pointer<void> out;          // [rows, columns]
+  Pointer<const void> scale;  // [rows], scale_stride apart; float64 for float64, else float32
+  int64_t rows, columns, scale_stride;
+};
+
 }  // namespace fastis
 
 #ifdef FASTIS_CUDA
@@ -27,15 +79,7 @@ const char* error_string(int64_t error);
 // Why the kernels can't run on a device; empty when they can. Creates the device's context.
 std::string missing(int64_t device);
 
-// out = grad * scale. Formats as above; `to` differs from `from` for float32 to float16 alone.
-// In place (grad == out) nothing happens where a single scale is 1.
-int64_t scale_grad(int64_t from, int64_t to, Pointer<const void> grad /* [rows, columns] */,
-                   Pointer<void> out /* [rows, columns] */,
-                   Pointer<const void> scale /* [rows], scale_stride apart; float64 for float64,
-                                                else float32 */
-                   ,
-                   int64_t rows, int64_t columns, int64_t scale_stride, int64_t device,
-                   uint64_t stream);
+int64_t scale_grad(const ScaleGrad& call, int64_t device, uint64_t stream);
 
 int64_t update(Pointer<const DeviceTable> table, const Observation& observation, int64_t device,
                uint64_t stream);

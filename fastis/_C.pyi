@@ -28,19 +28,7 @@ cuda_targets: str
 
 def cuda_missing(device: int) -> str: ...
 def cuda_error_string(error: int) -> str: ...
-def cuda_scale_grad(
-    before: int,
-    after: int,
-    grad: int,
-    out: int,
-    scale: int,
-    rows: int,
-    columns: int,
-    scale_stride: int,
-    device: int,
-    stream: int,
-    /,
-) -> int: ...
+def cuda_scale_grad(*call_device_stream: int) -> int: ...
 def cuda_update(
     table: int,
     indices: int,
@@ -166,47 +154,8 @@ def alias_inverse_cdf(
     /,
 ) -> None: ...
 def random_integers(total: int, seed: int, first: int, count: int, out: int, /) -> None: ...
-def cross_entropy(
-    format: int,
-    logits: int,
-    row_stride: int,
-    target: int,
-    soft: int,
-    weights: int,
-    class_weights: int,
-    B: int,
-    T: int,
-    C: int,
-    ignore_index: int,
-    smoothing: float,
-    denominator: float,
-    reduce: bool,
-    grad: int,
-    loss: int,
-    losses: int,
-    score: int,
-    mean_grad: int,
-    threads: int,
-    /,
-) -> int: ...
-def label_loss(
-    kind: int,
-    format: int,
-    logits: int,
-    target: int,
-    weights: int,
-    pos_weight: int,
-    B: int,
-    L: int,
-    divisor: float,
-    denominator: float,
-    reduce: bool,
-    grad: int,
-    loss: int,
-    losses: int,
-    score: int,
-    mean_grad: int,
-    threads: int,
-    /,
-) -> None: ...
+
+# The fields of CrossEntropy, ElementwiseLoss and ScaleGrad in their order: csrc/fastis.h.
+def cross_entropy(*call: float) -> int: ...
+def elementwise_loss(*call: float) -> None: ...
 def is_one(x: int, /) -> bool: ...

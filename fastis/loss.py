@@ -12,35 +12,16 @@ passes on.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastis.dense import check_dense
+from fastis import check
+from fastis.autograd import attach, functorch_active, in_forward_mode, needs_operator
 from fastis.kernels import kernels_for
 from fastis.kernels.formats import compute_dtype
-from fastis.loss_arguments import (
-    DTYPES,
-    REDUCTIONS,
-    Denominator,
-    check_denominator,
-    check_logits,
-    check_reduction,
-    class_options,
-    class_target,
-    constant,
-    describe,
-    label_target,
-    pos_weights,
-)
-from fastis.scored import (
-    ScoredLoss,
-    by_operator,
-    functorch_active,
-    in_forward_mode,
-    needs_operator,
-    with_backward,
-)
+from fastis.kernels.loss import CrossEntropyOptions, Denominator, ElementwiseOptions, Wanted
 
 __all__ = [
     "ScoredLoss",
@@ -52,9 +33,35 @@ __all__ = [
 
 # The mean gradient costs a read and a write per class and batch; above this it is left out.
 MAX_MEAN_GRAD = 4096
-_LABEL_REDUCTIONS = frozenset({"mean", "sum"})
+_DEFAULTS = CrossEntropyOptions()
+_LOGITS = frozenset(check.LOGITS)
 _is_grad_enabled = torch.is_grad_enabled
+_new_tuple = tuple.__new__
 _float32, _float64, _int64 = torch.float32, torch.float64, torch.int64
+
+
+class ScoredLoss(NamedTuple):
+    """What a loss hands to the optimiser and to :meth:`fastis.Sampler.update`.
+
+    Attributes
+    ----------
+    loss : Tensor
+        0-d (``[B]`` for ``reduction="none"``), differentiable in the logits.
+    losses : Tensor
+        ``[B]``, detached: per-sample losses, class weights included, coefficients not.
+    score : Tensor
+        ``[B]``, detached: ``|g_i|``, the norm of each sample's gradient ``d loss_i / d logits_i``.
+    mean_grad : Tensor or None
+        ``(1/B) sum_i r_i g_i``, ``[C]``, detached, for ``[B, C]`` logits with C <= 4096; else None,
+        and the variance traces take ``|G|^2 = 0``.
+
+    float32 for float32, bfloat16 and float16 logits; float64 for float64.
+    """
+
+    loss: Tensor
+    losses: Tensor
+    score: Tensor
+    mean_grad: Tensor | None
 
 
 def cross_entropy(
@@ -122,11 +129,11 @@ def cross_entropy(
     """
     if (
         not isinstance(logits, Tensor)
-        or logits.dtype not in DTYPES
+        or logits.dtype not in _LOGITS
         or not 2 <= len(shape := logits.shape) <= 3
         or shape[-1] == 0
     ):
-        check_logits("logits", logits, "[B, C] or [B, T, C] with C >= 1", (2, 3))
+        check.logits("logits", logits, "[B, C] or [B, T, C] with C >= 1", (2, 3))
     on_cpu = logits.is_cpu
     if (
         type(target) is not Tensor
@@ -134,10 +141,10 @@ def cross_entropy(
         or target.shape != ((shape[0],) if len(shape) == 2 else (shape[0], shape[1]))
         or not (target.is_cpu if on_cpu else _on_one_gpu(logits, target))
     ):
-        target = class_target(logits, target)
+        target = check.class_target(logits, target)
+    options = _DEFAULTS
     if class_weights is not None or label_smoothing != 0.0 or ignore_index != -100:
-        class_weights = class_options(logits, class_weights, ignore_index, label_smoothing)
-        label_smoothing = float(label_smoothing)
+        options = check.class_options(logits, class_weights, ignore_index, label_smoothing)
     if weights is not None or denominator is not None or reduction != "mean":
         if not (  # a sampler's coefficients, the common case, need no conversion
             denominator is None
@@ -152,26 +159,22 @@ def cross_entropy(
         ):
             weights, denominator = _weighting(logits, weights, reduction, denominator)
         if denominator is None:
-            denominator = float(shape.numel() // shape[-1])
-    with_mean_grad = len(shape) == 2 and shape[1] <= MAX_MEAN_GRAD
-    reduce = reduction != "none"
-    if needs_operator("cross_entropy", logits, target, weights, class_weights):
-        options = (target, weights, class_weights, ignore_index, label_smoothing)
-        return by_operator("cross_entropy", logits, options, denominator, reduce, with_mean_grad)
-    kernels = kernels_for("loss", "cpu" if on_cpu else logits.device.type)
-    results = kernels.cross_entropy(
-        logits,
-        target,
-        weights,
-        class_weights,
-        ignore_index,
-        label_smoothing,
+            denominator = float(shape[0] if len(shape) == 2 else shape[0] * shape[1])
+    wanted = (
         denominator,
-        reduce,
+        reduction != "none",
         logits.requires_grad and _is_grad_enabled(),
-        with_mean_grad,
+        len(shape) == 2 and shape[1] <= MAX_MEAN_GRAD,
     )
-    return with_backward(logits, results, kernels)
+    if needs_operator("cross_entropy", logits, target, weights, options[0]):
+        return _by_operator("cross_entropy", logits, target, weights, options, Wanted(*wanted))
+    kernels = kernels_for("loss", "cpu" if on_cpu else logits.device.type)
+    loss, losses, score, mean_grad, grad = kernels.cross_entropy(
+        logits, target, weights, options, _new_tuple(Wanted, wanted)
+    )
+    if grad is not None:
+        loss = attach(logits, loss, grad, kernels)
+    return _new_tuple(ScoredLoss, (loss, losses, score, mean_grad))
 
 
 def binary_cross_entropy_with_logits(
@@ -187,7 +190,7 @@ def binary_cross_entropy_with_logits(
     """Binary cross-entropy with the score of every sample, from one pass over the logits.
 
     Without ``weights`` equal to :func:`torch.nn.functional.binary_cross_entropy_with_logits`.
-    Loss and score of a sample follow one convention: the mean over its L labels, or the sum
+    Loss and score of a sample follow one convention: the mean over its L outputs, or the sum
     (Kutsuna 2025, section 7, with ``g = (1-y) sigmoid(z) - pos_weight y sigmoid(-z)``). Equal::
 
         losses = F.binary_cross_entropy_with_logits(
@@ -199,15 +202,15 @@ def binary_cross_entropy_with_logits(
     Parameters
     ----------
     logits : Tensor
-        ``[B, L]``, ``[B]`` (one label) or ``[B, ...]`` (labels of any shape).
+        ``[B, L]``, ``[B]`` (one output) or ``[B, ...]`` (outputs of any shape).
     target : Tensor
         the shape of the logits, in [0, 1]; any real dtype.
     weights : Tensor, optional
         ``[B]``: the coefficients ``r_i`` of the draws.
     pos_weight : Tensor, optional
-        one weight per label (``logits.shape[1:]``) or a single one.
+        one weight per output (``logits.shape[1:]``) or a single one.
     label_reduction : str, optional
-        ``"mean"`` or ``"sum"`` over the labels of a sample. Default: as torch, ``"sum"`` under
+        ``"mean"`` or ``"sum"`` over the outputs of a sample. Default: as torch, ``"sum"`` under
         ``reduction="sum"`` and ``"mean"`` otherwise.
     reduction, denominator
         over samples, as in :func:`cross_entropy`; the denominator of the mean is B.
@@ -222,12 +225,10 @@ def binary_cross_entropy_with_logits(
     TypeError, ValueError
         for a wrong type, dtype, shape, device or option, naming the argument.
     """
-    check_logits("logits", logits, "[B], [B, L] or [B, ...]", tuple(range(1, 9)))
-    target = label_target(logits, target)
-    options = (pos_weights(logits, pos_weight),)
-    return _label_loss(
-        "binary_cross_entropy_with_logits",
-        logits, target, weights, options, label_reduction, reduction, denominator,
+    check.logits("logits", logits, "[B], [B, L] or [B, ...]", tuple(range(1, 9)))
+    return _elementwise(
+        "binary_cross_entropy_with_logits", logits, target, weights,
+        check.pos_weight(logits, pos_weight), label_reduction, reduction, denominator,
     )  # fmt: skip
 
 
@@ -268,10 +269,9 @@ def mse_loss(
     TypeError, ValueError
         for a wrong type, dtype, shape, device or option, naming the argument.
     """
-    check_logits("prediction", prediction, "[B], [B, L] or [B, ...]", tuple(range(1, 9)))
-    target = label_target(prediction, target)
-    return _label_loss(
-        "mse_loss", prediction, target, weights, (), label_reduction, reduction, denominator
+    check.logits("prediction", prediction, "[B], [B, L] or [B, ...]", tuple(range(1, 9)))
+    return _elementwise(
+        "mse_loss", prediction, target, weights, None, label_reduction, reduction, denominator
     )
 
 
@@ -284,59 +284,58 @@ def _weighting(
 ) -> tuple[Tensor | None, Denominator]:
     """The coefficients in the compute dtype and the denominator (None: the loss's default)."""
     if reduction != "mean" or denominator is not None:
-        if reduction not in REDUCTIONS:
-            check_reduction("reduction", reduction)
-        denominator = check_denominator(denominator, reduction, logits)
+        check.choice("reduction", reduction, check.REDUCTIONS)
+        denominator = check.denominator(denominator, reduction, logits)
         if reduction != "mean":
             denominator = 1.0
     if weights is not None:
-        weights = constant("weights", weights, logits.shape[:1], logits)
+        weights = check.constant("weights", weights, logits.shape[:1], logits)
     return weights, denominator
 
 
-def _label_loss(
+def _elementwise(
     name: str,
     logits: Tensor,
     target: Tensor,
     weights: Tensor | None,
-    options: tuple[Tensor | None, ...],
+    pos_weight: Tensor | None,
     label_reduction: str | None,
     reduction: str,
     denominator: Denominator,
 ) -> ScoredLoss:
-    """The losses that are sums over labels, on logits seen as ``[B, L]``."""
+    """The losses that are sums over the outputs of a sample, on logits seen as ``[B, L]``."""
+    target = check.elementwise_target(logits, target)
     weights, denominator = _weighting(logits, weights, reduction, denominator)
     if label_reduction is None:
         label_reduction = "sum" if reduction == "sum" else "mean"
-    elif label_reduction not in _LABEL_REDUCTIONS:
-        check_reduction("label_reduction", label_reduction, _LABEL_REDUCTIONS)
+    check.choice("label_reduction", label_reduction, ("mean", "sum"))
     shape = logits.shape
-    batch, labels = shape[0], shape[1:].numel()
-    divisor = float(labels) if label_reduction == "mean" else 1.0
-    if denominator is None:
-        denominator = float(batch)
-    with_mean_grad = len(shape) <= 2 and labels <= MAX_MEAN_GRAD
-    reduce = reduction != "none"
-    if needs_operator(name, logits, target, weights, *options):
-        flat = logits.reshape(batch, labels)
-        arguments = (target.reshape(batch, labels), weights, *options, divisor)
-        return by_operator(name, flat, arguments, denominator, reduce, with_mean_grad)
+    batch, outputs = shape[0], shape[1:].numel()
+    options = ElementwiseOptions(pos_weight, float(outputs) if label_reduction == "mean" else 1.0)
+    wanted = Wanted(
+        float(batch) if denominator is None else denominator,
+        reduction != "none",
+        logits.requires_grad and _is_grad_enabled(),
+        len(shape) <= 2 and outputs <= MAX_MEAN_GRAD,
+    )
+    by_operator = needs_operator(name, logits, target, weights, pos_weight)
+    flat = (logits if by_operator else logits.detach()).reshape(batch, outputs)
+    target = target.reshape(batch, outputs)
+    if by_operator:
+        return _by_operator(name, flat, target, weights, options, wanted)
     kernels = kernels_for("loss", logits.device.type)
-    with_grad = logits.requires_grad and _is_grad_enabled()
     loss, losses, score, mean_grad, grad = getattr(kernels, name)(
-        logits.detach().reshape(batch, labels),
-        target.reshape(batch, labels),
-        weights,
-        *options,
-        divisor,
-        denominator,
-        reduce,
-        with_grad,
-        with_mean_grad,
+        flat, target, weights, options, wanted
     )
     if grad is not None:
-        grad = grad.view(shape)
-    return with_backward(logits, (loss, losses, score, mean_grad, grad), kernels)
+        loss = attach(logits, loss, grad.view(shape), kernels)
+    return ScoredLoss(loss, losses, score, mean_grad)
+
+
+def _by_operator(name: str, *arguments: Any) -> ScoredLoss:
+    from fastis import operators
+
+    return ScoredLoss(*operators.call(name, *arguments))
 
 
 def scored_loss(
@@ -380,9 +379,9 @@ def scored_loss(
         for wrong arguments; ValueError when ``loss_fn`` returns anything but ``[B]`` values that
         depend on the logits. A scalar hides the per-sample losses: pass ``reduction="none"``.
     """
-    check_logits("logits", logits, "[B, ...]", tuple(range(1, 9)))
-    check_dense("logits", logits)
-    check_reduction("reduction", reduction)
+    check.logits("logits", logits, "[B, ...]", tuple(range(1, 9)))
+    check.tensor("logits", logits)
+    check.choice("reduction", reduction, check.REDUCTIONS)
     weights, denominator = _weighting(logits, weights, reduction, denominator)
     raw, g = _losses_and_gradient(loss_fn, logits, target)
     batch = logits.shape[0]
@@ -410,8 +409,8 @@ def _losses_and_gradient(
         if not isinstance(losses, Tensor) or losses.shape != logits.shape[:1]:
             raise ValueError(
                 f"loss_fn must return one loss per sample, shape [{logits.shape[0]}], got "
-                f"{describe(losses)}; if it takes a reduction, pass reduction='none' and average "
-                "over all but the first dimension"
+                f"{check.describe(losses)}; if it takes a reduction, pass reduction='none' and "
+                "average over all but the first dimension"
             )
         if not losses.requires_grad:
             raise ValueError("loss_fn must return losses that are differentiable in the logits")

@@ -14,83 +14,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastis.first_order import FirstOrderOnly
+from fastis import autograd, check
 from fastis.kernels import kernels_for
-from fastis.kernels.formats import Scored, compute_dtype, grad_dtype
-from fastis.kernels.reference.loss import scale_grad
+from fastis.kernels.formats import compute_dtype, grad_dtype
+from fastis.kernels.loss import CrossEntropyOptions, ElementwiseOptions, Wanted, scaled
 
-_TAIL = (
-    "float? denominator, Tensor? denominator_tensor, bool reduce, bool with_grad, "
-    "bool with_mean_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
 _RESULTS = 5
 
 
-def _all_tensors(results: Scored) -> tuple[Tensor, ...]:
-    losses = results[1]
-    return tuple(losses.new_empty(0) if r is None else r for r in results)
+def _operator(name: str, options: str, make: Callable[..., Any]) -> Any:
+    """Registers one: a schema is flat, so options and wishes come as single arguments."""
+    schema = (
+        f"(Tensor logits, Tensor target, Tensor? weights, {options}, float? denominator, "
+        "Tensor? denominator_tensor, bool reduce, bool with_grad, bool with_mean_grad)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )
 
+    def call(
+        logits: Tensor, target: Tensor, weights: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        *given, number, tensor, reduce, with_grad, with_mean_grad = rest
+        wanted = Wanted(number if tensor is None else tensor, reduce, with_grad, with_mean_grad)
+        kernels = kernels_for("loss", logits.device.type)
+        results = getattr(kernels, name)(logits, target, weights, make(*given), wanted)
+        return tuple(results[1].new_empty(0) if r is None else r for r in results)
 
-@torch.library.custom_op(
-    "fastis::cross_entropy",
-    mutates_args=(),
-    schema="(Tensor logits, Tensor target, Tensor? weights, Tensor? class_weights, "
-    "int ignore_index, float label_smoothing, " + _TAIL,
-)
-def cross_entropy(  # type: ignore[no-untyped-def]
-    logits, target, weights, class_weights, ignore_index, label_smoothing,
-    denominator, denominator_tensor, reduce, with_grad, with_mean_grad,
-):  # fmt: skip
-    """:func:`fastis.cross_entropy` after its checks."""
-    kernels = kernels_for("loss", logits.device.type)
-    return _all_tensors(
-        kernels.cross_entropy(
-            logits, target, weights, class_weights, ignore_index, label_smoothing,
-            denominator if denominator_tensor is None else denominator_tensor,
-            reduce, with_grad, with_mean_grad,
-        )
-    )  # fmt: skip
-
-
-@torch.library.custom_op(
-    "fastis::binary_cross_entropy_with_logits",
-    mutates_args=(),
-    schema="(Tensor logits, Tensor target, Tensor? weights, Tensor? pos_weight, float divisor, "
-    + _TAIL,
-)
-def binary_cross_entropy_with_logits(  # type: ignore[no-untyped-def]
-    logits, target, weights, pos_weight, divisor,
-    denominator, denominator_tensor, reduce, with_grad, with_mean_grad,
-):  # fmt: skip
-    """:func:`fastis.binary_cross_entropy_with_logits` after its checks."""
-    kernels = kernels_for("loss", logits.device.type)
-    return _all_tensors(
-        kernels.binary_cross_entropy_with_logits(
-            logits, target, weights, pos_weight, divisor,
-            denominator if denominator_tensor is None else denominator_tensor,
-            reduce, with_grad, with_mean_grad,
-        )
-    )  # fmt: skip
-
-
-@torch.library.custom_op(
-    "fastis::mse_loss",
-    mutates_args=(),
-    schema="(Tensor logits, Tensor target, Tensor? weights, float divisor, " + _TAIL,
-)
-def mse_loss(  # type: ignore[no-untyped-def]
-    logits, target, weights, divisor,
-    denominator, denominator_tensor, reduce, with_grad, with_mean_grad,
-):  # fmt: skip
-    """:func:`fastis.mse_loss` after its checks."""
-    kernels = kernels_for("loss", logits.device.type)
-    return _all_tensors(
-        kernels.mse_loss(
-            logits, target, weights, divisor,
-            denominator if denominator_tensor is None else denominator_tensor,
-            reduce, with_grad, with_mean_grad,
-        )
-    )  # fmt: skip
+    operator: Any = torch.library.custom_op(f"fastis::{name}", call, mutates_args=(), schema=schema)
+    operator.register_fake(_fake)
+    operator.register_autograd(_scale, setup_context=_save)
+    if hasattr(operator, "register_vmap"):  # torch 2.5
+        operator.register_vmap(_by_slices(operator))
+    return operator
 
 
 def _fake(logits: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -123,9 +77,9 @@ def _scale(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, *rest
     grad, loss = ctx.saved_tensors
     if not torch.is_grad_enabled():
-        return scale_grad(grad, grads[0], ctx.dtype), *rest
-    scaled = scale_grad(grad, grads[0].detach(), ctx.dtype)  # create_graph
-    return FirstOrderOnly.apply(scaled, grads[0], loss), *rest
+        return scaled(grad, grads[0], ctx.dtype), *rest
+    again = scaled(grad, grads[0].detach(), ctx.dtype)  # create_graph
+    return autograd.FirstOrderOnly.apply(again, grads[0], loss), *rest
 
 
 def _by_slices(operator: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
@@ -143,8 +97,75 @@ def _by_slices(operator: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any
     return rule
 
 
-for _operator in (cross_entropy, binary_cross_entropy_with_logits, mse_loss):
-    _operator.register_fake(_fake)
-    _operator.register_autograd(_scale, setup_context=_save)
-    if hasattr(_operator, "register_vmap"):  # torch 2.5
-        _operator.register_vmap(_by_slices(_operator))
+cross_entropy = _operator(
+    "cross_entropy",
+    "Tensor? class_weights, int ignore_index, float label_smoothing",
+    CrossEntropyOptions,
+)
+binary_cross_entropy_with_logits = _operator(
+    "binary_cross_entropy_with_logits", "Tensor? pos_weight, float divisor", ElementwiseOptions
+)
+mse_loss = _operator("mse_loss", "Tensor? pos_weight, float divisor", ElementwiseOptions)
+_OPERATORS = {
+    "cross_entropy": cross_entropy,
+    "binary_cross_entropy_with_logits": binary_cross_entropy_with_logits,
+    "mse_loss": mse_loss,
+}
+
+
+class _Functional(torch.autograd.Function):
+    """An operator under torch.func, which takes no other form of autograd."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(operator: Any, logits: Tensor, *arguments: Any) -> Any:
+        return operator(logits, *arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        # The saved gradient counts as differentiable, so that its derivative is asked for here.
+        ctx.mark_non_differentiable(*output[1:-1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(output[-1])
+        ctx.dtype, ctx.num_inputs = inputs[1].dtype, len(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor, *others: Any) -> Any:
+        if others[-1] is not None:
+            autograd.refuse_derivative()
+        (grad,) = ctx.saved_tensors
+        rest = (None,) * (ctx.num_inputs - 2)
+        return None, scaled(grad, grad_output, ctx.dtype), *rest
+
+    jvp = staticmethod(autograd.refuse_derivative)
+
+
+def call(
+    name: str,
+    logits: Tensor,
+    target: Tensor,
+    weights: Tensor | None,
+    options: tuple[Any, ...],
+    wanted: Wanted,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """``(loss, losses, score, mean_grad)`` of the operator ``name``; arguments as its kernels'."""
+    arguments: list[Any] = [logits, target, weights, *options]
+    if not autograd.is_compiling():
+        for i, argument in enumerate(autograd.TENSORS[name]):
+            if arguments[i] is not None:
+                arguments[i] = check.written(argument, arguments[i])
+    denominator, reduce, with_grad, with_mean_grad = wanted
+    if autograd.in_forward_mode():
+        autograd.refuse_tangents(*arguments, denominator)
+    number = None if isinstance(denominator, Tensor) else denominator
+    tensor = denominator if isinstance(denominator, Tensor) else None
+    arguments += [number, tensor, reduce]
+    operator = _OPERATORS[name]
+    if not autograd.is_compiling() and autograd.functorch_active():
+        # requires_grad does not tell here what is differentiated.
+        results = _Functional.apply(operator, *arguments, True, with_mean_grad)
+    else:
+        results = operator(*arguments, with_grad, with_mean_grad)
+    loss, losses, score, mean_grad, _ = results
+    return loss, losses.detach(), score.detach(), mean_grad.detach() if with_mean_grad else None

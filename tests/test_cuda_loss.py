@@ -89,7 +89,7 @@ def test_distributions(shape, dtype, soft):
 
 @pytest.mark.parametrize("shape", [(128, 10), (512, 1000), (4, 150528)])
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_label_losses(shape, dtype):
+def test_elementwise_losses(shape, dtype):
     logits, _, r, w = batch_of(shape, dtype)
     target = torch.rand(shape, device="cuda")
     for loss, options in (

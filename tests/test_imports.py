@@ -17,12 +17,11 @@ from fastis import kernels
 PACKAGE = Path(fastis.__file__).parent
 # From the ground up: a module imports from the lines above its own, and from its own folder.
 ORDER = [
-    *("dense", "check", "batch", "first_order"),
     *("kernels.extension", "kernels", "kernels.memory", "kernels.layout", "kernels.formats"),
     *("kernels.code", "kernels.flatten", "kernels.quantize", "kernels.alias"),
-    *("kernels.state", "kernels.variance"),
+    *("kernels.state", "kernels.variance", "kernels.loss"),
     *("kernels.reference", "kernels.cpu", "kernels.cuda", "kernels.triton"),
-    *("loss_arguments", "operators", "scored", "loss", "categorical", "saved", "methods"),
+    *("check", "batch", "autograd", "operators", "loss", "categorical", "saved", "methods"),
     *("variance", "sampler", "lr", "gradients", "estimators", "config"),
 ]
 

@@ -141,7 +141,7 @@ def test_cross_entropy_options(dtype, num_classes, soft):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_labels", [1, 2, 3, 7, 8, 9, 17, 100, 1500])
-def test_label_losses(dtype, num_labels):
+def test_elementwise_losses(dtype, num_labels):
     torch.manual_seed(num_labels)
     for batch in (1, 3) if INTERPRETED and num_labels > 100 else (1, 3, 40):
         logits = (4 * torch.randn(batch, num_labels)).to(dtype).requires_grad_()
@@ -214,7 +214,7 @@ def test_confident_samples_keep_their_score(gap, num_classes, backend):
 
 
 @pytest.mark.parametrize("kind", ["one-hot", "bce"])
-def test_confident_distribution_and_labels(kind):
+def test_confident_soft_targets_and_elements(kind):
     gaps = torch.tensor([15.0, 30.0, 60.0, 80.0])
     if kind == "bce":
         out = fastis.binary_cross_entropy_with_logits(gaps[:, None], torch.ones(4, 1))

@@ -202,7 +202,7 @@ def test_cross_entropy_reads_nothing(loss_launches, shape, option, weighted, dty
 
 @pytest.mark.parametrize("loss", [fastis.binary_cross_entropy_with_logits, fastis.mse_loss])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_label_losses_read_nothing(loss_launches, loss, weighted):
+def test_elementwise_losses_read_nothing(loss_launches, loss, weighted):
     logits = logits_of(512, 100)
     weights = torch.empty(512, device=META) if weighted else None
     with no_host_reads():

@@ -21,6 +21,7 @@ from test_triton_loss import batch_of
 
 import fastis
 from fastis import kernels
+from fastis.kernels.loss import CrossEntropyOptions, Wanted
 from fastis.kernels.reference import loss as reference_loss
 
 HERE = Path(__file__).parent
@@ -124,7 +125,8 @@ def test_number_of_launches(monkeypatch, shape, weighted, mean, expected):
     monkeypatch.setattr(triton_loss, "_launch", lambda kernel, *_, **__: launches.append(kernel))
     logits, target, r, _ = batch_of(shape)
     weights, denominator = (r, 3.0) if weighted else (None, None)
-    triton_loss.cross_entropy(logits, target, weights, None, 3, 0.0, denominator, True, True, mean)
+    options, wanted = CrossEntropyOptions(None, 3), Wanted(denominator, True, True, mean)
+    triton_loss.cross_entropy(logits, target, weights, options, wanted)
     assert len(launches) == expected
 
 

@@ -33,7 +33,7 @@ def launches():
             )
             yield plan, rows, columns, aligned
     for rows, columns in itertools.product(SOME_ROWS, SOME_COLUMNS):
-        yield geometry.label_launch(rows, columns, columns <= MAX_MEAN_GRAD), rows, columns, 1
+        yield geometry.elementwise_launch(rows, columns, columns <= MAX_MEAN_GRAD), rows, columns, 1
 
 
 def rows_taken(plan, rows):
@@ -57,7 +57,7 @@ def test_every_row_is_taken_once(rows, columns, mean, label):
         with_mean_grad=mean and columns <= MAX_MEAN_GRAD, by_label=label,
     )  # fmt: skip
     assert sorted(rows_taken(plan, rows)) == list(range(rows))
-    plan = geometry.label_launch(rows, columns, mean)
+    plan = geometry.elementwise_launch(rows, columns, mean)
     assert sorted(rows_taken(plan, rows)) == list(range(rows))
 
 
@@ -88,20 +88,20 @@ def test_a_loop_never_leaves_a_program_without_work():
             assert plan.programs <= geometry.cdiv(rows, plan.block_rows)
 
 
-def test_whole_means_one_tile_of_one_program():
+def test_single_block_means_one_tile_of_one_program():
     for rows, columns in itertools.product(range(1, 140), (1, 3, 10, 64, 100, 4096, 4097)):
-        if not geometry.is_whole(rows, columns):
+        if not geometry.is_single_block(rows, columns):
             continue
         options = {"vector": 1, "itemsize": 4, "with_grad": True, "with_mean_grad": False}
         for plan in (
             geometry.row_launch(rows, columns, **options),
-            geometry.label_launch(rows, columns, True),
+            geometry.elementwise_launch(rows, columns, True),
         ):
             assert plan.programs == 1
             assert plan.block_rows >= rows
             assert plan.block_columns >= columns
-    assert geometry.is_whole(128, 10)
-    assert not geometry.is_whole(4096, 10)
+    assert geometry.is_single_block(128, 10)
+    assert not geometry.is_single_block(4096, 10)
 
 
 def test_rows_that_give_a_mean_gradient_are_held_whole():

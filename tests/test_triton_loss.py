@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import INTERPRETED, interpreted
 
+from fastis.kernels.loss import CrossEntropyOptions, ElementwiseOptions, Wanted
 from fastis.kernels.reference import loss as reference_loss
 from fastis.kernels.triton import geometry as triton_geometry
 from fastis.kernels.triton.geometry import Sweeps, Tiles
@@ -35,14 +36,14 @@ ROUNDING = {torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 0.0}
 def walk(request, monkeypatch):
     """Small matrices walked as planned (by one program), in tiles with a loop, or in sweeps."""
     if request.param != "planned":
-        monkeypatch.setattr(triton_loss, "is_whole", lambda rows, columns: False)
+        monkeypatch.setattr(triton_loss, "is_single_block", lambda rows, columns: False)
     if request.param == "tiles":
 
         def tiles(rows, columns, *_, **__):
             return Tiles(2, triton_geometry.power_of_two(columns), 1, min(2, -(-rows // 2)))
 
         monkeypatch.setattr(triton_loss, "row_launch", tiles)
-        monkeypatch.setattr(triton_loss, "label_launch", tiles)
+        monkeypatch.setattr(triton_loss, "elementwise_launch", tiles)
         monkeypatch.setattr(triton_loss, "column_sums", lambda parts, columns:
                             triton_geometry.Sums(1, 4, 1, -(-columns // 4)))  # fmt: skip
     if request.param == "sweeps":
@@ -66,13 +67,23 @@ def batch_of(shape, dtype=torch.float32, kind="labels", seed=0):
     return logits, target, torch.rand(shape[0]) + 0.5, torch.rand(shape[-1]) + 0.1
 
 
+def cross_entropy(module, logits, target, weights, class_weights, ignore_index, smoothing, *wanted):
+    options = CrossEntropyOptions(class_weights, ignore_index, smoothing)
+    return module.cross_entropy(logits, target, weights, options, Wanted(*wanted))
+
+
+def elementwise(function, logits, target, weights, pos_weight, divisor, *wanted):
+    options = ElementwiseOptions(pos_weight, divisor)
+    return function(logits, target, weights, options, Wanted(*wanted))
+
+
 def truth(logits, target, weights, class_weights, *options):
     """The reference in float64; labels out of range are the device's business, not the CPU's."""
     wide = [
         t.double() if t is not None and t.is_floating_point() else t
         for t in (logits, target, weights, class_weights)
     ]
-    return reference_loss.cross_entropy(*wide, *options)
+    return cross_entropy(reference_loss, *wide, *options)
 
 
 def agree(ours, theirs, dtype=torch.float32, slack=2e-6):
@@ -109,12 +120,12 @@ def test_cross_entropy(walk, kind, dtype, shape):
     ]
     for weights, class_weights, denominator, reduce in cases:
         options = (3, smoothing, denominator, reduce, True, mean)
-        ours = triton_loss.cross_entropy(logits, target, weights, class_weights, *options)
+        ours = cross_entropy(triton_loss, logits, target, weights, class_weights, *options)
         agree(ours, truth(logits, target, weights, class_weights, *options), dtype)
         if denominator != 7.5:
             continue
-        lean = triton_loss.cross_entropy(
-            logits, target, weights, class_weights, *options[:4], False, False
+        lean = cross_entropy(
+            triton_loss, logits, target, weights, class_weights, *options[:4], False, False
         )
         assert lean[3] is lean[4] is None
         if dtype != torch.float16 or walk != "sweeps":  # (else in other blocks, as grads are wider)
@@ -125,28 +136,33 @@ def test_cross_entropy(walk, kind, dtype, shape):
 @pytest.mark.parametrize("name", ["binary_cross_entropy_with_logits", "mse_loss"])
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", [(6, 37), (5, 1)])
-def test_label_losses(walk, name, dtype, shape):
+def test_elementwise_losses(walk, name, dtype, shape):
     if walk == "sweeps" or (walk == "planned" and dtype != torch.bfloat16):
-        pytest.skip("labels are never swept; as planned they are in test_loss_kernels.py")
+        pytest.skip("elements are never swept; as planned they are in test_loss_kernels.py")
     logits, _, r, w = batch_of(shape, dtype)
     target = torch.rand(shape)
-    pos = [(w,), (None,)] if name.startswith("binary") else [()]
+    pos = (w, None) if name.startswith("binary") else (None,)
     cases = itertools.product(pos, (None, r), (7.5, torch.tensor(2.5)), (True, False))
-    for middle, weights, denominator, reduce in cases:
+    for pos_weight, weights, denominator, reduce in cases:
         rest = (float(shape[1]), denominator if reduce else 1.0, reduce, True, True)
-        ours = getattr(triton_loss, name)(logits, target, weights, *middle, *rest)
-        wide = [None if t is None else t.double() for t in (logits, target, weights, *middle)]
-        agree(ours, getattr(reference_loss, name)(*wide, *rest), dtype)
+        tensors = logits, target, weights, pos_weight
+        ours = elementwise(getattr(triton_loss, name), *tensors, *rest)
+        wide = [None if t is None else t.double() for t in tensors]
+        agree(ours, elementwise(getattr(reference_loss, name), *wide, *rest), dtype)
 
 
 @interpreted
-def test_label_losses_longer_than_a_tile():
+def test_elementwise_losses_longer_than_a_tile():
     torch.manual_seed(0)
     logits, target = torch.randn(2, 9001), torch.rand(2, 9001)
     rest = (1.0, 3.0, True, True, False)
-    ours = triton_loss.binary_cross_entropy_with_logits(logits, target, None, None, *rest)
-    theirs = reference_loss.binary_cross_entropy_with_logits(
-        logits.double(), target.double(), None, None, *rest
+    ours = elementwise(
+        triton_loss.binary_cross_entropy_with_logits, logits, target, None, None, *rest
+    )
+    theirs = elementwise(
+        reference_loss.binary_cross_entropy_with_logits,
+        *(logits.double(), target.double(), None, None),
+        *rest,
     )
     agree(ours, theirs, slack=1e-5)
 
@@ -161,7 +177,7 @@ def test_many_classes_as_planned(num_classes, dtype, kind):
         target[1] = num_classes - 1
         target[2] = 3
     options = (3, 0.1 if kind == "smoothed" else 0.0, None, True, True, False)
-    ours = triton_loss.cross_entropy(logits, target, r, w, *options)
+    ours = cross_entropy(triton_loss, logits, target, r, w, *options)
     agree(ours, truth(logits, target, r, w, *options), dtype, slack=5e-6)
 
 
@@ -195,7 +211,7 @@ def test_special_rows(walk, kind, dtype):
         target[16] = 3  # ignored
     logits = logits.to(dtype)
     options = (3, 0.2 if kind == "smoothed" else 0.0, 1.0, True, True, walk != "sweeps")
-    ours = triton_loss.cross_entropy(logits, target, r, None, *options)
+    ours = cross_entropy(triton_loss, logits, target, r, None, *options)
     agree(ours, truth(logits, target, r, None, *options), dtype, slack=5e-6)
 
 
@@ -210,7 +226,7 @@ def test_confident_rows_keep_their_score(walk, gap, dtype):
     logits[:2, 2] = logits[:2].amax(1) + gap
     logits[2:, 2] = logits[2:].amin(1) - gap
     options = (-100, 0.0, 4.0, True, False, False)
-    ours = triton_loss.cross_entropy(logits, target, None, None, *options)
+    ours = cross_entropy(triton_loss, logits, target, None, None, *options)
     theirs = truth(logits, target, None, None, *options)
     # Beyond 87 the result is subnormal, with steps of 1.4e-45.
     for a, b in zip(ours[1:3], theirs[1:3], strict=True):
@@ -227,7 +243,7 @@ def test_rows_far_from_zero(walk, shift):
     logits += torch.tensor(shift)
     logits[4:] = shift
     options = (3, 0.0, 4.0, True, True, walk != "sweeps")
-    ours = triton_loss.cross_entropy(logits, target, r, None, *options)
+    ours = cross_entropy(triton_loss, logits, target, r, None, *options)
     agree(ours, truth(logits, target, r, None, *options))
 
 
@@ -243,7 +259,7 @@ def test_masked_classes_count_for_nothing(walk, mask):
     target[0] = 3
     options = (-100, 0.0, 4.0, True, True, walk != "sweeps")
     rows = slice(0, 5) if mask < -1e30 else slice(None)  # (beyond, a loss of 1e38 overflows)
-    ours = triton_loss.cross_entropy(logits[rows], target[rows], r[rows], None, *options)
+    ours = cross_entropy(triton_loss, logits[rows], target[rows], r[rows], None, *options)
     agree(ours, truth(logits[rows], target[rows], r[rows], None, *options))
 
 
@@ -256,19 +272,19 @@ def test_rows_that_begin_anywhere(walk, dtype, columns, stride):
     logits = base[:, :columns]
     target[:] = torch.tensor([0, 1, 2, 6, 7, 8, 15, 16, 31, 32, columns - 2, columns - 1])
     options = (-100, 0.0, 4.0, True, True, walk != "sweeps")
-    ours = triton_loss.cross_entropy(logits, target, r, None, *options)
+    ours = cross_entropy(triton_loss, logits, target, r, None, *options)
     agree(ours, truth(logits, target, r, None, *options), dtype)
 
 
 @interpreted
 @pytest.mark.parametrize("gap", [15.0, 60.0, 85.0])
-def test_confident_distributions_keep_their_score(walk, gap):
+def test_confident_soft_targets_keep_their_score(walk, gap):
     logits = torch.zeros(2, 21)
     logits[:, 17] = gap
     target = torch.zeros(2, 21)
     target[:, 17] = 1
     options = (-100, 0.0, 2.0, True, True, False)
-    ours = triton_loss.cross_entropy(logits, target, None, None, *options)
+    ours = cross_entropy(triton_loss, logits, target, None, None, *options)
     theirs = truth(logits, target, None, None, *options)
     for a, b in zip(ours[1:3], theirs[1:3], strict=True):
         torch.testing.assert_close(a.double(), b, rtol=6e-6, atol=2e-44)
@@ -281,7 +297,7 @@ def test_nothing_but_ignored_rows(walk):
     logits, target, _, w = batch_of((5, 21))
     for smoothing in (0.0, 0.1):
         options = (3, smoothing, None, True, True, walk != "sweeps")
-        ours = triton_loss.cross_entropy(logits, torch.full_like(target, 3), None, w, *options)
+        ours = cross_entropy(triton_loss, logits, torch.full_like(target, 3), None, w, *options)
         agree(ours, truth(logits, torch.full_like(target, 3), None, w, *options))
         assert ours[0].isnan()
         assert not ours[4].any()
@@ -293,7 +309,7 @@ def test_confident_labels_keep_their_score(walk, gap):
     z = torch.tensor([[gap, -gap, gap]])
     y = torch.tensor([[1.0, 0.0, 1.0]])
     rest = (3.0, 1.0, True, True, False)
-    ours = triton_loss.binary_cross_entropy_with_logits(z, y, None, None, *rest)
+    ours = elementwise(triton_loss.binary_cross_entropy_with_logits, z, y, None, None, *rest)
     expected = math.exp(-gap) / math.sqrt(3)
     score = torch.tensor([expected], dtype=torch.float64)
     torch.testing.assert_close(ours[2].double(), score, rtol=1e-6, atol=2e-44)
@@ -309,8 +325,8 @@ def test_labels_out_of_range_make_their_rows_nan(walk, smoothing):
     wrong[bad] = torch.tensor([21, -1, 2**40])
     mean = walk != "sweeps"
     options = (-100, smoothing, 4.0, True, True, mean)
-    loss, losses, score, mean_grad, grad = triton_loss.cross_entropy(logits, wrong, r, w, *options)
-    fine = triton_loss.cross_entropy(logits, target, r, w, *options)
+    loss, losses, score, mean_grad, grad = cross_entropy(triton_loss, logits, wrong, r, w, *options)
+    fine = cross_entropy(triton_loss, logits, target, r, w, *options)
     for ours, theirs in ((losses, fine[1]), (score, fine[2]), (grad, fine[4])):
         assert ours[bad].isnan().all()
         good = [i for i in range(8) if i not in bad]
@@ -334,7 +350,7 @@ def test_strides(walk, layout):
     target = torch.randint(logits.shape[1], logits.shape[:1])
     for smoothing in (0.0, 0.1) if layout == "sliced" else (0.0,):
         options = (-100, smoothing, 4.0, True, True, walk != "sweeps")
-        ours = triton_loss.cross_entropy(logits, target, None, None, *options)
+        ours = cross_entropy(triton_loss, logits, target, None, None, *options)
         agree(ours, truth(logits, target, None, None, *options))
 
 
@@ -350,7 +366,7 @@ def test_offsets_beyond_32_bits(num_classes):
     target = torch.randint(num_classes, (3,))
     for smoothing in (0.0, 0.1):
         options = (-100, smoothing, 3.0, True, True, False)
-        ours = triton_loss.cross_entropy(logits, target, None, None, *options)
+        ours = cross_entropy(triton_loss, logits, target, None, None, *options)
         agree(ours, truth(logits.clone(), target, None, None, *options), torch.bfloat16)
 
 
@@ -359,7 +375,7 @@ def test_denominator_from_many_programs():
     """Above 4096 rows the labels' weights come in parts; the loss's parts exceed a block too."""
     logits, target, _, w = batch_of((9000, 3))
     options = (3, 0.0, None, True, True, True)
-    ours = triton_loss.cross_entropy(logits, target, None, w, *options)
+    ours = cross_entropy(triton_loss, logits, target, None, w, *options)
     agree(ours, truth(logits, target, None, w, *options), slack=1e-5)
 
 
@@ -369,7 +385,7 @@ def test_sequences_longer_than_a_block():
     logits[1] = torch.tensor([90.0, 0.0])  # squares of these scores are 0
     target[1] = 0
     options = (3, 0.0, None, True, True, False)
-    ours = triton_loss.cross_entropy(logits, target, r, None, *options)
+    ours = cross_entropy(triton_loss, logits, target, r, None, *options)
     theirs = truth(logits, target, r, None, *options)
     agree(ours, theirs, slack=1e-5)
     torch.testing.assert_close(ours[2].double(), theirs[2], rtol=1e-5, atol=0)
@@ -379,7 +395,7 @@ def test_sequences_longer_than_a_block():
 def test_equal_calls_give_equal_bits(walk):
     logits, target, r, w = batch_of((7, 37))
     runs = [
-        triton_loss.cross_entropy(logits, target, r, w, 3, s, None, True, True, walk != "sweeps")
+        cross_entropy(triton_loss, logits, target, r, w, 3, s, None, True, True, walk != "sweeps")
         for s in (0.0, 0.0, 0.1, 0.1)
     ]
     for a, b in ((0, 1), (2, 3)):
@@ -394,10 +410,10 @@ def test_what_the_kernels_do_not_take_is_the_references(monkeypatch):
     for dtype, shape in ((double, (4, 5)), (single, (0, 5)), (single, (3, 0, 5))):
         logits, target, r, _ = batch_of(shape, dtype)
         options = (-100, 0.0, 2.0, True, True, len(shape) == 2)
-        ours = triton_loss.cross_entropy(logits, target, r.to(dtype), None, *options)
+        ours = cross_entropy(triton_loss, logits, target, r.to(dtype), None, *options)
         agree(ours, truth(logits, target, r, None, *options), slack=1e-12)
     grad = torch.rand(3, 4, dtype=torch.float64)
     assert torch.equal(triton_loss.scale_grad(grad, torch.tensor(2.0).double()), 2 * grad)
     rest = (5.0, 1.0, True, True, True)
     for empty in (torch.zeros(0, 5), torch.zeros(3, 0)):
-        assert triton_loss.mse_loss(empty, empty, None, *rest)[0] == 0
+        assert elementwise(triton_loss.mse_loss, empty, empty, None, None, *rest)[0] == 0

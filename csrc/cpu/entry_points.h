@@ -3,30 +3,10 @@
 
 namespace fastis::FASTIS_NAMESPACE {
 
-// Cross-entropy: loss, score and gradient in one pass. format: 0 float, 1 double, 2 bfloat16,
-// 3 float16 of the logits; other tensors are float (double for double), grad is in the logits'
-// format (float for float16). A null pointer: no such tensor.
-// Returns -1, or the first row with a label out of range, and then nothing was written.
-int64_t cross_entropy(int format, Pointer<const void> logits /* [B T, C], unit column stride */,
-                      int64_t row_stride, Pointer<const int64_t> target /* [B T], or null */,
-                      Pointer<const void> soft /* [B T, C], or null */,
-                      Pointer<const void> weights /* [B] */,
-                      Pointer<const void> class_weights /* [C] */, int64_t B, int64_t T, int64_t C,
-                      int64_t ignore_index, double smoothing,
-                      double denominator /* NaN: torch's, from the labels */, bool reduce,
-                      Pointer<void> grad /* [B T, C] */,
-                      Pointer<void> loss /* [1], or [B] unless reduce */,
-                      Pointer<void> losses /* [B] */, Pointer<void> score /* [B] */,
-                      Pointer<void> mean_grad /* [C], T = 1 */, int threads);
-
-// kind 0: binary cross-entropy with logits, 1: squared error; the rest as above.
-void label_loss(int kind, int format, Pointer<const void> logits /* [B, L] */,
-                Pointer<const void> target /* [B, L] */, Pointer<const void> weights /* [B] */,
-                Pointer<const void> pos_weight /* [L] */, int64_t B, int64_t L,
-                double divisor /* of a sample's sum over labels: 1 or L */, double denominator,
-                bool reduce, Pointer<void> grad /* [B, L] */, Pointer<void> loss,
-                Pointer<void> losses, Pointer<void> score, Pointer<void> mean_grad /* [L] */,
-                int threads);
+// -1, or the first row with a label out of range, and then nothing was written.
+int64_t cross_entropy(const CrossEntropy& call);
+// Binary cross-entropy with logits and squared error.
+void elementwise_loss(const ElementwiseLoss& call);
 
 // One iteration: the observed scores into the states and the tree (unless the table has no states),
 // the variance moments, and the clock of updates. An index out of range is an IndexError, before

@@ -1,6 +1,7 @@
 // What the cross-entropy kernels share: the problem, the row's closed form, chunks of rows.
 // Rows are tokens: R = B T, row r belongs to sample r / T. Equations: Kutsuna 2025, section 7;
-// Katharopoulos & Fleuret 2018, eq. 19, in the cancellation-free form of reference_loss.py.
+// Katharopoulos & Fleuret 2018, eq. 19, in the cancellation-free form of
+// fastis/kernels/reference/loss.py.
 #pragma once
 
 #ifdef _OPENMP
@@ -11,10 +12,14 @@
 
 namespace fastis::FASTIS_ISA {
 
+template <class T, class Void>
+T* as(Pointer<Void> pointer) {
+  return static_cast<T*>(pointer.address);
+}
+
 template <class S>
 struct Problem {
   using F = Compute<S>;
-  using G = typename Format<S>::Grad;
   const S* logits;  // [R, C], rows row_stride apart
   int64_t row_stride;
   const int64_t* target;   // [R], or null with soft
@@ -25,9 +30,9 @@ struct Problem {
   bool any_ignored;
   F keep, spread;  // 1 - a, a / C of the smoothing a
   F inverse_denominator;
-  G* grad;      // [R, C] or null
-  F* row_loss;  // [R] unweighted by weights
-  F* row_norm;  // [R] |g|
+  Grad<S>* grad;  // [R, C] or null
+  F* row_loss;    // [R] unweighted by weights
+  F* row_norm;    // [R] |g|
 
   bool ignored(int64_t row) const { return any_ignored && target[row] == ignore_index; }
   F coefficient(int64_t row) const { return weights != nullptr ? weights[row / T] : F(1); }
@@ -198,10 +203,13 @@ void sum_tokens(const F* row_loss, const F* row_norm, int64_t B, int64_t T, F* l
 
 // loss: the weighted sum over the denominator when `reduce`, else [B]. Eight running sums hide the
 // latency of the additions.
-template <class F>
-void reduce_losses(const F* losses, const F* weights, int64_t B, double inverse_denominator,
-                   bool reduce, F* loss) {
-  if (!reduce) {
+template <class F, class Call>
+void reduce_losses(const Call& call, double denominator) {
+  const int64_t B = call.B;
+  const F* const losses = as<const F>(call.losses);
+  const F* const weights = as<const F>(call.weights);
+  F* const loss = as<F>(call.loss);
+  if (!call.reduce) {
     for (int64_t b = 0; b < B; ++b)
       loss[b] = weights != nullptr ? weights[b] * losses[b] : losses[b];
     return;
@@ -217,7 +225,7 @@ void reduce_losses(const F* losses, const F* weights, int64_t B, double inverse_
     total[b % 8] += weights != nullptr ? double(weights[b]) * losses[b] : losses[b];
   double sum = 0;
   for (const double part : total) sum += part;
-  *loss = static_cast<F>(sum * inverse_denominator);
+  *loss = static_cast<F>(sum * (1 / denominator));
 }
 
 }  // namespace fastis::FASTIS_ISA

@@ -1,5 +1,6 @@
-// Losses that are sums over independent labels: binary cross-entropy with logits and squared error.
-// Lanes run over the flat [rows x labels] of a block, full whatever L is; then rows are summed.
+// Losses that are sums over the outputs of a sample: binary cross-entropy with logits, squared
+// error. Lanes run over the flat [rows x outputs] of a block, full whatever L is; then rows are
+// summed.
 //   bce: loss (1-y) softplus(z) + w y softplus(-z),  g = (1-y) sigmoid(z) - w y sigmoid(-z)
 //   mse: loss (z-y)^2,  g = 2 (z-y)
 #include "fastis.h"
@@ -34,10 +35,10 @@ inline Term<F> squared_error(Vec<F> z, Vec<F> y, Vec<F>) {
   return {d * d, F(2) * d};
 }
 
-enum class Kind { binary_cross_entropy, squared_error };
+using Kind = ElementwiseLoss::Kind;
 
 template <class S>
-struct Labels {
+struct Elementwise {
   using F = Compute<S>;
   const S* logits;      // [B, L]
   const F* target;      // [B, L]
@@ -45,8 +46,8 @@ struct Labels {
   const F* pos_weight;  // [L] or null
   int64_t L;
   F inverse_divisor, inverse_denominator;
-  typename Format<S>::Grad* grad;  // [B, L] or null
-  F *losses, *score;               // [B]
+  Grad<S>* grad;      // [B, L] or null
+  F *losses, *score;  // [B]
 };
 
 // Elements that are solved together: whole rows, or a piece of one that has more.
@@ -60,7 +61,7 @@ struct alignas(64) Block {
 
 // The terms of `count` elements from `offset` on; `pos_weight` [count] may be null.
 template <Kind kind, class S, class F = Compute<S>>
-inline void elements(const Labels<S>& p, int64_t offset, int64_t count, const F* pos_weight,
+inline void elements(const Elementwise<S>& p, int64_t offset, int64_t count, const F* pos_weight,
                      Block<F>& block) {
   constexpr int V = kLanes<F>;
   for (int64_t i = 0; i < count; i += V) {
@@ -96,7 +97,8 @@ inline F sum_terms(const F* loss, const F* grad, int64_t count, Norm<F>& norm) {
 }
 
 template <class S, class F = Compute<S>>
-inline void scale_terms(const Labels<S>& p, int64_t row, int64_t count, F* grad, F* column_sum) {
+inline void scale_terms(const Elementwise<S>& p, int64_t row, int64_t count, F* grad,
+                        F* column_sum) {
   const F r = p.weights != nullptr ? p.weights[row] : F(1);
   const F scale = r * p.inverse_divisor * p.inverse_denominator;
   for (int64_t i = 0; i < count; ++i) grad[i] *= scale;
@@ -105,7 +107,7 @@ inline void scale_terms(const Labels<S>& p, int64_t row, int64_t count, F* grad,
 }
 
 template <class S, class F = Compute<S>>
-inline void write_grad(const Labels<S>& p, int64_t offset, int64_t count, const F* grad) {
+inline void write_grad(const Elementwise<S>& p, int64_t offset, int64_t count, const F* grad) {
   constexpr int V = kLanes<F>;
   if (p.grad == nullptr) return;
   auto* out = p.grad + offset;
@@ -115,7 +117,7 @@ inline void write_grad(const Labels<S>& p, int64_t offset, int64_t count, const 
 }
 
 template <Kind kind, class S, class F = Compute<S>>
-void narrow_rows(const Labels<S>& p, const Chunk<F>& chunk, Block<F>& block) {
+void narrow_rows(const Elementwise<S>& p, const Chunk<F>& chunk, Block<F>& block) {
   const int64_t rows = kBlock / p.L;
   const F* pos_weight = nullptr;
   if (p.pos_weight != nullptr) {
@@ -138,7 +140,7 @@ void narrow_rows(const Labels<S>& p, const Chunk<F>& chunk, Block<F>& block) {
 }
 
 template <Kind kind, class S, class F = Compute<S>>
-void wide_row(const Labels<S>& p, int64_t row, F* column_sum, Block<F>& block) {
+void wide_row(const Elementwise<S>& p, int64_t row, F* column_sum, Block<F>& block) {
   double sum = 0;
   typename Norm<F>::Blocks norm;
   for (int64_t at = 0; at < p.L; at += kBlock) {
@@ -156,7 +158,7 @@ void wide_row(const Labels<S>& p, int64_t row, F* column_sum, Block<F>& block) {
 }
 
 template <Kind kind, class S, class F = Compute<S>>
-void label_rows(const Labels<S>& p, const Chunk<F>& chunk) {
+void rows_of_elements(const Elementwise<S>& p, const Chunk<F>& chunk) {
   Block<F> block;
   if (p.L == 0) {
     for (int64_t row = chunk.begin; row < chunk.end; ++row)
@@ -170,46 +172,34 @@ void label_rows(const Labels<S>& p, const Chunk<F>& chunk) {
 }
 
 template <class S>
-void labels_as(Kind kind, const void* logits, const void* target, const void* weights,
-               const void* pos_weight, int64_t B, int64_t L, double divisor, double denominator,
-               bool reduce, void* grad, void* loss, void* losses, void* score, void* mean_grad,
-               int threads) {
+void solve(const ElementwiseLoss& call) {
   using F = Compute<S>;
-  const Labels<S> p{static_cast<const S*>(logits),
-                    static_cast<const F*>(target),
-                    static_cast<const F*>(weights),
-                    static_cast<const F*>(pos_weight),
-                    L,
-                    static_cast<F>(1 / divisor),
-                    static_cast<F>(1 / denominator),
-                    static_cast<typename Format<S>::Grad*>(grad),
-                    static_cast<F*>(losses),
-                    static_cast<F*>(score)};
-  for_chunks<F>(B, L, 0, threads, static_cast<F*>(mean_grad), denominator / static_cast<double>(B),
+  const Elementwise<S> p{as<const S>(call.logits),
+                         as<const F>(call.target),
+                         as<const F>(call.weights),
+                         as<const F>(call.pos_weight),
+                         call.L,
+                         static_cast<F>(1 / call.divisor),
+                         static_cast<F>(1 / call.denominator),
+                         as<Grad<S>>(call.grad),
+                         as<F>(call.losses),
+                         as<F>(call.score)};
+  const double unscale = call.denominator / static_cast<double>(call.B);
+  for_chunks<F>(call.B, call.L, 0, call.threads, as<F>(call.mean_grad), unscale,
                 [&](const Chunk<F>& chunk) {
-                  if (kind == Kind::squared_error) {
-                    label_rows<Kind::squared_error>(p, chunk);
+                  if (call.kind == Kind::squared_error) {
+                    rows_of_elements<Kind::squared_error>(p, chunk);
                   } else {
-                    label_rows<Kind::binary_cross_entropy>(p, chunk);
+                    rows_of_elements<Kind::binary_cross_entropy>(p, chunk);
                   }
                 });
-  reduce_losses<F>(p.losses, p.weights, B, 1 / denominator, reduce, static_cast<F*>(loss));
+  reduce_losses<F>(call, call.denominator);
 }
 
 }  // namespace
 
-void label_loss(int kind, int format, Pointer<const void> logits, Pointer<const void> target,
-                Pointer<const void> weights, Pointer<const void> pos_weight, int64_t B, int64_t L,
-                double divisor, double denominator, bool reduce, Pointer<void> grad,
-                Pointer<void> loss, Pointer<void> losses, Pointer<void> score,
-                Pointer<void> mean_grad, int threads) {
-  const auto run = format == 0   ? labels_as<float>
-                   : format == 1 ? labels_as<double>
-                   : format == 2 ? labels_as<BFloat16>
-                                 : labels_as<Float16>;
-  run(kind == 0 ? Kind::binary_cross_entropy : Kind::squared_error, logits, target, weights,
-      pos_weight, B, L, divisor, denominator, reduce, grad, loss, losses, score, mean_grad,
-      threads);
+void elementwise_loss(const ElementwiseLoss& call) {
+  with_format(call.format, [&](auto format) { solve<decltype(format)>(call); });
 }
 
 }  // namespace fastis::FASTIS_ISA

@@ -127,7 +127,7 @@ inline void sum_columns(const Tile<F>& tile, int C, F* sums) {
 
 template <class S, class F>
 inline void write_tile(const Problem<S>& p, int64_t row, int count, Tile<F>& tile) {
-  using G = typename Format<S>::Grad;
+  using G = Grad<S>;
   G* grad = p.grad + row * p.C;
   const int C = static_cast<int>(p.C);
   constexpr int V = kLanes<F>, W = kTile<F>;

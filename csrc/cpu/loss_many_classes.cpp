@@ -169,7 +169,7 @@ inline void finish_row(const Problem<S>& p, int64_t row, int i, const Group<F>& 
 template <class S>
 void rows_of_many_classes(const Problem<S>& p, const Chunk<Compute<S>>& chunk) {
   using F = Compute<S>;
-  using G = typename Format<S>::Grad;
+  using G = Grad<S>;
   const int64_t stride = padded<F>(p.C);
   const int together = rows_together(p.C);
   F* const e = chunk.scratch;

@@ -1,4 +1,4 @@
-// Cross-entropy against a distribution t over the classes: probabilities or smoothed labels,
+// Cross-entropy against soft targets t: probabilities or smoothed labels,
 //   t_j = (1-a) w_y [j=y] + (a/C) w_j,  or  t_j = w_j ((1-a) T_j + a/C),
 //   loss = -sum t_j log p_j,  g = p sum(t) - t,  |g| from the sum of g_j^2.
 // The largest logit is kept out of every sum, so a confident row loses no digits.

@@ -65,22 +65,39 @@ constexpr int kLanes = FASTIS_VECTOR_BYTES / sizeof(F);
 // Arithmetic and gradient types of a storage format. Float16 gradients stay float until the
 // backward has multiplied them by the loss scale: at 1/B they would underflow before it.
 template <class S>
-struct Format {
+struct Precision {
   using Compute = float;
   using Grad = float;
 };
 template <>
-struct Format<double> {
+struct Precision<double> {
   using Compute = double;
   using Grad = double;
 };
 template <>
-struct Format<BFloat16> {
+struct Precision<BFloat16> {
   using Compute = float;
   using Grad = BFloat16;
 };
 template <class S>
-using Compute = typename Format<S>::Compute;
+using Compute = typename Precision<S>::Compute;
+template <class S>
+using Grad = typename Precision<S>::Grad;
+
+// run(S{}) with the C++ type of a floating format.
+template <class Run>
+inline auto with_format(Format format, const Run& run) {
+  switch (format) {
+    case Format::float32:
+      return run(float{});
+    case Format::float64:
+      return run(double{});
+    case Format::bfloat16:
+      return run(BFloat16{});
+    default:
+      return run(Float16{});
+  }
+}
 
 // A vector at any address. GCC copies through the stack what a loop of memcpy moves.
 template <class V, class S>

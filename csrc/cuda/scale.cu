@@ -16,18 +16,8 @@ __global__ void __launch_bounds__(device::kThreads) scale_kernel(const Scaling s
 
 }  // namespace
 
-int64_t scale_grad(int64_t from, int64_t to, Pointer<const void> grad, Pointer<void> out,
-                   Pointer<const void> scale, int64_t rows, int64_t columns, int64_t scale_stride,
-                   int64_t device, uint64_t stream) {
-  const device::GradScaling all{static_cast<device::Floating>(from),
-                                static_cast<device::Floating>(to),
-                                grad,
-                                out,
-                                scale,
-                                rows,
-                                columns,
-                                scale_stride};
-  return all.with_formats([&](const auto& scaling) -> int64_t {
+int64_t scale_grad(const ScaleGrad& call, int64_t device, uint64_t stream) {
+  return device::with_formats(call, [&](const auto& scaling) -> int64_t {
     using Scaling = std::decay_t<decltype(scaling)>;
     return launch<scale_kernel<Scaling>>(device, stream, scaling.packs(), scaling);
   });

@@ -11,10 +11,9 @@
 #endif
 
 #include "device/threads.h"
+#include "fastis.h"
 
 namespace fastis::device {
-
-enum class Floating : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
 struct BrainBits {
   uint16_t bits;
@@ -121,41 +120,32 @@ struct Scaling {
   }
 };
 
-struct GradScaling {
-  Floating from, to;
-  const void* grad;
-  void* out;
-  const void* scale;
-  int64_t rows, columns, scale_stride;
+template <class In, class Out>
+Scaling<In, Out> scaling_of(const ScaleGrad& call) {
+  using Wide = typename Scaling<In, Out>::Wide;
+  return {static_cast<const In*>(call.grad.address),
+          static_cast<Out*>(call.out.address),
+          static_cast<const Wide*>(call.scale.address),
+          call.rows,
+          call.columns,
+          call.scale_stride,
+          call.grad.address == call.out.address};
+}
 
-  // run(Scaling<In, Out>) for the formats that a gradient has: its own, or float32 for float16.
-  template <class Run>
-  int64_t with_formats(const Run& run) const {
-    if (from == Floating::float32 && to == Floating::float16) {
-      return run(typed<float, HalfBits>());
-    }
-    switch (from) {
-      case Floating::float32:
-        return run(typed<float, float>());
-      case Floating::float64:
-        return run(typed<double, double>());
-      default:
-        return run(typed<BrainBits, BrainBits>());
-    }
+// run(Scaling<In, Out>) for the formats that a gradient has: its own, or float32 for float16.
+template <class Run>
+int64_t with_formats(const ScaleGrad& call, const Run& run) {
+  if (call.from == fastis::Format::float32 && call.to == fastis::Format::float16) {
+    return run(scaling_of<float, HalfBits>(call));
   }
-
- private:
-  template <class In, class Out>
-  Scaling<In, Out> typed() const {
-    using Wide = typename Scaling<In, Out>::Wide;
-    return {static_cast<const In*>(grad),
-            static_cast<Out*>(out),
-            static_cast<const Wide*>(scale),
-            rows,
-            columns,
-            scale_stride,
-            grad == out};
+  switch (call.from) {
+    case fastis::Format::float32:
+      return run(scaling_of<float, float>(call));
+    case fastis::Format::float64:
+      return run(scaling_of<double, double>(call));
+    default:
+      return run(scaling_of<BrainBits, BrainBits>(call));
   }
-};
+}
 
 }  // namespace fastis::device

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
 import torch
-from torch import Tensor
 
 # Codes of the formats that entry points of ``fastis._C`` take, as csrc/format.h has them.
 FORMAT_CODES = {
@@ -15,8 +12,6 @@ FORMAT_CODES = {
     torch.float16: 3,
     torch.int64: 4,
 }
-
-Scored: TypeAlias = "tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]"
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -31,11 +26,3 @@ def grad_dtype(dtype: torch.dtype) -> torch.dtype:
     factor arrives. Otherwise the logits' own.
     """
     return torch.float32 if dtype == torch.float16 else dtype
-
-
-def raise_bad_label(labels: Tensor, row: int, num_classes: int) -> None:
-    """Raises the IndexError for the flat ``labels[row]``."""
-    raise IndexError(
-        f"target must hold class indices in [0, {num_classes}) or ignore_index, "
-        f"got {int(labels[row])} at flat position {row}"
-    )

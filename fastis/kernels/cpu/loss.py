@@ -1,6 +1,6 @@
 """The loss column on the CPU: allocates the outputs and calls the compiled kernels.
 
-Same functions, signatures and results as :mod:`fastis.kernels.reference.loss`.
+The contract: :mod:`fastis.kernels.loss`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,15 @@ import torch
 from torch import Tensor
 
 from fastis import _C
-from fastis.kernels.formats import FORMAT_CODES, Scored, compute_dtype, grad_dtype, raise_bad_label
-from fastis.kernels.reference.loss import scale_grad as _multiply
+from fastis.kernels.formats import FORMAT_CODES, compute_dtype, grad_dtype
+from fastis.kernels.loss import (
+    CrossEntropyOptions,
+    ElementwiseOptions,
+    Scored,
+    Wanted,
+    raise_bad_label,
+    scaled,
+)
 
 # Of the logits: code of the format, dtype of the results, dtype of the gradient.
 _FORMATS = {
@@ -33,27 +40,16 @@ _is_one = _C.is_one
 _cross_entropy = _C.cross_entropy
 
 
-def _pointer(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _threads(elements: int) -> int:
-    return 1 if elements < _PARALLEL_ELEMENTS else torch.get_num_threads()
-
-
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
     weights: Tensor | None,
-    class_weights: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    denominator: float | Tensor | None,
-    reduce: bool,
-    with_grad: bool,
-    with_mean_grad: bool,
+    options: CrossEntropyOptions,
+    wanted: Wanted,
 ) -> Scored:
     """Rows of unit column stride are read where they lie; other strides are copied first."""
+    class_weights, ignore_index, label_smoothing = options
+    denominator, reduce, with_grad, with_mean_grad = wanted
     shape = logits.shape
     tokens = 1
     if len(shape) == 2:
@@ -68,8 +64,8 @@ def cross_entropy(
     code, result, kept = _FORMATS[dtype]
     losses = _empty(batch, dtype=result) if weights is None else _empty_like(weights)
     score = _empty_like(losses)
-    loss = _empty((), dtype=result) if reduce else _empty_like(losses)
-    mean_grad = _empty(num_classes, dtype=result) if with_mean_grad else None
+    loss = losses.new_empty(()) if reduce else _empty_like(losses)
+    mean_grad = losses.new_empty(num_classes) if with_mean_grad else None
     grad = None
     if with_grad:
         like = dense and kept is dtype and len(shape) == 2
@@ -109,35 +105,22 @@ def binary_cross_entropy_with_logits(
     logits: Tensor,
     target: Tensor,
     weights: Tensor | None,
-    pos_weight: Tensor | None,
-    divisor: float,
-    denominator: float | Tensor,
-    reduce: bool,
-    with_grad: bool,
-    with_mean_grad: bool,
+    options: ElementwiseOptions,
+    wanted: Wanted,
 ) -> Scored:
-    """Binary cross-entropy of ``[B, L]`` logits; a sample's sum over labels is over ``divisor``."""
-    return _label_loss(
-        0, logits, target, weights, pos_weight, divisor, denominator, reduce, with_grad,
-        with_mean_grad,
-    )  # fmt: skip
+    """Strides other than contiguous ones are copied first."""
+    return _elementwise(0, logits, target, weights, options, wanted)
 
 
 def mse_loss(
     prediction: Tensor,
     target: Tensor,
     weights: Tensor | None,
-    divisor: float,
-    denominator: float | Tensor,
-    reduce: bool,
-    with_grad: bool,
-    with_mean_grad: bool,
+    options: ElementwiseOptions,
+    wanted: Wanted,
 ) -> Scored:
-    """Squared error of ``[B, L]``; a sample's sum is over ``divisor``."""
-    return _label_loss(
-        1, prediction, target, weights, None, divisor, denominator, reduce, with_grad,
-        with_mean_grad,
-    )  # fmt: skip
+    """Strides other than contiguous ones are copied first."""
+    return _elementwise(1, prediction, target, weights, options, wanted)
 
 
 def scale_grad(grad: Tensor, grad_output: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -151,46 +134,44 @@ def scale_grad(grad: Tensor, grad_output: Tensor, dtype: torch.dtype | None = No
                 pass
         elif grad_output.item() == 1:
             return grad
-    return _multiply(grad, grad_output, dtype)
+    return scaled(grad, grad_output, dtype)
 
 
-def _label_loss(
-    kind: int,
+def _elementwise(
+    kind: int,  # ElementwiseLoss::Kind
     logits: Tensor,
     target: Tensor,
     weights: Tensor | None,
-    pos_weight: Tensor | None,
-    divisor: float,
-    denominator: float | Tensor,
-    reduce: bool,
-    with_grad: bool,
-    with_mean_grad: bool,
+    options: ElementwiseOptions,
+    wanted: Wanted,
 ) -> Scored:
+    pos_weight, divisor = options
+    denominator, reduce, with_grad, with_mean_grad = wanted
     logits, target = logits.contiguous(), target.contiguous()
-    batch, num_labels = logits.shape
+    batch, outputs = logits.shape
     code, result, kept = _FORMATS[logits.dtype]
     losses = _empty(batch, dtype=result) if weights is None else _empty_like(weights)
     score = _empty_like(losses)
-    loss = _empty((), dtype=result) if reduce else _empty_like(losses)
-    mean_grad = _empty(num_labels, dtype=result) if with_mean_grad else None
+    loss = losses.new_empty(()) if reduce else _empty_like(losses)
+    mean_grad = losses.new_empty(outputs) if with_mean_grad else None
     grad = _empty(logits.shape, dtype=kept) if with_grad else None
-    _C.label_loss(
+    _C.elementwise_loss(
         kind,
         code,
         logits.data_ptr(),
         target.data_ptr(),
-        _pointer(weights),
-        _pointer(pos_weight),
+        0 if weights is None else weights.data_ptr(),
+        0 if pos_weight is None else pos_weight.data_ptr(),
         batch,
-        num_labels,
+        outputs,
         divisor,
-        float(denominator) if reduce else 1.0,
+        1.0 if not reduce or denominator is None else float(denominator),
         reduce,
-        _pointer(grad),
+        0 if grad is None else grad.data_ptr(),
         loss.data_ptr(),
         losses.data_ptr(),
         score.data_ptr(),
-        _pointer(mean_grad),
-        _threads(batch * num_labels),
+        0 if mean_grad is None else mean_grad.data_ptr(),
+        1 if batch * outputs < _PARALLEL_ELEMENTS else torch.get_num_threads(),
     )
     return loss, losses, score, mean_grad, grad

@@ -5,19 +5,7 @@ per-sample losses, the score ``|g_i|`` and the gradient (Kutsuna 2025, section 7
 Fleuret 2018, eq. 19). The papers' formulas were rebuilt in a form without cancellation: a sample
 with a margin of 88 keeps its score, where ``1 - 2 p_y + sum p_j^2`` or ``p_y - 1`` is exactly 0.
 
-The contract of the loss column (shapes: B samples, T tokens, C classes, L labels):
-
-- ``logits`` ``[B, C]`` or ``[B, T, C]``, any strides; ``target`` int64 ``[B]`` or ``[B, T]``, or
-  probabilities in the compute dtype shaped as the logits; ``weights`` ``[B]`` (the coefficients
-  ``r_i``), ``class_weights`` ``[C]`` and ``pos_weight`` ``[L]`` in the compute dtype, or None.
-- ``denominator`` is a number, a 0-d tensor, or None: torch's own, from the labels of the batch.
-- Results, in :func:`fastis.kernels.formats.compute_dtype`: ``(loss, losses, score, mean_grad,
-  grad)``. ``loss`` is ``sum_i r_i loss_i / denominator`` when ``reduce``, else ``[B]``,
-  ``r_i loss_i``; ``losses`` and ``score`` ``[B]``; ``mean_grad`` ``(1/B) sum_i r_i g_i`` or None
-  when it was not asked for; ``grad`` d loss / d logits, contiguous, in
-  :func:`fastis.kernels.formats.grad_dtype`, or None.
-- Nothing here waits for the device. A label out of range raises IndexError on the CPU; elsewhere
-  its row becomes NaN.
+Shapes and results: :mod:`fastis.kernels.loss`.
 """
 
 from __future__ import annotations
@@ -27,22 +15,27 @@ import math
 import torch
 from torch import Tensor
 
-from fastis.kernels.formats import Scored, compute_dtype, grad_dtype, raise_bad_label
+from fastis.kernels.formats import compute_dtype, grad_dtype
+from fastis.kernels.loss import (
+    CrossEntropyOptions,
+    ElementwiseOptions,
+    Scored,
+    Wanted,
+    raise_bad_label,
+    scaled,
+)
 
 
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
     weights: Tensor | None,
-    class_weights: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    denominator: float | Tensor | None,
-    reduce: bool,
-    with_grad: bool,
-    with_mean_grad: bool,
+    options: CrossEntropyOptions,
+    wanted: Wanted,
 ) -> Scored:
-    """Cross-entropy against class indices or probabilities; the module docstring has the shapes."""
+    """Cross-entropy against class indices or probabilities."""
+    class_weights, ignore_index, label_smoothing = options
+    denominator = wanted.denominator
     num_classes = logits.shape[-1]
     z = logits.detach().to(compute_dtype(logits.dtype)).reshape(-1, num_classes)
     if target.dtype == torch.int64:
@@ -57,7 +50,7 @@ def cross_entropy(
             loss, norm, g = _label_rows(z, label, label_weight)
         else:
             share = torch.nn.functional.one_hot(label, num_classes).to(z.dtype)
-            loss, norm, g = _distribution_rows(z, share, class_weights, label_smoothing)
+            loss, norm, g = _soft_target_rows(z, share, class_weights, label_smoothing)
         loss = torch.where(outside, math.nan, torch.where(kept, loss, 0))
         norm = torch.where(outside, math.nan, torch.where(kept, norm, 0))
         g = torch.where(outside[:, None], math.nan, torch.where(kept[:, None], g, 0))
@@ -65,7 +58,7 @@ def cross_entropy(
             denominator = torch.where(kept, label_weight, 0).sum()
     else:
         share = target.reshape(-1, num_classes)
-        loss, norm, g = _distribution_rows(z, share, class_weights, label_smoothing)
+        loss, norm, g = _soft_target_rows(z, share, class_weights, label_smoothing)
         if denominator is None:
             denominator = float(len(z))
     batch = logits.shape[0]
@@ -74,67 +67,46 @@ def cross_entropy(
         losses = loss.reshape(batch, logits.shape[1]).sum(1)
         score = _norm(norm.reshape(batch, logits.shape[1]))
     g = g.reshape(logits.shape)
-    return _reduced(
-        logits, losses, score, g, weights, denominator, reduce, with_grad, with_mean_grad
-    )
+    return _reduced(logits, losses, score, g, weights, wanted._replace(denominator=denominator))
 
 
 def binary_cross_entropy_with_logits(
     logits: Tensor,
     target: Tensor,
     weights: Tensor | None,
-    pos_weight: Tensor | None,
-    divisor: float,
-    denominator: float | Tensor,
-    reduce: bool,
-    with_grad: bool,
-    with_mean_grad: bool,
+    options: ElementwiseOptions,
+    wanted: Wanted,
 ) -> Scored:
-    """Binary cross-entropy of ``[B, L]`` logits; a sample's sum over labels is over ``divisor``.
+    """``loss = (1-y) softplus(z) + w y softplus(-z)``, ``g = (1-y) sigmoid(z) - w y sigmoid(-z)``.
 
-    ``loss = (1-y) softplus(z) + w y softplus(-z)``, ``g = (1-y) sigmoid(z) - w y sigmoid(-z)``.
+    A sample's sum over its outputs is divided by the divisor.
     """
+    pos_weight, divisor = options
     z = logits.detach().to(compute_dtype(logits.dtype))
     on = target if pos_weight is None else target * pos_weight
     off = 1 - target
     tail = torch.exp(-z.abs()).log1p()
     loss = off * (z.clamp(min=0) + tail) + on * ((-z).clamp(min=0) + tail)
     g = (off * torch.sigmoid(z) - on * torch.sigmoid(-z)) / divisor
-    losses = loss.sum(1) / divisor
-    score = _norm(g)
-    return _reduced(
-        logits, losses, score, g, weights, denominator, reduce, with_grad, with_mean_grad
-    )
+    return _reduced(logits, loss.sum(1) / divisor, _norm(g), g, weights, wanted)
 
 
 def mse_loss(
     prediction: Tensor,
     target: Tensor,
     weights: Tensor | None,
-    divisor: float,
-    denominator: float | Tensor,
-    reduce: bool,
-    with_grad: bool,
-    with_mean_grad: bool,
+    options: ElementwiseOptions,
+    wanted: Wanted,
 ) -> Scored:
-    """Squared error of ``[B, L]``: ``loss = (z - y)^2``, ``g = 2 (z - y)``, over ``divisor``."""
+    """Squared error: ``loss = (z - y)^2``, ``g = 2 (z - y)``, both divided by the divisor."""
     d = prediction.detach().to(compute_dtype(prediction.dtype)) - target
-    losses = d.square().sum(1) / divisor
-    g = 2 * d / divisor
-    score = _norm(g)
-    return _reduced(
-        prediction, losses, score, g, weights, denominator, reduce, with_grad, with_mean_grad
-    )
+    g = 2 * d / options.divisor
+    return _reduced(prediction, d.square().sum(1) / options.divisor, _norm(g), g, weights, wanted)
 
 
 def scale_grad(grad: Tensor, grad_output: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """``grad`` times the 0-d or ``[B]`` ``grad_output``, in ``dtype`` (default: that of ``grad``).
-
-    May return ``grad`` itself, but does not change it where a second backward pass may read it
-    again: only a backend that knows that the graph is being freed scales in place.
-    """
-    scale = grad_output.reshape(grad_output.shape + (1,) * (grad.dim() - grad_output.dim()))
-    return (grad * scale).to(grad.dtype if dtype is None else dtype)
+    """See :func:`fastis.kernels.loss.scaled`."""
+    return scaled(grad, grad_output, dtype)
 
 
 def _label_rows(z: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,7 +131,7 @@ def _label_rows(z: Tensor, y: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor
     return loss * w, root * p_scale * w.abs(), g * w[:, None]
 
 
-def _distribution_rows(
+def _soft_target_rows(
     z: Tensor, share: Tensor, class_weights: Tensor | None, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss, |g| and g against ``t_j = w_j ((1-a) T_j + a/C)``; the largest logit stays out of sums.
@@ -198,12 +170,10 @@ def _reduced(
     score: Tensor,
     g: Tensor,
     weights: Tensor | None,
-    denominator: float | Tensor,
-    reduce: bool,
-    with_grad: bool,
-    with_mean_grad: bool,
+    wanted: Wanted,
 ) -> Scored:
     """The weighted loss, mean gradient and gradient from per-sample losses and gradients."""
+    denominator, reduce, with_grad, with_mean_grad = wanted
     weighted = losses if weights is None else losses * weights
     if weights is not None:
         g = g * weights.reshape(-1, *[1] * (g.dim() - 1))
@@ -211,11 +181,10 @@ def _reduced(
     mean_grad = g.sum(0) / g.shape[0] if with_mean_grad and len(g) else None
     if with_mean_grad and mean_grad is None:
         mean_grad = g.new_full(g.shape[1:], math.nan)
-    if not reduce:
+    if denominator is None or not reduce:
         loss, denominator = weighted.clone(), 1.0
     else:
-        total = weighted.sum()
-        loss = total / denominator
+        loss = weighted.sum() / denominator
     grad = None
     if with_grad:
         rows = g if isinstance(denominator, float) and denominator == 1 else g / denominator

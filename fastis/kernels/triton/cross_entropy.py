@@ -2,10 +2,11 @@
 
 Equations: Kutsuna 2025, section 7; Katharopoulos and Fleuret 2018, eq. 19, in the form of
 :mod:`fastis.kernels.reference.loss` that loses no digits: sums over ``j != y`` with the largest of
-those logits as reference point, then a closed form a row (:func:`triton_math.solve_label_row`).
+those logits as reference point, then a closed form for each row
+(:func:`fastis.kernels.triton.math.solve_label_row`).
 
-A row is a token: row r belongs to sample r / tokens. :mod:`fastis.kernels.triton.geometry` says who
-takes which rows. An element costs one exponential in a sweep, and 7 to 9 instructions in all: at
+A row is a token: row r belongs to sample r / tokens. :mod:`fastis.kernels.triton.geometry` assigns
+rows to programs. An element costs one exponential in a sweep, and 7 to 9 instructions in all: at
 4 TB/s a multiprocessor of an H200 has 13 issue slots for each bfloat16 that arrives.
 """
 
@@ -22,7 +23,7 @@ from fastis.kernels.triton.math import (
     to_float32,
     unit_of,
 )
-from fastis.kernels.triton.reduce import inverse_of, over_denominator
+from fastis.kernels.triton.reduce import inverse_of, over_denominator, store_sums
 
 
 @triton.jit
@@ -58,8 +59,8 @@ def label_tiles_kernel(
     grad_ptr,  # [num_rows, NUM_CLASSES] or None
     losses_ptr,  # [num_rows], of the rows
     score_ptr,  # [num_rows]
-    loss_ptr,  # [programs] partial sums ([] when WHOLE); without REDUCE [num_rows] or None
-    mean_grad_ptr,  # [programs, NUM_CLASSES] partial sums ([NUM_CLASSES] when WHOLE), or None
+    loss_ptr,  # [programs] partial sums, [] with SINGLE_BLOCK, [num_rows] without REDUCE or None
+    mean_grad_ptr,  # [programs, NUM_CLASSES] partial sums, [NUM_CLASSES] with SINGLE_BLOCK, or None
     inverse_denominator,
     num_rows,
     tokens,
@@ -70,20 +71,20 @@ def label_tiles_kernel(
     DENOMINATOR_PARTS: tl.constexpr,
     LABEL_DENOMINATOR: tl.constexpr,
     REDUCE: tl.constexpr,
-    WHOLE: tl.constexpr,
+    SINGLE_BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Rows of up to 4096 classes, each held in registers from its one read to its gradient.
 
-    Moves the logits once, the gradient once when it is asked for, and 16 bytes a row. WHOLE: one
-    program has all rows and finishes loss and mean gradient by itself, with torch's denominator.
+    Moves the logits once, the gradient once when it is asked for, and 16 bytes a row. With
+    SINGLE_BLOCK one program has all rows and finishes loss and mean gradient by itself, with
+    torch's denominator.
     """
     columns = tl.arange(0, BLOCK_C)[None, :]
     inverse = inverse_of(denominator_ptr, inverse_denominator, DENOMINATOR_PARTS)
     loss_sum = tl.zeros([BLOCK_R], tl.float32)
-    if mean_grad_ptr is not None:
-        grad_sum = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    grad_sum = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_R), tl.num_programs(0)):
         rows = tl.arange(0, BLOCK_R).to(tl.int64) + tile * BLOCK_R
         inside = rows < num_rows
@@ -133,19 +134,10 @@ def label_tiles_kernel(
             at = rows[:, None] * NUM_CLASSES + columns
             tl.store(grad_ptr + at, g.to(grad_ptr.dtype.element_ty), mask=here)
 
-    if REDUCE:
-        total = tl.sum(loss_sum, 0)
-        tl.store(loss_ptr + tl.program_id(0), total * inverse if WHOLE else total)
-    if mean_grad_ptr is not None:
-        total = tl.sum(grad_sum, 0)
-        columns = tl.arange(0, BLOCK_C)
-        if WHOLE:
-            total = total / num_rows
-        tl.store(
-            mean_grad_ptr + tl.program_id(0).to(tl.int64) * NUM_CLASSES + columns,
-            total,
-            mask=columns < NUM_CLASSES,
-        )
+    store_sums(
+        loss_sum, grad_sum, loss_ptr, mean_grad_ptr, inverse, num_rows, NUM_CLASSES, REDUCE,
+        SINGLE_BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -1,11 +1,11 @@
-"""Losses that are sums over independent labels, on the GPU: binary cross-entropy, squared error.
+"""Losses that are sums over the outputs of a sample, on the GPU: BCE with logits, squared error.
 
     bce: loss (1-y) softplus(z) + w y softplus(-z),  g = (1-y) sigmoid(z) - w y sigmoid(-z)
     mse: loss (z-y)^2,  g = 2 (z-y)
 
-A sample's sum over its labels is over ``divisor``, loss and gradient alike; the score is the norm
-of that gradient (Kutsuna 2025, section 7). An element's gradient depends on nothing else, so every
-row is read once, whatever its length.
+A sample's sum over its outputs is divided by ``divisor``, loss and gradient alike; the score is the
+norm of that gradient (Kutsuna 2025, section 7). An element's gradient depends on nothing else, so
+every row is read once, whatever its length.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from fastis.kernels.triton.math import RAISE, exp_full, log1p, root_of_squares
-from fastis.kernels.triton.reduce import inverse_of, over_denominator
+from fastis.kernels.triton.reduce import inverse_of, over_denominator, store_sums
 
 
 @triton.jit
@@ -31,37 +31,36 @@ def _binary_cross_entropy(z, y, on):
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def label_loss_kernel(
-    logits_ptr,  # [num_rows, NUM_LABELS]
-    target_ptr,  # [num_rows, NUM_LABELS] float32
+def elementwise_kernel(
+    logits_ptr,  # [num_rows, NUM_OUTPUTS]
+    target_ptr,  # [num_rows, NUM_OUTPUTS] float32
     weights_ptr,  # [num_rows] coefficients r_i, or None
-    pos_weight_ptr,  # [NUM_LABELS] or None
+    pos_weight_ptr,  # [NUM_OUTPUTS] or None
     denominator_ptr,  # [DENOMINATOR_PARTS] or None
-    grad_ptr,  # [num_rows, NUM_LABELS] or None
+    grad_ptr,  # [num_rows, NUM_OUTPUTS] or None
     losses_ptr,  # [num_rows]
     score_ptr,  # [num_rows]
-    loss_ptr,  # [programs] partial sums ([] when WHOLE), or [num_rows] without REDUCE
-    mean_grad_ptr,  # [programs, NUM_LABELS] partial sums ([NUM_LABELS] when WHOLE), or None
+    loss_ptr,  # [programs] partial sums, [] with SINGLE_BLOCK, [num_rows] without REDUCE
+    mean_grad_ptr,  # [programs, NUM_OUTPUTS] partial sums, [NUM_OUTPUTS] with SINGLE_BLOCK, or None
     inverse_denominator,
     inverse_divisor,
     num_rows,
-    NUM_LABELS: tl.constexpr,
+    NUM_OUTPUTS: tl.constexpr,
     BINARY: tl.constexpr,
     DENOMINATOR_PARTS: tl.constexpr,
     REDUCE: tl.constexpr,
-    WHOLE: tl.constexpr,
+    SINGLE_BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Rows of any number of labels, in tiles; whole rows where the mean gradient is asked for.
+    """Rows of any length, in tiles; whole rows where the mean gradient is asked for.
 
     Moves the logits and the float32 target once, the gradient once when asked for, 12 bytes a row.
     """
     columns = tl.arange(0, BLOCK_C)[None, :]
     inverse = inverse_of(denominator_ptr, inverse_denominator, DENOMINATOR_PARTS)
     loss_sum = tl.zeros([BLOCK_R], tl.float32)
-    if mean_grad_ptr is not None:
-        grad_sum = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    grad_sum = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_R), tl.num_programs(0)):
         rows = tl.arange(0, BLOCK_R).to(tl.int64) + tile * BLOCK_R
         inside = rows < num_rows
@@ -73,16 +72,16 @@ def label_loss_kernel(
         loss = tl.zeros([BLOCK_R], tl.float32)
         large = tl.zeros([BLOCK_R], tl.float32)
         raised = tl.zeros([BLOCK_R], tl.float32)
-        for start in range(0, NUM_LABELS, BLOCK_C):
-            here = inside[:, None] & (start + columns < NUM_LABELS)
-            at = rows[:, None] * NUM_LABELS + (start + columns)
+        for start in range(0, NUM_OUTPUTS, BLOCK_C):
+            here = inside[:, None] & (start + columns < NUM_OUTPUTS)
+            at = rows[:, None] * NUM_OUTPUTS + (start + columns)
             z = tl.load(logits_ptr + at, mask=here, other=0.0).to(tl.float32)
             y = tl.load(target_ptr + at, mask=here, other=0.0)
             if BINARY:
                 on = y
                 if pos_weight_ptr is not None:
                     pos = start + columns
-                    on *= tl.load(pos_weight_ptr + pos, mask=pos < NUM_LABELS, other=0.0)
+                    on *= tl.load(pos_weight_ptr + pos, mask=pos < NUM_OUTPUTS, other=0.0)
                 term, g = _binary_cross_entropy(z, y, on)
                 term = tl.where(here, term, 0.0)
                 g = tl.where(here, g, 0.0)
@@ -106,16 +105,7 @@ def label_loss_kernel(
         else:
             tl.store(loss_ptr + rows, loss, mask=inside)
 
-    if REDUCE:
-        total = tl.sum(loss_sum, 0)
-        tl.store(loss_ptr + tl.program_id(0), total * inverse if WHOLE else total)
-    if mean_grad_ptr is not None:
-        total = tl.sum(grad_sum, 0)
-        columns = tl.arange(0, BLOCK_C)
-        if WHOLE:
-            total = total / num_rows
-        tl.store(
-            mean_grad_ptr + tl.program_id(0).to(tl.int64) * NUM_LABELS + columns,
-            total,
-            mask=columns < NUM_LABELS,
-        )
+    store_sums(
+        loss_sum, grad_sum, loss_ptr, mean_grad_ptr, inverse, num_rows, NUM_OUTPUTS, REDUCE,
+        SINGLE_BLOCK,
+    )  # fmt: skip

@@ -1,6 +1,6 @@
 """How the Triton losses are laid out on the GPU: plain Python, so that it is tested without one.
 
-A loss walks the rows of a matrix ``[rows, columns]`` (tokens by classes, or samples by labels) in
+A loss walks the rows of a matrix ``[rows, columns]`` (tokens by classes, or samples by outputs) in
 one of two ways. The choice depends on the arguments of :func:`row_launch` alone, so the same call
 adds in the same order every time, on every GPU.
 
@@ -31,7 +31,7 @@ MAX_TILE_COLUMNS = 4096
 # Elements of a row or tile that one thread holds at a time.
 ELEMENTS_PER_THREAD = 32
 # Padded elements of a matrix that one program takes whole: loss and mean gradient in one launch.
-WHOLE_ELEMENTS = 8192
+SINGLE_BLOCK_ELEMENTS = 8192
 # Warps of a launch, 31 for each of an H200's 132 multiprocessors; from there on programs loop. Half
 # as many where each program leaves a row of partial column sums behind.
 RESIDENT_WARPS = 4096
@@ -104,10 +104,11 @@ def access_width(
 
 
 @functools.lru_cache(maxsize=1024)
-def is_whole(rows: int, columns: int) -> bool:
+def is_single_block(rows: int, columns: int) -> bool:
     """Whether one program takes the whole matrix, so that nothing is left to a second launch."""
     return (
-        columns <= MAX_TILE_COLUMNS and power_of_two(rows) * power_of_two(columns) <= WHOLE_ELEMENTS
+        columns <= MAX_TILE_COLUMNS
+        and power_of_two(rows) * power_of_two(columns) <= SINGLE_BLOCK_ELEMENTS
     )
 
 
@@ -124,8 +125,8 @@ def row_launch(
 ) -> Tiles | Sweeps:
     """The launch of cross-entropy over ``[rows, columns]``.
 
-    ``vector`` is :func:`access_width`. ``by_label``: against class labels; with a
-    distribution more is kept for each element, so a thread gets fewer.
+    ``vector`` is :func:`access_width`. ``by_label``: against class labels; soft targets keep
+    more for each element, so a thread gets fewer.
     """
     if columns <= MAX_TILE_COLUMNS:
         elements = ELEMENTS_PER_THREAD if by_label else ELEMENTS_PER_THREAD // 2
@@ -137,7 +138,7 @@ def row_launch(
 def _tiles(rows: int, columns: int, with_mean_grad: bool, elements: int) -> Tiles:
     """A warp per row where it can hold one: its sums then need no barrier."""
     block_columns = power_of_two(columns)
-    if is_whole(rows, columns):
+    if is_single_block(rows, columns):
         # Few elements a thread: only this one program's latency matters.
         block_rows = power_of_two(rows)
         num_warps = min(max(block_rows * block_columns // 256, 1), 16)
@@ -166,11 +167,11 @@ def _sweeps(
     return Sweeps(chunks, 32 * num_warps, vector, stages, num_warps, rows)
 
 
-def label_launch(rows: int, labels: int, with_mean_grad: bool) -> Tiles:
-    """The launch of a loss that is a sum over labels: the tiles of a row need not meet."""
+def elementwise_launch(rows: int, outputs: int, with_mean_grad: bool) -> Tiles:
+    """The launch of an elementwise loss: the tiles of a row need not meet."""
     elements = ELEMENTS_PER_THREAD // 4  # logit, target, loss and gradient of each
-    if labels <= MAX_TILE_COLUMNS:
-        return _tiles(rows, labels, with_mean_grad, elements)
+    if outputs <= MAX_TILE_COLUMNS:
+        return _tiles(rows, outputs, with_mean_grad, elements)
     return Tiles(1, 16 * 32 * elements, 16, min(rows, RESIDENT_WARPS // 16), TILE_REGISTERS)
 
 

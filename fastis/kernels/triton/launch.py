@@ -31,9 +31,7 @@ def launch(
     device = None
     # By identity: to hash a kernel is to hash its source.
     key: list[object] = [id(kernel), num_warps, *constants.values()]
-    for (
-        argument
-    ) in arguments:  # What Triton has kernels of their own for: types, 1, multiples of 16.
+    for argument in arguments:  # Triton has kernels of their own for types, 1, multiples of 16.
         if isinstance(argument, Tensor):
             device = device or argument.device
             key += (argument.dtype, argument.data_ptr() % 16 == 0)

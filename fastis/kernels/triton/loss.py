@@ -1,10 +1,8 @@
 """The loss column in Triton: allocates the outputs and launches the kernels.
 
-Same functions, signatures and results as :mod:`fastis.kernels.reference.loss`, from float32,
-bfloat16 and float16 logits, in float32 arithmetic. Float64 logits and empty batches go to that
-reference. Nothing here waits for the device, and equal calls give equal bits: partial sums in
-memory and fixed orders of addition, no atomics. A label out of range makes its row NaN: to raise,
-the host would have to wait.
+The contract: :mod:`fastis.kernels.loss`, from float32, bfloat16 and float16 logits, in float32
+arithmetic. Float64 logits and empty batches go to the reference. Nothing here waits for the device,
+and equal calls give equal bits: partial sums in memory and fixed orders of addition, no atomics.
 
 A call takes one to three launches: torch's denominator where it must be summed from the labels, the
 rows, and the sums over rows; a small batch takes a single one.
@@ -24,19 +22,28 @@ from torch import Tensor
 
 from fastis import kernels
 from fastis.kernels.cuda import scale as cuda_scale
-from fastis.kernels.formats import Scored, compute_dtype, grad_dtype
+from fastis.kernels.formats import grad_dtype
+from fastis.kernels.loss import (
+    CrossEntropyOptions,
+    Denominator,
+    ElementwiseOptions,
+    Scored,
+    Wanted,
+    scaled,
+)
 from fastis.kernels.reference import loss as reference_loss
 from fastis.kernels.triton.cross_entropy import label_sweeps_kernel, label_tiles_kernel
-from fastis.kernels.triton.elementwise import label_loss_kernel
+from fastis.kernels.triton.elementwise import elementwise_kernel
 from fastis.kernels.triton.geometry import (
     SWEEP_REGISTERS,
+    Sweeps,
     Tiles,
     access_width,
     alignment,
     cdiv,
     column_sums,
-    is_whole,
-    label_launch,
+    elementwise_launch,
+    is_single_block,
     label_parts,
     power_of_two,
     row_launch,
@@ -50,16 +57,7 @@ from fastis.kernels.triton.reduce import (
     scale_all_kernel,
     scale_rows_kernel,
 )
-from fastis.kernels.triton.soft_targets import distribution_sweeps_kernel, distribution_tiles_kernel
-
-__all__ = [
-    "binary_cross_entropy_with_logits",
-    "compute_dtype",
-    "cross_entropy",
-    "grad_dtype",
-    "mse_loss",
-    "scale_grad",
-]
+from fastis.kernels.triton.soft_targets import soft_targets_sweeps_kernel, soft_targets_tiles_kernel
 
 # torch 2.6 and newer tell a backward pass whether its graph outlives it.
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
@@ -100,20 +98,13 @@ def cross_entropy(
     logits: Tensor,
     target: Tensor,
     weights: Tensor | None,
-    class_weights: Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
-    denominator: float | Tensor | None,
-    reduce: bool,
-    with_grad: bool,
-    with_mean_grad: bool,
+    options: CrossEntropyOptions,
+    wanted: Wanted,
 ) -> Scored:
     """Rows of unit column stride are read where they lie; other strides are copied first."""
     if not _serves(logits):
-        return reference_loss.cross_entropy(
-            logits, target, weights, class_weights, ignore_index, label_smoothing, denominator,
-            reduce, with_grad, with_mean_grad,
-        )  # fmt: skip
+        return reference_loss.cross_entropy(logits, target, weights, options, wanted)
+    class_weights, ignore_index, label_smoothing = options
     num_classes = logits.shape[-1]
     flat = logits if logits.dim() == 2 else logits.detach().reshape(-1, num_classes)
     if num_classes > 1 and flat.stride(1) != 1:
@@ -121,23 +112,16 @@ def cross_entropy(
     target = target.contiguous()
     labels = target.dtype == torch.int64
     by_label = labels and label_smoothing == 0
-    rows, stride, itemsize = flat.shape[0], flat.stride(0), flat.element_size()
-    address = flat.data_ptr()
-    if by_label:
-        aligned, vector = access_width(address, stride, num_classes, itemsize, with_grad)
-    else:
-        aligned = vector = alignment(address, stride, itemsize)
-    plan = row_launch(
-        rows, num_classes, vector=vector, itemsize=itemsize, with_grad=with_grad,
-        with_mean_grad=with_mean_grad, by_label=by_label,
-    )  # fmt: skip
-    whole = is_whole(rows, num_classes)
-    out = _outputs(logits, rows, plan.programs, whole, reduce, with_grad, with_mean_grad)
-    label_denominator = labels and reduce and denominator is None
-    if label_denominator and not whole:
+    rows, stride = flat.shape[0], flat.stride(0)
+    aligned, plan = _row_plan(flat, by_label, wanted)
+    single_block = is_single_block(rows, num_classes)
+    out = _outputs(logits, rows, plan.programs, single_block, wanted)
+    label_denominator = labels and wanted.reduce and wanted.denominator is None
+    if label_denominator and not single_block:
         below = _label_denominator(target, class_weights, ignore_index, num_classes)
     else:
-        below = _known_denominator(float(rows) if denominator is None else denominator, reduce)
+        number = float(rows) if wanted.denominator is None else wanted.denominator
+        below = _known_denominator(number, wanted.reduce)
     tokens = rows // logits.shape[0]
     arguments = [
         flat, target, weights, class_weights, below.parts, out.grad, out.row_losses, out.row_score,
@@ -153,25 +137,27 @@ def cross_entropy(
     }
     if isinstance(plan, Tiles):
         _launch(
-            label_tiles_kernel if by_label else distribution_tiles_kernel,
+            label_tiles_kernel if by_label else soft_targets_tiles_kernel,
             (plan.programs,), plan.num_warps,
             *arguments, out.row_mean_grad, below.inverse, rows, *scalars, **constants,
-            LABEL_DENOMINATOR=label_denominator and whole, REDUCE=reduce, WHOLE=whole,
-            BLOCK_R=plan.block_rows, BLOCK_C=plan.block_columns, maxnreg=plan.max_registers,
+            LABEL_DENOMINATOR=label_denominator and single_block, REDUCE=wanted.reduce,
+            SINGLE_BLOCK=single_block, BLOCK_R=plan.block_rows, BLOCK_C=plan.block_columns,
+            maxnreg=plan.max_registers,
         )  # fmt: skip
     else:
         if by_label:
             constants |= {"STAGES": plan.stages, "maxnreg": SWEEP_REGISTERS}
         _launch(
-            label_sweeps_kernel if by_label else distribution_sweeps_kernel,
+            label_sweeps_kernel if by_label else soft_targets_sweeps_kernel,
             (plan.programs,), plan.num_warps,
             *arguments, below.inverse, *scalars, **constants,
             CHUNKS=plan.chunks, LANES=plan.lanes, VECTOR=plan.vector,
         )  # fmt: skip
     if logits.dim() == 3:
-        _finish_tokens(out, weights, below, plan.programs, tokens, reduce and not whole)
-    elif not whole:
-        _finish_columns(out, below, plan.programs, rows, reduce)
+        in_parts = wanted.reduce and not single_block
+        _finish_tokens(out, weights, below, plan.programs, tokens, in_parts)
+    elif not single_block:
+        _finish_columns(out, below, plan.programs, rows, wanted.reduce)
     return out.scored
 
 
@@ -179,44 +165,28 @@ def binary_cross_entropy_with_logits(
     logits: Tensor,
     target: Tensor,
     weights: Tensor | None,
-    pos_weight: Tensor | None,
-    divisor: float,
-    denominator: float | Tensor,
-    reduce: bool,
-    with_grad: bool,
-    with_mean_grad: bool,
+    options: ElementwiseOptions,
+    wanted: Wanted,
 ) -> Scored:
-    """Binary cross-entropy of ``[B, L]`` logits; a sample's sum over labels is over ``divisor``."""
+    """Strides other than contiguous ones are copied first."""
     if not _serves(logits):
         return reference_loss.binary_cross_entropy_with_logits(
-            logits, target, weights, pos_weight, divisor, denominator, reduce, with_grad,
-            with_mean_grad,
-        )  # fmt: skip
-    return _label_loss(
-        True, logits, target, weights, pos_weight, divisor, denominator, reduce, with_grad,
-        with_mean_grad,
-    )  # fmt: skip
+            logits, target, weights, options, wanted
+        )
+    return _elementwise(True, logits, target, weights, options, wanted)
 
 
 def mse_loss(
     prediction: Tensor,
     target: Tensor,
     weights: Tensor | None,
-    divisor: float,
-    denominator: float | Tensor,
-    reduce: bool,
-    with_grad: bool,
-    with_mean_grad: bool,
+    options: ElementwiseOptions,
+    wanted: Wanted,
 ) -> Scored:
-    """Squared error of ``[B, L]``; a sample's sum is over ``divisor``."""
+    """Strides other than contiguous ones are copied first."""
     if not _serves(prediction):
-        return reference_loss.mse_loss(
-            prediction, target, weights, divisor, denominator, reduce, with_grad, with_mean_grad
-        )
-    return _label_loss(
-        False, prediction, target, weights, None, divisor, denominator, reduce, with_grad,
-        with_mean_grad,
-    )  # fmt: skip
+        return reference_loss.mse_loss(prediction, target, weights, options, wanted)
+    return _elementwise(False, prediction, target, weights, options, wanted)
 
 
 def scale_grad(grad: Tensor, grad_output: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -235,7 +205,7 @@ def scale_grad(grad: Tensor, grad_output: Tensor, dtype: torch.dtype | None = No
     # Under vmap and in tracers a tensor has no memory that a kernel could read.
     watched = _functorch_active() or _dispatch_modes() or _is_compiling()
     if grad.dtype == torch.float64 or grad.numel() == 0 or watched:
-        return reference_loss.scale_grad(grad, grad_output, dtype)
+        return scaled(grad, grad_output, dtype)
     in_place = dtype == grad.dtype and grad.is_contiguous() and not _keeps_graph()
     grad = grad.contiguous()
     out = grad if in_place else torch.empty_like(grad, dtype=dtype)
@@ -271,16 +241,25 @@ def _serves(logits: Tensor) -> bool:
     return full and logits.dtype != torch.float64
 
 
+def _row_plan(flat: Tensor, by_label: bool, wanted: Wanted) -> tuple[int, Tiles | Sweeps]:
+    """Elements to which the rows ``[R, C]`` of cross-entropy are aligned, and their launch."""
+    (rows, columns), itemsize = flat.shape, flat.element_size()
+    memory = flat.data_ptr(), flat.stride(0)
+    if by_label:
+        aligned, vector = access_width(*memory, columns, itemsize, wanted.with_grad)
+    else:
+        aligned = vector = alignment(*memory, itemsize)
+    return aligned, row_launch(
+        rows, columns, vector=vector, itemsize=itemsize, with_grad=wanted.with_grad,
+        with_mean_grad=wanted.with_mean_grad, by_label=by_label,
+    )  # fmt: skip
+
+
 def _outputs(
-    logits: Tensor,
-    rows: int,
-    programs: int,
-    whole: bool,
-    reduce: bool,
-    with_grad: bool,
-    with_mean_grad: bool,
+    logits: Tensor, rows: int, programs: int, single_block: bool, wanted: Wanted
 ) -> _Outputs:
     """All tensors of a call: one row per sample unless the logits are ``[B, T, C]``."""
+    _, reduce, with_grad, with_mean_grad = wanted
     batch, columns, device = logits.shape[0], logits.shape[-1], logits.device
 
     def empty(*shape: int) -> Tensor:
@@ -299,7 +278,7 @@ def _outputs(
     if logits.dim() == 3:
         row_losses, row_score = empty(2, rows)
         row_loss = loss if reduce else None
-    if not whole:
+    if not single_block:
         row_loss = empty(programs) if reduce else row_loss
         row_mean_grad = empty(programs, columns) if with_mean_grad else None
     return _Outputs(
@@ -307,8 +286,8 @@ def _outputs(
     )
 
 
-def _known_denominator(denominator: float | Tensor, reduce: bool) -> _Denominator:
-    if not reduce:
+def _known_denominator(denominator: Denominator, reduce: bool) -> _Denominator:
+    if denominator is None or not reduce:
         return _Denominator(None, 1.0, 0)
     if isinstance(denominator, Tensor):
         return _Denominator(denominator.reshape(1).to(torch.float32), 1.0, 1)
@@ -360,32 +339,28 @@ def _finish_tokens(
     )  # fmt: skip
 
 
-def _label_loss(
+def _elementwise(
     binary: bool,
     logits: Tensor,
     target: Tensor,
     weights: Tensor | None,
-    pos_weight: Tensor | None,
-    divisor: float,
-    denominator: float | Tensor,
-    reduce: bool,
-    with_grad: bool,
-    with_mean_grad: bool,
+    options: ElementwiseOptions,
+    wanted: Wanted,
 ) -> Scored:
     logits, target = logits.detach().contiguous(), target.contiguous()
-    rows, labels = logits.shape
-    plan = label_launch(rows, labels, with_mean_grad)
-    whole = is_whole(rows, labels)
-    out = _outputs(logits, rows, plan.programs, whole, reduce, with_grad, with_mean_grad)
-    below = _known_denominator(denominator, reduce)
+    rows, outputs = logits.shape
+    plan = elementwise_launch(rows, outputs, wanted.with_mean_grad)
+    single_block = is_single_block(rows, outputs)
+    out = _outputs(logits, rows, plan.programs, single_block, wanted)
+    below = _known_denominator(wanted.denominator, wanted.reduce)
     _launch(
-        label_loss_kernel, (plan.programs,), plan.num_warps,
-        logits, target, weights, pos_weight, below.parts, out.grad, out.row_losses, out.row_score,
-        out.row_loss, out.row_mean_grad, below.inverse, 1 / divisor, rows,
-        NUM_LABELS=labels, BINARY=binary, DENOMINATOR_PARTS=below.num_parts, REDUCE=reduce,
-        WHOLE=whole, BLOCK_R=plan.block_rows, BLOCK_C=plan.block_columns,
-        maxnreg=plan.max_registers,
+        elementwise_kernel, (plan.programs,), plan.num_warps,
+        logits, target, weights, options.pos_weight, below.parts, out.grad, out.row_losses,
+        out.row_score, out.row_loss, out.row_mean_grad, below.inverse, 1 / options.divisor, rows,
+        NUM_OUTPUTS=outputs, BINARY=binary, DENOMINATOR_PARTS=below.num_parts,
+        REDUCE=wanted.reduce, SINGLE_BLOCK=single_block, BLOCK_R=plan.block_rows,
+        BLOCK_C=plan.block_columns, maxnreg=plan.max_registers,
     )  # fmt: skip
-    if not whole:
-        _finish_columns(out, below, plan.programs, rows, reduce)
+    if not single_block:
+        _finish_columns(out, below, plan.programs, rows, wanted.reduce)
     return out.scored

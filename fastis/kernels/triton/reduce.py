@@ -29,6 +29,31 @@ def over_denominator(x, inverse):
 
 
 @triton.jit
+def store_sums(
+    loss_sum,  # [rows of a tile]
+    grad_sum,  # [rows of a tile, columns of a tile]
+    loss_ptr,  # [programs] partial sums, or [] with SINGLE_BLOCK
+    mean_grad_ptr,  # [programs, NUM_COLUMNS] partial sums, [NUM_COLUMNS] with SINGLE_BLOCK, or None
+    inverse,
+    num_rows,
+    NUM_COLUMNS: tl.constexpr,
+    REDUCE: tl.constexpr,
+    SINGLE_BLOCK: tl.constexpr,
+):
+    """What a program adds up over its tiles: results where it has all rows, else parts of them."""
+    if REDUCE:
+        total = tl.sum(loss_sum, 0)
+        tl.store(loss_ptr + tl.program_id(0), total * inverse if SINGLE_BLOCK else total)
+    if mean_grad_ptr is not None:
+        total = tl.sum(grad_sum, 0)
+        if SINGLE_BLOCK:
+            total = total / num_rows
+        columns = tl.arange(0, grad_sum.shape[1])
+        row_ptr = mean_grad_ptr + tl.program_id(0).to(tl.int64) * NUM_COLUMNS
+        tl.store(row_ptr + columns, total, mask=columns < NUM_COLUMNS)
+
+
+@triton.jit
 def sum_losses(
     loss_parts_ptr,  # [num_parts]
     loss_ptr,  # []

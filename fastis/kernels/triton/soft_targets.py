@@ -1,12 +1,12 @@
-"""Cross-entropy against a distribution over the classes, on the GPU.
+"""Cross-entropy against soft targets, probabilities or smoothed labels, on the GPU.
 
     t_j = (1-a) w_y [j = y] + (a/C) w_j,  or  t_j = w_j ((1-a) T_j + a/C)
     loss = -sum t_j log p_j,  g = p sum(t) - t,  |g| from the sum of g_j^2
 
 as in :mod:`fastis.kernels.reference.loss` (the score: Kutsuna 2025, section 7). The largest logit
 stays out of every sum, so a confident row loses no digits; the norm is summed from the gradient
-itself, because its expanded form cancels. :mod:`fastis.kernels.triton.geometry` says who takes
-which rows; a row is a token.
+itself, because its expanded form cancels. :mod:`fastis.kernels.triton.geometry` assigns rows to
+programs; a row is a token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton.language as tl
 
 from fastis.kernels.triton.cross_entropy import by_lane, clear_row, columns_of, read_label
 from fastis.kernels.triton.math import RAISE, exp_full, log1p, root_of_squares
-from fastis.kernels.triton.reduce import inverse_of, over_denominator
+from fastis.kernels.triton.reduce import inverse_of, over_denominator, store_sums
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def _weigh(t, class_weights_ptr, columns, inside):
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def distribution_tiles_kernel(
+def soft_targets_tiles_kernel(
     logits_ptr,  # [num_rows, NUM_CLASSES], rows stride apart
     target_ptr,  # [num_rows] int64 labels, or [num_rows, NUM_CLASSES] float32 probabilities
     weights_ptr,  # [num_rows / tokens] coefficients r_i, or None
@@ -36,8 +36,8 @@ def distribution_tiles_kernel(
     grad_ptr,  # [num_rows, NUM_CLASSES] or None
     losses_ptr,  # [num_rows], of the rows
     score_ptr,  # [num_rows]
-    loss_ptr,  # [programs] partial sums ([] when WHOLE); without REDUCE [num_rows] or None
-    mean_grad_ptr,  # [programs, NUM_CLASSES] partial sums ([NUM_CLASSES] when WHOLE), or None
+    loss_ptr,  # [programs] partial sums, [] with SINGLE_BLOCK, [num_rows] without REDUCE or None
+    mean_grad_ptr,  # [programs, NUM_CLASSES] partial sums, [NUM_CLASSES] with SINGLE_BLOCK, or None
     inverse_denominator,
     num_rows,
     tokens,
@@ -50,7 +50,7 @@ def distribution_tiles_kernel(
     DENOMINATOR_PARTS: tl.constexpr,
     LABEL_DENOMINATOR: tl.constexpr,
     REDUCE: tl.constexpr,
-    WHOLE: tl.constexpr,
+    SINGLE_BLOCK: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -62,8 +62,7 @@ def distribution_tiles_kernel(
     columns = tl.arange(0, BLOCK_C)[None, :]
     inverse = inverse_of(denominator_ptr, inverse_denominator, DENOMINATOR_PARTS)
     loss_sum = tl.zeros([BLOCK_R], tl.float32)
-    if mean_grad_ptr is not None:
-        grad_sum = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
+    grad_sum = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_R), tl.num_programs(0)):
         rows = tl.arange(0, BLOCK_R).to(tl.int64) + tile * BLOCK_R
         inside = rows < num_rows
@@ -122,19 +121,10 @@ def distribution_tiles_kernel(
             g *= over_denominator(factor, inverse)[:, None]
             tl.store(grad_ptr + at, g.to(grad_ptr.dtype.element_ty), mask=here)
 
-    if REDUCE:
-        total = tl.sum(loss_sum, 0)
-        tl.store(loss_ptr + tl.program_id(0), total * inverse if WHOLE else total)
-    if mean_grad_ptr is not None:
-        total = tl.sum(grad_sum, 0)
-        columns = tl.arange(0, BLOCK_C)
-        if WHOLE:
-            total = total / num_rows
-        tl.store(
-            mean_grad_ptr + tl.program_id(0).to(tl.int64) * NUM_CLASSES + columns,
-            total,
-            mask=columns < NUM_CLASSES,
-        )
+    store_sums(
+        loss_sum, grad_sum, loss_ptr, mean_grad_ptr, inverse, num_rows, NUM_CLASSES, REDUCE,
+        SINGLE_BLOCK,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -230,7 +220,7 @@ def _grad_row(
 
 
 @triton.jit
-def distribution_sweeps_kernel(
+def soft_targets_sweeps_kernel(
     logits_ptr,  # [num_rows, NUM_CLASSES], rows stride apart
     target_ptr,  # [num_rows] int64 labels, or [num_rows, NUM_CLASSES] float32 probabilities
     weights_ptr,  # [num_rows / tokens] coefficients r_i, or None
