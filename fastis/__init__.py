@@ -4,10 +4,10 @@
 import torch as _torch  # noqa: F401
 
 from fastis import estimators, methods
-from fastis.batch import Batch
 from fastis.categorical import AliasTable, sample
 from fastis.config import show_config
 from fastis.kernels import backend
+from fastis.kernels.table import Batch
 from fastis.loss import (
     ScoredLoss,
     binary_cross_entropy_with_logits,

@@ -7,34 +7,17 @@ is as it should be that is a handful of comparisons.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fastis import check
+from fastis.kernels.table import Batch, Observation
 
 _int64, _float32, _cpu = torch.int64, torch.float32, torch.device("cpu")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _new_tuple = tuple.__new__  # half the time of a named tuple's own
-
-
-class Batch(NamedTuple):
-    """A minibatch: which samples to train on, and how much each counts.
-
-    Attributes
-    ----------
-    indices : Tensor
-        int64 ``[B]``: positions in the training set, in [0, N).
-    weights : Tensor
-        float32 ``[B]``: the coefficients ``r = 1/(N p)`` of the draws; the weighted mean of the
-        losses is an unbiased estimate of the mean over the training set.
-
-    Both on the sampler's device.
-    """
-
-    indices: Tensor
-    weights: Tensor
 
 
 class Scored(Protocol):
@@ -46,16 +29,6 @@ class Scored(Protocol):
     def score(self) -> Tensor: ...
     @property
     def mean_grad(self) -> Tensor | None: ...
-
-
-class Observation(NamedTuple):
-    """What one minibatch of n draws has shown, on the table's device, contiguous and detached."""
-
-    indices: Tensor  # int64 [n]; duplicates are legal, the first usable position wins
-    weights: Tensor  # float32 [n], the coefficients of the draw
-    observed: Tensor  # float32 [n], what the table keeps averages of (the score, or the loss)
-    score: Tensor  # float32 [n], for the variance traces
-    mean_grad: Tensor | None  # float32 [C], minibatch mean of r g
 
 
 def observe(

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.batch import Batch
 from fastis.kernels import kernels_for
 from fastis.kernels.alias import alias_contents
 from fastis.kernels.flatten import water_level
 from fastis.kernels.quantize import IntegerWeights
+from fastis.kernels.table import Batch
 
 _FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # In a race: of the largest rate; smaller positive weights count as that.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastis import check, saved
-from fastis.batch import Batch, Scored, observe
+from fastis.batch import Scored, observe
 from fastis.categorical import MinibatchSource
 from fastis.kernels import kernels_for
 from fastis.kernels.layout import (
@@ -29,6 +29,7 @@ from fastis.kernels.layout import (
     Table,
     is_uniform,
 )
+from fastis.kernels.table import Batch
 from fastis.methods import Method, from_name
 from fastis.methods.base import FOREVER, OPTIMIZERS, RULES
 from fastis.variance import Variance

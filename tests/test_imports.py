@@ -19,7 +19,7 @@ PACKAGE = Path(fastis.__file__).parent
 ORDER = [
     *("kernels.extension", "kernels", "kernels.memory", "kernels.layout", "kernels.formats"),
     *("kernels.code", "kernels.flatten", "kernels.quantize", "kernels.alias"),
-    *("kernels.state", "kernels.variance", "kernels.loss"),
+    *("kernels.state", "kernels.variance", "kernels.table", "kernels.loss"),
     *("kernels.reference", "kernels.cpu", "kernels.cuda", "kernels.triton"),
     *("check", "batch", "autograd", "operators", "loss", "categorical", "saved", "methods"),
     *("variance", "sampler", "lr", "gradients", "estimators", "config"),

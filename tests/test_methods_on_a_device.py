@@ -13,10 +13,10 @@ from test_device import FORWARDS, Emulator
 
 import fastis
 from fastis import kernels
-from fastis.batch import Observation
 from fastis.kernels import layout
 from fastis.kernels.cpu import categorical as cpu_categorical
 from fastis.kernels.layout import UPDATES
+from fastis.kernels.table import Observation
 from fastis.methods import BY_NAME, auto, prioritized, weighted
 from fastis.methods.weighted import distinct, is_first
 

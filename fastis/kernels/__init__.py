@@ -19,10 +19,10 @@ where nothing faster was built. ``triton`` serves CUDA tensors, and CPU tensors 
 Triton's interpreter (``TRITON_INTERPRET=1``) and when it is asked for. The fastest backend that is
 installed for a device is chosen once and remembered; :func:`backend` forces one.
 
-The modules beside the folders are what all backends share: what the losses take and return
-(``loss``, ``formats``), the table's tensors and constants (``layout``, ``memory``), and the
-arithmetic of csrc/*.h in PyTorch (``code``, ``flatten``, ``quantize``, ``state``, ``variance``,
-``alias``).
+The modules beside the folders are what all backends share: the columns' contracts (``loss``,
+``table``, and ``quantize`` for ``categorical``), the table's tensors and constants (``layout``,
+``memory``), and the arithmetic of csrc/*.h in PyTorch (``code``, ``flatten``, ``state``,
+``variance``, ``alias``, ``formats``).
 """
 
 from __future__ import annotations

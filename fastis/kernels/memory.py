@@ -1,4 +1,4 @@
-"""Memory for large tables, on huge pages where the CPU has them, and for minibatches."""
+"""Memory for large tables: on huge pages, where the CPU has them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from math import prod
 import torch
 from torch import Tensor
 
-from fastis.batch import Batch
 from fastis.kernels.extension import _C
 
 HUGE_PAGE = 2 << 20  # bytes
@@ -32,9 +31,3 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """:func:`empty`, filled with zeros."""
     return empty(shape, dtype, device).zero_()
-
-
-def empty_batch(like: Tensor, count: int) -> tuple[Batch, tuple[int, int]]:
-    """A minibatch to be drawn, on the device of the int64 tensor ``like``, and its addresses."""
-    indices, weights = like.new_empty(count), like.new_empty(count, dtype=torch.float32)
-    return Batch(indices, weights), (indices.data_ptr(), weights.data_ptr())

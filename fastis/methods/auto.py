@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.batch import Batch, Observation
 from fastis.kernels import kernels_for
 from fastis.kernels.layout import CODE, DRAWS, EXPONENT, FLATTEN, SEEN, TOTAL, Table, may_read
+from fastis.kernels.table import Batch, Observation
 from fastis.methods.base import FOREVER
 from fastis.methods.emais import EMAIS
 from fastis.methods.weighted import clamped, in_range

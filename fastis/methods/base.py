@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.batch import Batch, Observation, Scored
+from fastis.batch import Scored
 from fastis.kernels import kernels_for
 from fastis.kernels.flatten import distribution
 from fastis.kernels.layout import DRAWS, FACTOR, GAIN, UPDATES, Table
+from fastis.kernels.table import Batch, Observation
 from fastis.kernels.variance import ESTIMATORS
 from fastis.saved import Range
 

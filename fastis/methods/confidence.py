@@ -11,9 +11,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastis.batch import Observation, Scored
+from fastis.batch import Scored
 from fastis.kernels.layout import UPDATES, Table
 from fastis.kernels.state import LARGEST_SCORE
+from fastis.kernels.table import Observation
 from fastis.methods.weighted import Distinct, WithoutCoefficients, assign
 from fastis.saved import FINITE, Range
 

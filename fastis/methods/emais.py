@@ -8,10 +8,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fastis import check
-from fastis.batch import Observation, Scored
+from fastis.batch import Scored
 from fastis.kernels import kernels_for
 from fastis.kernels.layout import IMPORTANCE, UPDATES, Table
 from fastis.kernels.state import observe_all
+from fastis.kernels.table import Observation
 from fastis.methods.base import Method, ScoreFn
 from fastis.methods.scoring import score_all
 

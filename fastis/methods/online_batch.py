@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.batch import Observation, Scored
+from fastis.batch import Scored
 from fastis.kernels.layout import MEAN, Table
+from fastis.kernels.table import Observation
 from fastis.methods.base import ScoreFn
 from fastis.methods.scoring import score_all
 from fastis.methods.weighted import (

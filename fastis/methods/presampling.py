@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.batch import Batch, Observation, Scored
+from fastis.batch import Scored
 from fastis.kernels import kernels_for
 from fastis.kernels.layout import DRAWS, SKIPPED, UPDATES, Table
+from fastis.kernels.table import Batch, Observation
 from fastis.kernels.variance import minibatch_moments, of_two_stages, smooth
 from fastis.methods import scoring
 from fastis.methods.base import FOREVER, Method, ScoreFn

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.batch import Batch, Observation, Scored
+from fastis.batch import Scored
 from fastis.kernels.layout import DRAWS, Table, may_read
 from fastis.kernels.state import LARGEST_SCORE
+from fastis.kernels.table import Batch, Observation
 from fastis.methods.weighted import Distinct, Weighted, assign
 from fastis.saved import Range
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.batch import Observation
 from fastis.kernels.layout import LAST, UPDATES, Table
 from fastis.kernels.state import LARGEST_SCORE
+from fastis.kernels.table import Observation
 from fastis.methods.base import FOREVER
 from fastis.methods.weighted import Distinct, Weighted, assign, clamped, usable
 from fastis.saved import FINITE, NOT_NEGATIVE, POSITIVE, Range

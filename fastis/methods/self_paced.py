@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.batch import Batch, Observation, Scored
+from fastis.batch import Scored
 from fastis.kernels.layout import Table
 from fastis.kernels.state import LARGEST_SCORE
+from fastis.kernels.table import Batch, Observation
 from fastis.methods.base import FOREVER
 from fastis.methods.weighted import Distinct, Learning, epoch_ended
 from fastis.saved import Range

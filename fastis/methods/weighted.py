@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.batch import Batch, Observation
 from fastis.kernels import kernels_for
 from fastis.kernels.layout import LAST, LATEST, MEAN, UPDATES, VAR, Table, may_read
 from fastis.kernels.state import LARGEST_SCORE, first_positions
+from fastis.kernels.table import Batch, Observation
 from fastis.methods.base import Method
 
 

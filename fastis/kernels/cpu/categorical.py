@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastis.batch import Batch
 from fastis.kernels.extension import _C
-from fastis.kernels.memory import empty, empty_batch
+from fastis.kernels.memory import empty
 from fastis.kernels.quantize import IntegerWeights, arguments
+from fastis.kernels.table import Batch, empty_batch
 
 _GROUP = 64  # weights to one of the prefix sums
 # Weights from which there are several threads. Fewer take 0.2 ms to quantize: what a busy core may

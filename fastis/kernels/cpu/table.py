@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fastis.batch import Batch, Observation
 from fastis.kernels.extension import _C
 from fastis.kernels.layout import Table
+from fastis.kernels.table import Batch, Observation
 
 IS_ATOMIC = True  # an update or a draw is one call, which holds the GIL
 

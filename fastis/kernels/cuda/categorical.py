@@ -11,12 +11,11 @@ import math
 import torch
 from torch import Tensor
 
-from fastis.batch import Batch
 from fastis.kernels.cuda.launch import failure, launch
 from fastis.kernels.extension import _C
 from fastis.kernels.layout import SUM_BITS
-from fastis.kernels.memory import empty_batch
 from fastis.kernels.quantize import IntegerWeights, arguments
+from fastis.kernels.table import Batch, empty_batch
 
 _TILE = 256  # weights to one of the prefix sums (kTile of csrc/device/categorical.h)
 _ALIGNMENT = 16  # bytes: four weights are read by one access

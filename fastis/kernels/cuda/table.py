@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from fastis.batch import Batch, Observation
 from fastis.kernels.cuda.launch import launch
 from fastis.kernels.extension import _C
 from fastis.kernels.layout import Table
+from fastis.kernels.table import Batch, Observation
 
 IS_ATOMIC = False  # the host may be interrupted between two launches
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastis.batch import Batch
 from fastis.kernels.alias import capacities, index_bits
 from fastis.kernels.quantize import IntegerWeights, coefficients, quantized, shift_of
 from fastis.kernels.reference.philox import STREAM_WEIGHTS, random_words, scale
+from fastis.kernels.table import Batch
 
 
 def random_integers(total: int, seed: int, first: int, count: int, device: torch.device) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastis.batch import Batch, Observation
 from fastis.kernels.code import code_of, exponent_of, floor_of, mantissa_of, weight_of
 from fastis.kernels.flatten import Distribution, distribution
 from fastis.kernels.layout import (
@@ -36,6 +35,7 @@ from fastis.kernels.state import (
     interval,
     smoothed,
 )
+from fastis.kernels.table import Batch, Observation
 from fastis.kernels.variance import minibatch_moments, smooth
 
 IS_ATOMIC = False  # many operations: steps of other threads have to wait

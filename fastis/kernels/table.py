@@ -1,0 +1,48 @@
+"""The contract of the table column: what every backend's table takes and fills.
+
+``fastis/kernels/{reference,cpu,cuda}/table.py`` have ``update(table, observation)``, ``draw(table,
+batch)``, ``update_and_draw(table, observation, next_batch)`` and ``rescale(table)``, with the
+:class:`fastis.kernels.layout.Table` of a sampler, and ``IS_ATOMIC``: whether an update or a draw is
+one call that holds the GIL. Other threads' steps have to wait for the others.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """A minibatch: which samples to train on, and how much each counts.
+
+    Attributes
+    ----------
+    indices : Tensor
+        int64 ``[B]``: positions in the training set, in [0, N).
+    weights : Tensor
+        float32 ``[B]``: the coefficients ``r = 1/(N p)`` of the draws; the weighted mean of the
+        losses is an unbiased estimate of the mean over the training set.
+
+    Both on the sampler's device.
+    """
+
+    indices: Tensor
+    weights: Tensor
+
+
+class Observation(NamedTuple):
+    """What one minibatch of n draws has shown, on the table's device, contiguous and detached."""
+
+    indices: Tensor  # int64 [n]; duplicates are legal, the first usable position wins
+    weights: Tensor  # float32 [n], the coefficients of the draw
+    observed: Tensor  # float32 [n], what the table keeps averages of (the score, or the loss)
+    score: Tensor  # float32 [n], for the variance traces
+    mean_grad: Tensor | None  # float32 [C], minibatch mean of r g
+
+
+def empty_batch(like: Tensor, count: int) -> tuple[Batch, tuple[int, int]]:
+    """A minibatch to be drawn, on the device of the int64 tensor ``like``, and its addresses."""
+    indices, weights = like.new_empty(count), like.new_empty(count, dtype=torch.float32)
+    return Batch(indices, weights), (indices.data_ptr(), weights.data_ptr())
