@@ -33,10 +33,10 @@ def _operator(name: str, options: str, make: Callable[..., Any]) -> Any:
     def call(
         logits: Tensor, target: Tensor, weights: Tensor | None, *rest: Any
     ) -> tuple[Tensor, ...]:
-        *given, number, tensor, reduce, with_grad, with_mean_grad = rest
+        *chosen, number, tensor, reduce, with_grad, with_mean_grad = rest
         wanted = Wanted(number if tensor is None else tensor, reduce, with_grad, with_mean_grad)
         kernels = kernels_for("loss", logits.device.type)
-        results = getattr(kernels, name)(logits, target, weights, make(*given), wanted)
+        results = getattr(kernels, name)(logits, target, weights, make(*chosen), wanted)
         return tuple(results[1].new_empty(0) if r is None else r for r in results)
 
     operator: Any = torch.library.custom_op(f"fastis::{name}", call, mutates_args=(), schema=schema)

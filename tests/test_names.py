@@ -20,7 +20,6 @@ GIVEN_UP = {
     "weigh": "quantize",
     "weighed": "quantize",
     "weighing": "quantize",
-    "integers": "integer_weights",
     "given": "categorical",
     "locate": "inverse_cdf",
     "search": "draw, or inverse_cdf",
@@ -44,7 +43,7 @@ FILES = [
     ),
 ]
 # By file: the two kinds of an alias table's items; the key of a saved state of version 1.
-OTHER_MEANING = {"alias": {"heavy", "light"}, "saved": {"records"}}
+OTHER_MEANING = {"alias": {"heavy", "light"}, "categorical": {"heavy", "light"}, "saved": {"records"}}
 
 
 def identifiers(path):

@@ -82,9 +82,9 @@ Chunk reduce(const S* weights, int count, double* sums) {
   Extremes<F> extremes;
   Chunk chunk{};
   for (int begin = 0; begin < count; begin += kGroup) {
-    const bool whole = count - begin >= kGroup;
+    const bool is_full = count - begin >= kGroup;
     sums[begin / kGroup] =
-        whole ? sum_group(weights + begin, extremes)
+        is_full ? sum_group(weights + begin, extremes)
               : sum_group(Padded<S>(weights + begin, count - begin).weights, extremes);
     chunk.sum += sums[begin / kGroup];
   }
@@ -180,8 +180,8 @@ void find_groups(const uint64_t* prefix, int64_t groups, const uint64_t* points,
 
 }  // namespace
 
-bool quantize(const IntegerWeights& given, int threads, Pointer<int64_t> shift_and_total) {
-  IntegerWeights weights = given;
+bool quantize(const IntegerWeights& values, int threads, Pointer<int64_t> shift_and_total) {
+  IntegerWeights weights = values;
   const Chunks chunks{weights, threads};
   constexpr int kGroups = kChunk / kGroup;
   const Scratch<Chunk> chunk_of(chunks.count);

@@ -16,7 +16,7 @@ struct RandomPoints {
   uint64_t total;
   FASTIS_HD uint64_t operator()(int64_t b) const { return random_integer(draws, b, total); }
 };
-struct GivenPoints {
+struct FixedPoints {
   const uint64_t* points;
   FASTIS_HD uint64_t operator()(int64_t b) const { return points[b]; }
 };

@@ -59,10 +59,10 @@ def water_level(weights: Tensor, batch_size: int, numerator: int, denominator: i
     """
     most = max(0, -(-batch_size * denominator // numerator) - 1)
     largest = torch.topk(weights, min(most + 1, weights.numel())).values
-    ends, total = torch.cumsum(largest, 0), int(weights.sum())
+    prefix, total = torch.cumsum(largest, 0), int(weights.sum())
 
     def level(capped: int) -> int:
-        rest = total - int(ends[capped - 1]) if capped > 0 else total
+        rest = total - int(prefix[capped - 1]) if capped > 0 else total
         return numerator * rest // (batch_size * denominator - capped * numerator)
 
     # Once an uncapped weight is not above its level, no smaller one is: so a bisection.

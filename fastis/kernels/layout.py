@@ -10,7 +10,7 @@ layout is that of csrc/layout.h, position by position.
 ``scalars``    int64 [24]      clocks and totals, named below
 ``variance``   float64 [12]    minibatch moments, smoothed, and what follows from them
 ``memory``     dict            tensors that the method asked for, by name
-``starts`` ...                 the sampling structure of the compiled backends; always rebuilt from
+``prefix`` ...                 the sampling tree of the compiled backends; always rebuilt from
                                the states, never saved
 =============  ==============  =================================================================
 """
@@ -110,8 +110,8 @@ class Constants:
         if self.flatten != FLATTEN["mix"]:
             return 62 - _bits(ceil(self.max_duplicates))
         batch = self.batch_size * self.cap_denominator
-        room = self.cap_numerator * self.num_samples - batch
-        return 61 - _bits(batch) - _bits(ceil(self.cap_numerator * self.num_samples / room))
+        slack = self.cap_numerator * self.num_samples - batch
+        return 61 - _bits(batch) - _bits(ceil(self.cap_numerator * self.num_samples / slack))
 
     @property
     def max_capped(self) -> int:
@@ -150,10 +150,10 @@ def cap_ratio(max_duplicates: float, batch_size: int, num_samples: int) -> Fract
 
 def simplest_between(low: Fraction, high: Fraction) -> Fraction:
     """The ratio of least denominator in [low, high], 0 < low <= high: by continued fractions."""
-    whole = ceil(low)
-    if whole <= high:
-        return Fraction(whole)
-    below = whole - 1
+    integer = ceil(low)
+    if integer <= high:
+        return Fraction(integer)
+    below = integer - 1
     return below + 1 / simplest_between(1 / (high - below), 1 / (low - below))
 
 
@@ -182,7 +182,7 @@ class Table:
             states = zeros((padded, 4), torch.int32, device)
             states[:, LAST] = -1
             self.states = states[: constants.num_samples]
-        self._structure: dict[str, Tensor] = {}
+        self._tree: dict[str, Tensor] = {}
         self._view: Any = None  # of the compiled kernels
         # Held by whatever reads or writes the tensors in more than one step. Reentrant: functions
         # of the user's that a method calls may ask for the state.
@@ -245,17 +245,17 @@ class Table:
     ) -> Any:
         if self.states is not None:
             for name, (size, dtype, fill) in layout.items():
-                self._structure[name] = zeros((size,), dtype, self.device)
+                self._tree[name] = zeros((size,), dtype, self.device)
                 if fill != 0:
-                    self._structure[name].fill_(fill)
+                    self._tree[name].fill_(fill)
         elif "arrivals" in layout:
-            self._structure["arrivals"] = zeros((1,), torch.int32, self.device)
+            self._tree["arrivals"] = zeros((1,), torch.int32, self.device)
         tensors: dict[str, Tensor | None] = {
             **dict.fromkeys(layout),
             "states": self.states,
             "scalars": self.scalars,
             "variance": self.variance,
-            **self._structure,
+            **self._tree,
         }
         addresses = {name: 0 if t is None else t.data_ptr() for name, t in tensors.items()}
         return view(addresses, {**asdict(self.constants), **constants})

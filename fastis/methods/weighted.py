@@ -138,9 +138,9 @@ def distinct(table: Table, observation: Observation) -> Distinct:
 def is_first(indices: Tensor) -> Tensor:
     """bool [n]: which of the indices that are not negative occur for the first time."""
     ordered, order = indices.sort(stable=True)
-    starts = torch.ones_like(ordered, dtype=torch.bool)
-    starts[1:] = ordered[1:] != ordered[:-1]
-    return torch.empty_like(starts).scatter_(0, order, starts & (ordered >= 0))
+    is_new = torch.ones_like(ordered, dtype=torch.bool)
+    is_new[1:] = ordered[1:] != ordered[:-1]
+    return torch.empty_like(is_new).scatter_(0, order, is_new & (ordered >= 0))
 
 
 def epoch_ended(table: Table, updates: int = 0) -> int:

@@ -118,7 +118,7 @@ inline int64_t alias_draw(const AliasTable& table, const Draws& draws, const Bat
 
 inline int64_t alias_inverse_cdf(const AliasTable& table, Pointer<const uint64_t> points,
                                  int64_t count, const Batch& batch, uint64_t stride) {
-  return alias_draw_at(table, device::GivenPoints{points}, count, batch, stride);
+  return alias_draw_at(table, device::FixedPoints{points}, count, batch, stride);
 }
 
 inline int64_t random_integers(uint64_t total, const Draws& draws, Pointer<uint64_t> out,

@@ -96,7 +96,7 @@ def _update_state(table: Table, indices: Tensor, observed: Tensor) -> None:
 
 
 def _exceeds_limit(table: Table) -> bool:
-    """Is the sum of all weights, those of the unseen included, more than the draw has room for?"""
+    """Is the sum of all weights, those of the unseen included, more than the draw has capacity for?"""
     total, seen = int(table.scalars[TOTAL]), int(table.scalars[SEEN])
     of_unseen = (table.constants.num_samples - seen) * (total // seen) if seen else 0
     return total + of_unseen > table.constants.total_limit
@@ -176,11 +176,11 @@ def _draw_by_importance(
 
 def _inverse_cdf(drawn: Distribution, points: Tensor, indices: Tensor, weights: Tensor) -> None:
     """The items at ``points`` (int64 [n], below the total): capped ones first, then the others."""
-    light = torch.ones_like(drawn.weights, dtype=torch.bool)
-    light[drawn.capped] = False
-    order = torch.cat([drawn.capped, torch.nonzero(light).flatten()])
-    ends = torch.cumsum(drawn.weights[order], 0)
-    indices.copy_(order[torch.searchsorted(ends, points, right=True)])
+    uncapped = torch.ones_like(drawn.weights, dtype=torch.bool)
+    uncapped[drawn.capped] = False
+    order = torch.cat([drawn.capped, torch.nonzero(uncapped).flatten()])
+    prefix = torch.cumsum(drawn.weights[order], 0)
+    indices.copy_(order[torch.searchsorted(prefix, points, right=True)])
     weights.copy_(coefficients(drawn.weights, drawn.total, indices))
 
 

@@ -20,7 +20,7 @@ from fastis.kernels.triton.reduce import inverse_of, over_denominator, store_sum
 
 
 @triton.jit
-def _weigh(t, class_weights_ptr, columns, inside):
+def _class_weighted(t, class_weights_ptr, columns, inside):
     if class_weights_ptr is not None:
         t *= tl.load(class_weights_ptr + columns, mask=inside, other=0.0)
     return tl.where(inside, t, 0.0)
@@ -84,7 +84,7 @@ def soft_targets_tiles_kernel(
                 if class_weights_ptr is not None:
                     w = tl.load(class_weights_ptr + label, mask=kept, other=0.0)
                 inverse = tl.div_rn(1.0, tl.sum(w, 0))
-        t = _weigh(t, class_weights_ptr, columns, here & kept[:, None])
+        t = _class_weighted(t, class_weights_ptr, columns, here & kept[:, None])
 
         highest, top = tl.max(z, 1, return_indices=True)
         is_top = columns == top[:, None]
@@ -141,7 +141,7 @@ def _target_block(
         t = tl.load(target_ptr + columns, mask=inside, other=0.0) * keep + spread
     else:
         t = tl.where(columns == label, keep, 0.0) + spread
-    return _weigh(t, class_weights_ptr, columns, inside)
+    return _class_weighted(t, class_weights_ptr, columns, inside)
 
 
 @triton.jit
