@@ -244,14 +244,15 @@ def _serves(logits: Tensor) -> bool:
 def _row_plan(flat: Tensor, by_label: bool, wanted: Wanted) -> tuple[int, Tiles | Sweeps]:
     """Elements to which the rows ``[R, C]`` of cross-entropy are aligned, and their launch."""
     (rows, columns), itemsize = flat.shape, flat.element_size()
-    memory = flat.data_ptr(), flat.stride(0)
+    _, _, with_grad, with_mean_grad = wanted
+    address, stride = flat.data_ptr(), flat.stride(0)
     if by_label:
-        aligned, vector = access_width(*memory, columns, itemsize, wanted.with_grad)
+        aligned, vector = access_width(address, stride, columns, itemsize, with_grad)
     else:
-        aligned = vector = alignment(*memory, itemsize)
+        aligned = vector = alignment(address, stride, itemsize)
     return aligned, row_launch(
-        rows, columns, vector=vector, itemsize=itemsize, with_grad=wanted.with_grad,
-        with_mean_grad=wanted.with_mean_grad, by_label=by_label,
+        rows, columns, vector=vector, itemsize=itemsize, with_grad=with_grad,
+        with_mean_grad=with_mean_grad, by_label=by_label,
     )  # fmt: skip
 
 
@@ -260,18 +261,14 @@ def _outputs(
 ) -> _Outputs:
     """All tensors of a call: one row per sample unless the logits are ``[B, T, C]``."""
     _, reduce, with_grad, with_mean_grad = wanted
-    batch, columns, device = logits.shape[0], logits.shape[-1], logits.device
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=torch.float32, device=device)
-
-    losses, score = empty(batch), empty(batch)
-    loss = torch.empty((), dtype=torch.float32, device=device) if reduce else empty(batch)
+    batch, columns = logits.shape[0], logits.shape[-1]
+    losses = torch.empty(batch, dtype=torch.float32, device=logits.device)
+    empty = losses.new_empty
+    score, loss = empty(batch), empty(() if reduce else batch)
     mean_grad = empty(columns) if with_mean_grad else None
     grad = None
     if with_grad:
-        kept = grad_dtype(logits.dtype)
-        grad = torch.empty(logits.shape, dtype=kept, device=device)
+        grad = empty(logits.shape, dtype=grad_dtype(logits.dtype))
     row_losses, row_score = losses, score
     row_loss: Tensor | None = loss
     row_mean_grad = mean_grad
