@@ -17,6 +17,12 @@ namespace py = pybind11;
 
 void fastis::out_of_memory() { throw std::bad_alloc(); }
 
+void fastis::index_out_of_range(int64_t num_samples, int64_t least, int64_t most) {
+  throw std::out_of_range("batch.indices must be in [0, " + std::to_string(num_samples) +
+                          "), got values from " + std::to_string(least) + " to " +
+                          std::to_string(most));
+}
+
 namespace {
 
 enum class Isa { baseline, avx2, avx512 };
@@ -81,7 +87,7 @@ T* address(const py::dict& tensors, const char* name) {
 // From the tensors' addresses and the constants of fastis/kernels/layout.py, both by name.
 void fill_table(fastis::Table& t, const py::dict& tensors, const py::dict& constants) {
   const auto integer = [&](const char* name) { return constants[name].cast<int64_t>(); };
-  t.records = address<fastis::Record>(tensors, "records");
+  t.states = address<fastis::State>(tensors, "states");
   t.scalars = address<fastis::Scalars>(tensors, "scalars");
   t.variance = address<fastis::Variance>(tensors, "variance");
   t.num_samples = integer("num_samples");
@@ -101,14 +107,15 @@ void fill_table(fastis::Table& t, const py::dict& tensors, const py::dict& const
   t.importance = static_cast<fastis::Importance>(integer("importance"));
   t.flatten = static_cast<fastis::Flatten>(integer("flatten"));
   t.scheme = static_cast<fastis::Scheme>(integer("scheme"));
+  t.derive();
 }
 
 fastis::Table make_table(const py::dict& tensors, const py::dict& constants) {
   fastis::Table t;
   fill_table(t, tensors, constants);
-  t.starts = address<uint64_t>(tensors, "starts");
-  t.unseen_starts = address<uint32_t>(tensors, "unseen_starts");
-  t.capped_starts = address<uint32_t>(tensors, "capped_starts");
+  t.prefix = address<uint64_t>(tensors, "prefix");
+  t.unseen_prefix = address<uint32_t>(tensors, "unseen_prefix");
+  t.capped_prefix = address<uint32_t>(tensors, "capped_prefix");
   t.near = address<int64_t>(tensors, "near");
   t.listed = address<int64_t>(tensors, "listed");
   t.flipped = address<int64_t>(tensors, "flipped");
@@ -127,7 +134,6 @@ fastis::DeviceTable make_device_table(const py::dict& tensors, const py::dict& c
   t.claims = address<uint32_t>(tensors, "claims");
   t.work = address<fastis::Work>(tensors, "work");
   t.arrivals = address<unsigned>(tensors, "arrivals");
-  t.derive();
   t.levels = fastis::Levels(t.num_samples, fastis::kDeviceTop);
   return t;
 }
@@ -176,9 +182,9 @@ PYBIND11_MODULE(_C, m) {
   FASTIS_DEFINE(m, "isa", +[] { return name(isa()); })
   FASTIS_DEFINE(m, "build_info", &build_info)
   FASTIS_DEFINE(m, "advise_huge_pages", &advise_huge_pages)
-  FASTIS_DEFINE(m, "structure_nodes", +[](int64_t n) { return fastis::Levels(n).total(); })
+  FASTIS_DEFINE(m, "tree_nodes", +[](int64_t n) { return fastis::Levels(n).total(); })
   FASTIS_DEFINE(
-      m, "device_structure_nodes",
+      m, "device_tree_nodes",
       +[](int64_t n) { return fastis::Levels(n, fastis::kDeviceTop).total(); })
 
   FASTIS_CPU(cross_entropy)
@@ -189,7 +195,7 @@ PYBIND11_MODULE(_C, m) {
   FASTIS_CPU(draw)
   FASTIS_CPU(rescale)
   FASTIS_CPU(copy_state)
-  FASTIS_CPU(check_records)
+  FASTIS_CPU(check_states)
 
   FASTIS_CPU(quantize)
   FASTIS_CPU(integer_weights)
@@ -197,7 +203,7 @@ PYBIND11_MODULE(_C, m) {
   FASTIS_CPU(alias_build)
   FASTIS_CPU(alias_draw)
   FASTIS_CPU(alias_inverse_cdf)
-  FASTIS_CPU(random_integers)
+  FASTIS_CPU(random_below)
 
 #ifdef FASTIS_CUDA
   m.attr("cuda_targets") = FASTIS_CUDA_TARGETS;
@@ -221,6 +227,6 @@ PYBIND11_MODULE(_C, m) {
   FASTIS_DEVICE(alias_build)
   FASTIS_DEVICE(alias_draw)
   FASTIS_DEVICE(alias_inverse_cdf)
-  FASTIS_DEVICE(random_integers)
+  FASTIS_DEVICE(random_below)
 #endif
 }

@@ -43,7 +43,7 @@ FASTIS_HD inline uint32_t code_below(uint64_t weight, int e0) {
 }
 
 // The weight of an item that is neither capped nor unseen, else 0. No branch.
-FASTIS_HD inline uint64_t light_weight(uint32_t code, int e0) {
+FASTIS_HD inline uint64_t uncapped_weight(uint32_t code, int e0) {
   const uint64_t weight = mantissa_of(code) << ((exponent_of(code) - e0) & 63);
   return static_cast<int32_t>(code) > 0 ? weight : 0;
 }
@@ -67,19 +67,6 @@ FASTIS_HD inline float floor_of(uint64_t total, int64_t seen, int e0, double eps
   if (seen == 0 || total == 0) return 0.0f;
   const double mean = static_cast<double>(total) / static_cast<double>(seen);
   return static_cast<float>(mean * two_to(e0 - 15) * eps);
-}
-
-// Largest common weight theta with which `capped` items, beside a rest of weight `rest`, have
-// B p <= D = numerator / denominator each: floor(D rest / (B - capped D)) (math: water filling).
-// Callers keep numerator B denominator below 2^62 (checked when the sampler is built).
-FASTIS_HD inline uint64_t water_level(uint64_t rest, uint64_t capped, uint64_t batch_size,
-                                      uint64_t numerator, uint64_t denominator) {
-  constexpr uint64_t kNoCap = uint64_t{1} << 62;
-  const uint64_t divisor = batch_size * denominator - capped * numerator;
-  const uint64_t quotient = rest / divisor, remainder = rest % divisor;
-  if (quotient >= kNoCap / numerator) return kNoCap;
-  const uint64_t level = numerator * quotient + numerator * remainder / divisor;
-  return level < kNoCap ? level : kNoCap;
 }
 
 }  // namespace fastis

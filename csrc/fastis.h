@@ -14,6 +14,8 @@ namespace fastis {
 
 // Throws std::bad_alloc: a MemoryError in Python. Never from within an OpenMP region.
 [[noreturn]] void out_of_memory();
+// Throws std::out_of_range: an IndexError in Python.
+[[noreturn]] void index_out_of_range(int64_t num_samples, int64_t least, int64_t most);
 
 }  // namespace fastis
 
@@ -35,22 +37,16 @@ int64_t scale_grad(int64_t from, int64_t to, Pointer<const void> grad /* [rows, 
                    int64_t rows, int64_t columns, int64_t scale_stride, int64_t device,
                    uint64_t stream);
 
-int64_t update(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
-               Pointer<const float> observed, Pointer<const float> weights,
-               Pointer<const float> score, int64_t n, Pointer<const float> mean_grad,
-               int64_t num_classes, int64_t device, uint64_t stream);
-int64_t draw(Pointer<const DeviceTable> table, Pointer<int64_t> indices, Pointer<float> weights,
-             int64_t device, uint64_t stream);
+int64_t update(Pointer<const DeviceTable> table, const Observation& observation, int64_t device,
+               uint64_t stream);
+int64_t draw(Pointer<const DeviceTable> table, const Batch& batch, int64_t device, uint64_t stream);
+// Both in one launch: what is learnt of a minibatch, then the next one.
+int64_t update_and_draw(Pointer<const DeviceTable> table, const Observation& observation,
+                        const Batch& next_batch, int64_t device, uint64_t stream);
 // For states that were written from outside. O(N).
 int64_t rescale(Pointer<const DeviceTable> table, int64_t device, uint64_t stream);
 // Loads the sampler's kernels, which a stream that is being captured might refuse to do.
 int64_t load_sampler(int64_t device);
-// Both in one launch: what is learnt of a minibatch, then the next one.
-int64_t update_and_draw(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
-                        Pointer<const float> observed, Pointer<const float> weights,
-                        Pointer<const float> score, int64_t n, Pointer<const float> mean_grad,
-                        int64_t num_classes, Pointer<int64_t> next_indices,
-                        Pointer<float> next_weights, int64_t device, uint64_t stream);
 
 // Categorical: what cpu/entry_points.h says, in pieces. `memory` is for the launch alone, as many
 // bytes as ..._bytes(n) says (an error, negated, if it can't say).
@@ -78,8 +74,8 @@ int64_t alias_draw(const AliasTable& table, const Draws& draws, const Batch& bat
 int64_t alias_inverse_cdf(const AliasTable& table, Pointer<const uint64_t> points /* [count] */,
                           int64_t count, const Batch& batch /* [count] */, int64_t device,
                           uint64_t stream);
-int64_t random_integers(uint64_t total, const Draws& draws, Pointer<uint64_t> out /* [count] */,
-                        int64_t device, uint64_t stream);
+int64_t random_below(uint64_t total, const Draws& draws, Pointer<uint64_t> out /* [count] */,
+                     int64_t device, uint64_t stream);
 
 }  // namespace fastis::cuda
 #endif

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "code.h"
+#include "divisor.h"
 
 namespace fastis {
 
@@ -15,13 +16,13 @@ struct Scalars {
   int64_t exponent;      // e0 of code.h; kNoExponent while nothing has been seen
   int64_t total;         // sum of the integer weights of the seen samples
   int64_t seen;          // how many those are
-  int64_t valid;         // does the sampling structure below match the codes?
-  int64_t light;         // sum of the structure: the total less the capped items
-  int64_t num_capped;    // items above theta, kept outside the structure
+  int64_t valid;         // does the tree below match the codes?
+  int64_t uncapped;      // sum of the tree: the total less the capped items
+  int64_t num_capped;    // items above theta, kept outside the tree
   int64_t theta;         // the weight that capped items are drawn with (2^62: no cap)
   int64_t unseen;        // the weight that unseen items are drawn with
   int64_t offset;        // added to every weight (flattening by "mix")
-  int64_t ceiling;       // no light item weighs more than this
+  int64_t ceiling;       // no uncapped item weighs more than this
   int64_t capped_floor;  // no capped item weighs less than this
   int64_t near_size, near_low, near_high;  // see csrc/cpu/tree.h
   int64_t num_listed, num_flipped;         // see csrc/cpu/tree.h
@@ -40,12 +41,12 @@ static_assert(sizeof(Variance) == 12 * 8);
 enum class Flatten : int { none = 0, cap = 1, mix = 2 };
 enum class Scheme : int { multinomial = 0, stratified = 1, systematic = 2 };
 
-constexpr int kLeaf = 4;    // records below a node of level 0: one cache line of them
+constexpr int kLeaf = 4;    // states below a node of level 0: one cache line of them
 constexpr int kRadix = 16;  // nodes of a level below one of the next
 constexpr int kMaxLevels = 10;
 constexpr int64_t kNoCap = int64_t{1} << 62;
 
-// The tree over the records: level 0 has one node per kLeaf records, the top at most `most` nodes.
+// The tree over the states: level 0 has one node per kLeaf states, the top at most `most` nodes.
 struct Levels {
   int depth = 0;
   int64_t first[kMaxLevels], size[kMaxLevels];  // nodes; a level starts on a multiple of kRadix
@@ -63,7 +64,7 @@ struct Levels {
   }
   FASTIS_HD int64_t total() const { return total_; }
 
-  // The node of `level` above a record.
+  // The node of `level` above a sample.
   FASTIS_HD static int64_t above(int64_t index, int level) { return index >> (2 + 4 * level); }
 
  private:
@@ -79,6 +80,24 @@ struct Pointer {
   FASTIS_HD T* operator->() const { return address; }
 };
 
+// What is learnt of a minibatch of n, in the order of fastis.batch.Observation.
+struct Observation {
+  Pointer<const int64_t> indices;  // [n]
+  Pointer<const float> weights;    // [n] coefficients that they were drawn with
+  Pointer<const float> observed;   // [n] what the states average: the score, or the loss
+  Pointer<const float> score;      // [n] for the variance traces
+  int64_t n;
+  Pointer<const float> mean_grad;  // [C] minibatch mean of r g
+  int64_t num_classes;
+};
+
+// The tensors that a resumed run needs.
+struct Durable {
+  Pointer<int64_t> scalars;    // the first of Scalars
+  Pointer<Variance> variance;  // [1]
+  Pointer<State> states;       // [N], or null
+};
+
 // A minibatch of B as it is drawn.
 struct Batch {
   Pointer<int64_t> indices;  // [B]
@@ -87,14 +106,14 @@ struct Batch {
 
 struct Table {
   // Tensors. N: num_samples, K: levels.total().
-  Record* records = nullptr;     // [N, to a multiple of kLeaf], null for the uniform methods
+  State* states = nullptr;       // [N, to a multiple of kLeaf], null for the uniform methods
   Scalars* scalars = nullptr;    // [1]
   Variance* variance = nullptr;  // [1]
-  // Where a node begins in its group of 16: sums over the siblings before it, so that finding a
-  // child is 16 comparisons at once.
-  uint64_t* starts = nullptr;         // [K] of the weights of seen light items
-  uint32_t* unseen_starts = nullptr;  // [K] of the numbers of unseen items
-  uint32_t* capped_starts = nullptr;  // [K] of the numbers of capped items
+  // For each of a node's 16 children the sum over the siblings before it, so that finding a child
+  // is 16 comparisons at once.
+  uint64_t* prefix = nullptr;         // [K] weights of seen, uncapped items
+  uint32_t* unseen_prefix = nullptr;  // [K] numbers of unseen items
+  uint32_t* capped_prefix = nullptr;  // [K] numbers of capped items
   int64_t* near = nullptr;            // [near_capacity] items that theta may pass next
   int64_t* listed = nullptr;          // [2 x list_capacity] the capped items, ascending
   int64_t* flipped = nullptr;         // [list_capacity] items that were capped since, or no longer
@@ -105,7 +124,7 @@ struct Table {
   uint64_t seed = 0;
   uint64_t cap_numerator = 0, cap_denominator = 1;  // D of math: flattening, as a ratio
   int64_t total_limit = 0;                          // rescale above this total
-  int headroom = 0;                                 // see exponent_for()
+  int headroom = 0;                                 // see rescale()
   double floor = 0, smoothing = 0;
   float tau = 0;  // 0: linear; below 0: the state is the last observation
   float tau_scale = 1;
@@ -114,9 +133,31 @@ struct Table {
   Flatten flatten = Flatten::none;
   Scheme scheme = Scheme::multinomial;
   Levels levels{1};
+
+  // What would be divisions.
+  uint64_t max_capped = 0;      // the most items that can be at the cap, ceil(B/D) - 1
+  uint64_t theta_quotient = 0;  // 2^62 / numerator of D
+  Divisor batch;                // B
+
+  void derive() {
+    max_capped = (static_cast<uint64_t>(batch_size) * cap_denominator - 1) / cap_numerator;
+    theta_quotient = static_cast<uint64_t>(kNoCap) / cap_numerator;
+    batch = Divisor(static_cast<uint64_t>(batch_size));
+  }
 };
 
-// The iteration `updates` as records hold it: modulo 2^31, so that no run is too long.
+FASTIS_HD inline int exponent_of_table(const Table& t) {
+  return static_cast<int>(t.scalars->exponent);
+}
+
+// floor((b total + u) / B) without leaving 64 bits: a point in slice b of B from one below the
+// total.
+FASTIS_HD inline uint64_t slice_point(const Table& t, uint64_t b, uint64_t u, uint64_t total) {
+  const uint64_t quotient = t.batch.divide(total), remainder = total - quotient * t.batch.value;
+  return b * quotient + t.batch.divide(b * remainder + u);
+}
+
+// The iteration `updates` as states hold it: modulo 2^31, so that no run is too long.
 FASTIS_HD inline int32_t clock_of(int64_t updates) {
   return static_cast<int32_t>(updates & 0x7FFFFFFF);
 }
@@ -136,29 +177,26 @@ FASTIS_HD inline float tau_at(const Table& t, int64_t updates) {
   return linear > 1.0f ? linear : 1.0f;
 }
 
-// Is the sum of all weights, those of the unseen included, more than the draw has room for?
-FASTIS_HD inline bool exceeds_limit(const Table& t) {
-  const Scalars& s = *t.scalars;
-  if (s.total > t.total_limit) return true;
-  const int64_t unseen = t.num_samples - s.seen;
-  return s.seen > 0 && unseen > 0 && s.total / s.seen > (t.total_limit - s.total) / unseen;
-}
-
-// Rescaling puts the floor's exponent `headroom` above e0, so that the mean may fall by that many
-// powers of two (and rise by about as many) before the next one.
-FASTIS_HD inline int exponent_for(float floor, int headroom) {
-  return exponent_of(code_of(floor, 0.0f)) - headroom;
-}
-
-// Flattening by "mix": the least constant c with B (peak + c) <= D (total + N c).
-FASTIS_HD inline int64_t mix_offset(uint64_t peak, uint64_t total, const Table& t) {
-  const __int128 batch = static_cast<__int128>(t.batch_size) * t.cap_denominator;
-  const __int128 over = batch * peak - static_cast<__int128>(t.cap_numerator) * total;
-  const __int128 divisor = static_cast<__int128>(t.cap_numerator) * t.num_samples - batch;
-  return over <= 0 ? 0 : static_cast<int64_t>((over + divisor - 1) / divisor);
-}
-
 // The largest shift of a mantissa that n new weights can have without overflowing a sum.
 FASTIS_HD inline int max_shift(int64_t n) { return 61 - 16 - ceil_log2(static_cast<uint64_t>(n)); }
+
+// What the items of one update have in common.
+struct UpdateParameters {
+  int32_t now;  // the present iteration
+  float tau, floor;
+  int exponent, max_shift;  // e0; new codes must be in [e0, e0 + max_shift]
+  bool valid;               // is there a tree to keep?
+  uint64_t theta;           // items above it are capped
+
+  FASTIS_HD UpdateParameters(const Table& t, int64_t n)
+      : now(clock_of(t.scalars->updates)),
+        tau(tau_at(t, t.scalars->updates)),
+        floor(floor_of(static_cast<uint64_t>(t.scalars->total), t.scalars->seen,
+                       exponent_of_table(t), t.floor)),
+        exponent(exponent_of_table(t)),
+        max_shift(fastis::max_shift(n)),
+        valid(t.scalars->valid != 0),
+        theta(static_cast<uint64_t>(valid ? t.scalars->theta : kNoCap)) {}
+};
 
 }  // namespace fastis

@@ -58,13 +58,6 @@ FASTIS_HD inline uint64_t scale(Random128 r, uint64_t total) {
   return mulhi(r.hi, total) + (low + carry_in < low ? 1 : 0);
 }
 
-// floor((b total + u) / B) without leaving 64 bits: a point in slice b of B from one below the
-// total.
-FASTIS_HD inline uint64_t slice_point(uint64_t b, uint64_t u, uint64_t total, uint64_t batch_size) {
-  const uint64_t quotient = total / batch_size, remainder = total % batch_size;
-  return b * quotient + (b * remainder + u) / batch_size;
-}
-
 // A bijection of [0, n) keyed by (seed, epoch): a balanced Feistel network on the next even number
 // of bits, walked along its cycle until the value falls below n. No memory, no shuffle.
 class Permutation {

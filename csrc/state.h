@@ -15,12 +15,12 @@ namespace fastis {
 
 // 16 bytes, so that a touched sample is one cache line. `code` belongs to code.h; its top bit
 // marks a capped item.
-struct alignas(16) Record {
+struct alignas(16) State {
   float mean, var;
   int32_t last;  // iteration of the last observation, modulo 2^31; -1: unseen
   uint32_t code;
 };
-static_assert(sizeof(Record) == 16);
+static_assert(sizeof(State) == 16);
 
 enum class Importance : int { rms = 0, sum = 1 };
 

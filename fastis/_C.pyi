@@ -17,8 +17,8 @@ DEVICE_WORK: int
 def isa() -> str: ...
 def build_info() -> str: ...
 def advise_huge_pages(address: int, num_bytes: int) -> None: ...
-def structure_nodes(num_samples: int) -> int: ...
-def device_structure_nodes(num_samples: int) -> int: ...
+def tree_nodes(num_samples: int) -> int: ...
+def device_tree_nodes(num_samples: int) -> int: ...
 def rescale(table: int) -> None: ...
 
 # The categorical kernels, cuda_NAME(..., device, stream), are called by name:
@@ -44,8 +44,8 @@ def cuda_scale_grad(
 def cuda_update(
     table: int,
     indices: int,
-    observed: int,
     weights: int,
+    observed: int,
     score: int,
     n: int,
     mean_grad: int,
@@ -60,8 +60,8 @@ def cuda_load_sampler(device: int) -> int: ...
 def cuda_update_and_draw(
     table: int,
     indices: int,
-    observed: int,
     weights: int,
+    observed: int,
     score: int,
     n: int,
     mean_grad: int,
@@ -75,25 +75,26 @@ def cuda_update_and_draw(
 def update(
     table: int,
     indices: int,
-    observed: int,
     weights: int,
+    observed: int,
     score: int,
     n: int,
     mean_grad: int,
     num_classes: int,
-) -> bool: ...
+    /,
+) -> None: ...
 def copy_state(
     num_scalars: int,
-    num_records: int,
+    num_states: int,
     from_scalars: int,
     from_variance: int,
-    from_records: int,
+    from_states: int,
     to_scalars: int,
     to_variance: int,
-    to_records: int,
+    to_states: int,
 ) -> None: ...
-def check_records(
-    records: int, n: int, updates: int, exponent: int, importance: int, found: int
+def check_states(
+    states: int, n: int, updates: int, exponent: int, importance: int, found: int
 ) -> int: ...
 def draw(table: int, indices: int, weights: int, /) -> None: ...
 def quantize(
@@ -164,7 +165,7 @@ def alias_inverse_cdf(
     weights: int,
     /,
 ) -> None: ...
-def random_integers(total: int, seed: int, first: int, count: int, out: int, /) -> None: ...
+def random_below(total: int, seed: int, first: int, count: int, out: int, /) -> None: ...
 def cross_entropy(
     format: int,
     logits: int,

@@ -269,7 +269,7 @@ def compiled_first_bad(states: Tensor, updates: int, e0: int, kind: int) -> tupl
     """:func:`reference_first_bad` by csrc/cpu/saved.cpp, in one pass."""
     found = torch.zeros(2, dtype=torch.int64, device="cpu")
     arguments = len(states), updates, e0, kind
-    row = _C.check_records(states.data_ptr(), *arguments, found.data_ptr())
+    row = _C.check_states(states.data_ptr(), *arguments, found.data_ptr())
     seen, total = found.tolist()
     return row, seen, total
 

@@ -8,7 +8,7 @@ from statistics import median
 import pytest
 import torch
 from conftest import observe, sweep
-from test_structure import assert_tree
+from test_tree import assert_tree
 
 import fastis
 from fastis.kernels.flatten import distribution

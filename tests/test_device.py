@@ -25,7 +25,7 @@ from fastis.kernels.layout import CODE, LAST, MEAN, SEEN, TOTAL, UPDATES
 from fastis.methods import EMAIS
 
 FORWARDS, BACKWARDS, SCRAMBLED = 1, 0, 7919
-LIGHT, NUM_CAPPED, CEILING = 7, 8, 12  # of csrc/layout.h's Scalars
+UNCAPPED, NUM_CAPPED, CEILING = 7, 8, 12  # of csrc/layout.h's Scalars
 
 
 class Emulator:
@@ -86,24 +86,24 @@ def levels_of(leaves, most=1024):
         nodes = padded.view(-1, 16).sum(1)
 
 
-def assert_exact_structure(sampler):
+def assert_exact_tree(sampler):
     """After a draw: flags, tree and totals say what the reference says. The capped items."""
     table = sampler._table
-    structure, scalars = table._structure, table.scalars
+    tensors, scalars = table._structure, table.scalars
     drawn = distribution(table)
     seen = table.column(LAST) >= 0
     capped = torch.zeros_like(seen)
     capped[drawn.capped] = True
-    light = torch.where(seen & ~capped, drawn.weights, 0)
+    uncapped = torch.where(seen & ~capped, drawn.weights, 0)
     assert torch.equal(table.column(CODE) < 0, capped)
-    assert torch.equal(structure["sums"], levels_of(light))
-    assert torch.equal(structure["unseen"].long(), levels_of((~seen).long()))
-    assert torch.equal(structure["capped"].long(), levels_of(capped.long()))
-    assert bool((structure["claims"] == -1).all())
-    assert int(structure["arrivals"]) == 0
-    assert int(scalars[LIGHT]) == int(light.sum())
+    assert torch.equal(tensors["sums"], levels_of(uncapped))
+    assert torch.equal(tensors["unseen"].long(), levels_of((~seen).long()))
+    assert torch.equal(tensors["capped"].long(), levels_of(capped.long()))
+    assert bool((tensors["claims"] == -1).all())
+    assert int(tensors["arrivals"]) == 0
+    assert int(scalars[UNCAPPED]) == int(uncapped.sum())
     assert int(scalars[NUM_CAPPED]) == len(drawn.capped)
-    assert int(scalars[CEILING]) >= int(light.max())
+    assert int(scalars[CEILING]) >= int(uncapped.max())
     return drawn.capped
 
 
@@ -263,7 +263,7 @@ def test_caps_close_to_uniform(emulated, over, trend, stride):
             samplers[0].sample()
         emulated(stride)
         samplers[1].sample()
-        assert_exact_structure(samplers[1])
+        assert_exact_tree(samplers[1])
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1e3])
@@ -290,7 +290,7 @@ def test_many_items_cross_the_cap_at_once(emulated, factor):
                 drawn.append(sampler.sample())
         assert torch.equal(drawn[0].indices, drawn[1].indices)
         assert torch.equal(drawn[0].weights, drawn[1].weights)
-        assert_exact_structure(samplers[1])
+        assert_exact_tree(samplers[1])
 
 
 def test_hundred_thousand_capped_items_take_no_time(emulated):
@@ -308,7 +308,7 @@ def test_hundred_thousand_capped_items_take_no_time(emulated):
     run(samplers, emulated, FORWARDS, steps=5, batch_size=batch_size)
     assert time.perf_counter() - start < 5
     samplers[1].sample()
-    assert len(assert_exact_structure(samplers[1])) > 95_000
+    assert len(assert_exact_tree(samplers[1])) > 95_000
 
 
 @pytest.mark.parametrize("stride", [FORWARDS, BACKWARDS, SCRAMBLED])
@@ -347,7 +347,7 @@ def test_many_levels_and_many_capped_items(emulated):
     assert_equal_tables(*samplers)
     run(samplers, emulated, SCRAMBLED, steps=8, batch_size=batch_size, spread=3.0)
     samplers[1].sample()
-    assert len(assert_exact_structure(samplers[1])) > 10
+    assert len(assert_exact_tree(samplers[1])) > 10
 
 
 def test_sums_hold_every_integer(emulated):
@@ -360,7 +360,7 @@ def test_sums_hold_every_integer(emulated):
         score = torch.empty(32).log_normal_(0, 2.5, generator=generator)
         sampler.update(batch, observe(score))
     sampler.sample()
-    assert_exact_structure(sampler)
+    assert_exact_tree(sampler)
 
 
 WRONG_TREE = """
@@ -426,5 +426,5 @@ def nodes_of(n, most):
 
 @pytest.mark.parametrize("n", [1, 4, 5, 64, 65, 4096, 4097, 2**22 + 1, 2**31, 2**31 + 5, 2**32 - 1])
 def test_trees_of_any_size_have_room_in_64_bits(n):
-    assert _C.structure_nodes(n) == nodes_of(n, 16)
-    assert _C.device_structure_nodes(n) == nodes_of(n, 1024)
+    assert _C.tree_nodes(n) == nodes_of(n, 16)
+    assert _C.device_tree_nodes(n) == nodes_of(n, 1024)

@@ -43,7 +43,7 @@ def inverse_cdf(table, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return indices, weights
 
 
-def weights_in_the_structure(sampler: fastis.Sampler) -> torch.Tensor:
+def weights_in_the_tree(sampler: fastis.Sampler) -> torch.Tensor:
     """Every item's integer weight, as the compiled draw finds it: by where its interval lies."""
     table = sampler._table
     drawn = distribution(table)
@@ -62,16 +62,16 @@ def weights_in_the_structure(sampler: fastis.Sampler) -> torch.Tensor:
     return drawn.weights
 
 
-def nodes(sampler: fastis.Sampler, light: torch.Tensor) -> torch.Tensor:
-    """What the structure should hold: where each node begins in its group, level by level."""
-    below = torch.nn.functional.pad(light, (0, -light.numel() % 4)).view(-1, 4).sum(1)
+def nodes(sampler: fastis.Sampler, uncapped: torch.Tensor) -> torch.Tensor:
+    """What the tree should hold: prefix sums among 16 siblings, level by level."""
+    below = torch.nn.functional.pad(uncapped, (0, -uncapped.numel() % 4)).view(-1, 4).sum(1)
     levels = []
     while True:
-        groups = torch.nn.functional.pad(below, (0, -below.numel() % 16)).view(-1, 16)
-        levels.append((groups.cumsum(1) - groups).flatten())
-        if len(groups) == 1:
+        siblings = torch.nn.functional.pad(below, (0, -below.numel() % 16)).view(-1, 16)
+        levels.append((siblings.cumsum(1) - siblings).flatten())
+        if len(siblings) == 1:
             return torch.cat(levels)
-        below = groups.sum(1)
+        below = siblings.sum(1)
 
 
 @pytest.mark.parametrize("flatten", ["cap", "mix"])
@@ -80,7 +80,7 @@ def test_a_hundred_thousand_updates_leave_every_integer_right(flatten, resumed):
     method = EMAIS(warmup_epochs=0)
     sampler = fastis.Sampler(n, batch_size, method=method, flatten=flatten, seed=1)
     generator = torch.Generator().manual_seed(0)
-    sampler.sample()  # from here on the structure is kept, never rebuilt but at a rescale
+    sampler.sample()  # from here on the tree is kept, never rebuilt but at a rescale
     scores = torch.empty(1000, 50).log_normal_(0, 2, generator=generator)
     ones = torch.ones(50)
     for step in range(2000):  # 2000 x 50 = 1e5
@@ -97,13 +97,13 @@ def test_a_hundred_thousand_updates_leave_every_integer_right(flatten, resumed):
     assert int(table.scalars[VALID]) == 1
     exponent = int(table.scalars[EXPONENT])
     weights = torch.where(seen, weight_of(table.codes(), exponent), 0)
-    light = weights.clone()
+    uncapped = weights.clone()
     if flatten == "cap":
-        light[drawn.capped] = 0
+        uncapped[drawn.capped] = 0
     assert int(table.scalars[TOTAL]) == int(weights.sum())
-    assert torch.equal(table._structure["starts"], nodes(sampler, light))
-    assert torch.equal(table._structure["unseen_starts"].long(), nodes(sampler, (~seen).long()))
-    weights_in_the_structure(sampler)
+    assert torch.equal(table._structure["prefix"], nodes(sampler, uncapped))
+    assert torch.equal(table._structure["unseen_prefix"].long(), nodes(sampler, (~seen).long()))
+    weights_in_the_tree(sampler)
 
 
 def small_sampler(n: int, flatten: str, unseen: int, seed: int) -> fastis.Sampler:
@@ -150,7 +150,7 @@ def test_both_ends_of_every_leaf(flatten, resumed):
     for _ in range(50):
         batch = sampler.sample()
         sampler.update(batch, observe(torch.empty(128).log_normal_(0, 3, generator=generator)))
-    weights = weights_in_the_structure(resumed(sampler))
+    weights = weights_in_the_tree(resumed(sampler))
     assert int((weights == 0).sum()) == 0
 
 
@@ -252,8 +252,8 @@ def test_backends_find_the_same_items():
 
 @pytest.mark.parametrize("n", [1, 4, 64, 65, 2**31, 2**31 + 1, 2**32 - 1])
 def test_the_tree_has_every_node_of_the_largest_tables(n):
-    # Nodes are padded to whole groups of 16; the device's top level may have 1024.
-    for most, counted in ((16, _C.structure_nodes(n)), (1024, _C.device_structure_nodes(n))):
+    # Nodes are padded to multiples of 16; the device's top level may have 1024.
+    for most, counted in ((16, _C.tree_nodes(n)), (1024, _C.device_tree_nodes(n))):
         nodes, expected = -(-n // 4), 0
         while True:
             expected += -(-nodes // 16) * 16

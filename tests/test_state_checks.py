@@ -157,7 +157,7 @@ CHANGES = {
     ),
     "dtype": (replaced("scalars", lambda t: t.int()), TypeError, "dtype torch.int64"),
     "shape": (replaced("states", lambda t: t[:-1]), ValueError, r"shape \[53, 4\]"),
-    "structure": (
+    "length": (
         replaced("scalars", lambda t: torch.cat([t, t])),
         ValueError,
         r"shape \[6\], got \[12\]",

@@ -128,7 +128,7 @@ def test_a_load_while_another_thread_trains():
     assert check_states(sampler._table, states, updates, e0) == (seen, total)
 
 
-def test_the_sampling_structure_is_made_once():
+def test_the_tree_is_made_once():
     """From Python 3.12 on a cached_property may be computed by two threads."""
     table = fastis.Sampler(50, 5)._table
     compute = type(table).handle.func

@@ -20,7 +20,13 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 GRID = "cuda/grid.cuh"
-SAMPLER = ("device/table_update.h", "device/tree.h", "device/flatten.h", "device/table_draw.h")
+SAMPLER = (
+    "flatten.h",
+    "device/table_update.h",
+    "device/tree.h",
+    "device/update_cap.h",
+    "device/table_draw.h",
+)
 ALIAS = "device/alias_build.h"
 BARRIER = re.compile(
     r"(grid|block)\.wait\(\);|__syncthreads\(\);|cooperative_groups::this_grid\(\)\.sync\(\);"

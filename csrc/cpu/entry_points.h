@@ -28,32 +28,25 @@ void label_loss(int kind, int format, Pointer<const void> logits /* [B, L] */,
                 Pointer<void> losses, Pointer<void> score, Pointer<void> mean_grad /* [L] */,
                 int threads);
 
-// One iteration: the observed scores into the state and the sampling structure (unless the table
-// has no records), the variance moments, and the clock of updates. False: an index is out of range,
-// and nothing has changed.
-bool update(Pointer<const Table> table, Pointer<const int64_t> indices /* [n] */,
-            Pointer<const float> observed /* [n] */, Pointer<const float> weights /* [n] */,
-            Pointer<const float> score /* [n] */, int64_t n,
-            Pointer<const float> mean_grad /* [C] */, int64_t num_classes);
+// One iteration: the observed scores into the states and the tree (unless the table has no states),
+// the variance moments, and the clock of updates. An index out of range is an IndexError, before
+// anything has changed.
+void update(Pointer<const Table> table, const Observation& observation);
+
+// The next minibatch: without replacement in the warm-up, by importance (or uniformly) after it.
+void draw(Pointer<const Table> table, const Batch& batch);
 
 // Codes, e0 and totals anew from the states of all samples, which have been written from outside.
 void rescale(Pointer<const Table> table);
 
-// One state into another, without the flags of capped items. A caller that holds the GIL gets all
-// of one moment.
-void copy_state(int64_t num_scalars, int64_t num_records, Pointer<const int64_t> from_scalars,
-                Pointer<const Variance> from_variance, Pointer<const Record> from_records /* [N] */,
-                Pointer<int64_t> to_scalars, Pointer<Variance> to_variance,
-                Pointer<Record> to_records /* [N] */);
+// One saved state into another, without the flags of capped items. A caller that holds the GIL gets
+// all of one moment.
+void copy_state(int64_t num_scalars, int64_t num_states, const Durable& from, const Durable& to);
 
-// Can these records be those of a table with this clock and e0? The first that can't, or -1; then
+// Can these states be those of a table with this clock and e0? The first that can't, or -1; then
 // `found` is how many are seen and the sum of their integer weights (-1: 2^63 or more).
-int64_t check_records(Pointer<const Record> records /* [N] */, int64_t n, int64_t updates,
-                      int exponent, int importance, Pointer<int64_t> found /* [2] */);
-
-// The next minibatch: without replacement in the warm-up, by importance (or uniformly) after it.
-void draw(Pointer<const Table> table, Pointer<int64_t> indices /* [B] */,
-          Pointer<float> weights /* [B] */);
+int64_t check_states(Pointer<const State> states /* [N] */, int64_t n, int64_t updates,
+                     int exponent, Importance importance, Pointer<int64_t> found /* [2] */);
 
 // Categorical: draws from fixed weights.
 
@@ -72,6 +65,6 @@ void alias_draw(const AliasTable& table, const Draws& draws, const Batch& batch 
 void alias_inverse_cdf(const AliasTable& table, Pointer<const uint64_t> points /* [count] */,
                        int64_t count, const Batch& batch /* [count] */);
 // Uniform in [0, total).
-void random_integers(uint64_t total, const Draws& draws, Pointer<uint64_t> out /* [count] */);
+void random_below(uint64_t total, const Draws& draws, Pointer<uint64_t> out /* [count] */);
 
 }  // namespace fastis::FASTIS_NAMESPACE

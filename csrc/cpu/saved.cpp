@@ -1,4 +1,4 @@
-// States on their way into a file and back: copied in one piece, and checked record by record.
+// States on their way into a file and back: copied in one piece, and checked sample by sample.
 #include <cmath>
 #include <cstring>
 
@@ -22,12 +22,12 @@ struct Block {
   int32_t good[kBlock];
 };
 
-void gather(const Record* records, int size, Importance kind, Block& block) {
+void gather(const State* states, int size, Importance kind, Block& block) {
   for (int at = 0; at < size; ++at) {
-    block.mean[at] = records[at].mean;
-    block.var[at] = records[at].var;
-    block.last[at] = records[at].last;
-    block.code[at] = records[at].code;
+    block.mean[at] = states[at].mean;
+    block.var[at] = states[at].var;
+    block.last[at] = states[at].last;
+    block.code[at] = states[at].code;
   }
   for (int at = 0; at < size; ++at) {
     block.least[at] = code_of(importance_of(block.mean[at], block.var[at], kind), 0);
@@ -53,29 +53,26 @@ bool all_good(int size, int32_t latest, int exponent, Block& block) {
 
 }  // namespace
 
-void copy_state(int64_t num_scalars, int64_t num_records, Pointer<const int64_t> from_scalars,
-                Pointer<const Variance> from_variance, Pointer<const Record> from_records,
-                Pointer<int64_t> to_scalars, Pointer<Variance> to_variance,
-                Pointer<Record> to_records) {
-  std::memcpy(to_scalars, from_scalars, num_scalars * sizeof(int64_t));
-  *to_variance.address = *from_variance.address;
-  for (int64_t i = 0; i < num_records; ++i) {
-    Record record = from_records[i];
-    record.code &= ~kCappedFlag;
-    to_records[i] = record;
+void copy_state(int64_t num_scalars, int64_t num_states, const Durable& from, const Durable& to) {
+  std::memcpy(to.scalars, from.scalars, num_scalars * sizeof(int64_t));
+  *to.variance.address = *from.variance.address;
+  for (int64_t i = 0; i < num_states; ++i) {
+    State state = from.states[i];
+    state.code &= ~kCappedFlag;
+    to.states[i] = state;
   }
 }
 
-int64_t check_records(Pointer<const Record> records, int64_t n, int64_t updates, int exponent,
-                      int importance, Pointer<int64_t> found) {
-  // The clock in a record is modulo 2^31: from then on it can have every value.
+int64_t check_states(Pointer<const State> states, int64_t n, int64_t updates, int exponent,
+                     Importance importance, Pointer<int64_t> found) {
+  // The clock in a state is modulo 2^31: from then on it can have every value.
   const auto latest = static_cast<int32_t>(updates > INT32_MAX ? INT32_MAX : updates - 1);
   int64_t seen = 0;
   unsigned __int128 total = 0;
   Block block;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int size = static_cast<int>(n - begin < kBlock ? n - begin : kBlock);
-    gather(records + begin, size, static_cast<Importance>(importance), block);
+    gather(states + begin, size, importance, block);
     if (!all_good(size, latest, exponent, block)) {
       for (int at = 0;; ++at) {
         if (!block.good[at]) return begin + at;

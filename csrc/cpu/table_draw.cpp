@@ -19,20 +19,20 @@ struct Search {
   int64_t node[kBlock];
 };
 
-// What has weights beside the seen light items that the nodes' starts add up.
+// What has weights beside the seen, uncapped items that the prefix sums add up.
 enum class Beside { nothing, unseen, unseen_and_offset };
 
 // The child of `parent` that x falls into; x is then counted from that child's beginning.
 template <Beside beside>
 int find_child(const Table& t, int level, int64_t parent, uint64_t& x) {
   const int64_t first = parent * kRadix, at = t.levels.first[level] + first;
-  const uint64_t* starts = t.starts + at;
+  const uint64_t* prefix = t.prefix + at;
   alignas(64) uint64_t all[kRadix];
   if (beside != Beside::nothing) {
-    const uint32_t* before = t.unseen_starts + at;
+    const uint32_t* before = t.unseen_prefix + at;
     const uint64_t unseen = static_cast<uint64_t>(t.scalars->unseen);
-    for (int j = 0; j < kRadix; ++j) all[j] = starts[j] + before[j] * unseen;
-    starts = all;
+    for (int j = 0; j < kRadix; ++j) all[j] = prefix[j] + before[j] * unseen;
+    prefix = all;
   }
   if (beside == Beside::unseen_and_offset) {
     const int64_t span = int64_t{1} << (2 + 4 * level), offset = t.scalars->offset;
@@ -41,23 +41,23 @@ int find_child(const Table& t, int level, int64_t parent, uint64_t& x) {
       all[j] += static_cast<uint64_t>((j * span < items ? j * span : items) * offset);
     }
   }
-  const int child = find_in_node(starts, x);
-  x -= starts[child];
+  const int child = find_in_node(prefix, x);
+  x -= prefix[child];
   return child;
 }
 
-// The record of a leaf that x falls into, and its weight. Records beyond the last weigh nothing
+// The state of a leaf that x falls into, and its weight. States beyond the last weigh nothing
 // that x could fall into.
 template <Beside beside>
 int64_t find_in_leaf(const Table& t, int64_t node, uint64_t x, uint64_t& weight) {
-  const Record* records = t.records + node * kLeaf;
+  const State* states = t.states + node * kLeaf;
   const int e0 = static_cast<int>(t.scalars->exponent);
   uint64_t weights[kLeaf];
   for (int j = 0; j < kLeaf; ++j) {
-    weights[j] = light_weight(records[j].code, e0);
+    weights[j] = uncapped_weight(states[j].code, e0);
     if (beside == Beside::nothing) continue;
-    const uint64_t unseen = records[j].last < 0 ? t.scalars->unseen : 0;
-    weights[j] += records[j].code & kCappedFlag ? 0 : unseen + t.scalars->offset;
+    const uint64_t unseen = states[j].last < 0 ? t.scalars->unseen : 0;
+    weights[j] += states[j].code & kCappedFlag ? 0 : unseen + t.scalars->offset;
   }
   const uint64_t second = weights[0], third = second + weights[1], fourth = third + weights[2];
   const int at = (x >= second) + (x >= third) + (x >= fourth);
@@ -76,13 +76,13 @@ void descend(const Table& t, Search& s) {
       const int64_t node = s.node[b] * kRadix + child;
       s.node[b] = node;
       if (level == 0) {
-        __builtin_prefetch(t.records + node * kLeaf);
+        __builtin_prefetch(t.states + node * kLeaf);
         continue;
       }
       const int64_t at = below + node * kRadix;
-      __builtin_prefetch(t.starts + at);
-      __builtin_prefetch(t.starts + at + kRadix / 2);
-      if (beside != Beside::nothing) __builtin_prefetch(t.unseen_starts + at);
+      __builtin_prefetch(t.prefix + at);
+      __builtin_prefetch(t.prefix + at + kRadix / 2);
+      if (beside != Beside::nothing) __builtin_prefetch(t.unseen_prefix + at);
     }
   }
   for (int b = 0; b < s.size; ++b) {
@@ -96,20 +96,20 @@ void descend_capped(const Table& t, Search& s) {
   for (int level = t.levels.depth - 1; level >= 0; --level) {
     const int64_t below = level > 0 ? t.levels.first[level - 1] : 0;
     for (int b = 0; b < s.size; ++b) {
-      const uint32_t* starts = t.capped_starts + t.levels.first[level] + s.node[b] * kRadix;
-      const int child = find_in_node(starts, static_cast<uint32_t>(s.x[b]));
-      s.x[b] -= starts[child];
+      const uint32_t* prefix = t.capped_prefix + t.levels.first[level] + s.node[b] * kRadix;
+      const int child = find_in_node(prefix, static_cast<uint32_t>(s.x[b]));
+      s.x[b] -= prefix[child];
       s.node[b] = s.node[b] * kRadix + child;
       __builtin_prefetch(
-          level > 0 ? static_cast<const void*>(t.capped_starts + below + s.node[b] * kRadix)
-                    : t.records + s.node[b] * kLeaf);
+          level > 0 ? static_cast<const void*>(t.capped_prefix + below + s.node[b] * kRadix)
+                    : t.states + s.node[b] * kLeaf);
     }
   }
   for (int b = 0; b < s.size; ++b) {
-    const Record* records = t.records + s.node[b] * kLeaf;
+    const State* states = t.states + s.node[b] * kLeaf;
     int at = 0;
     for (uint64_t left = s.x[b]; at < kLeaf - 1; ++at) {
-      if ((records[at].code & kCappedFlag) != 0 && left-- == 0) break;
+      if ((states[at].code & kCappedFlag) != 0 && left-- == 0) break;
     }
     s.node[b] = s.node[b] * kLeaf + at;
   }
@@ -127,14 +127,15 @@ class Distribution {
                                         : Beside::nothing;
     theta_ = static_cast<uint64_t>(s.theta);
     capped_total_ = s.num_capped > 0 ? s.num_capped * theta_ : 0;
-    total_ = capped_total_ + static_cast<uint64_t>(s.light + (t_.num_samples - s.seen) * s.unseen +
-                                                   t_.num_samples * s.offset);
+    total_ =
+        capped_total_ + static_cast<uint64_t>(s.uncapped + (t_.num_samples - s.seen) * s.unseen +
+                                              t_.num_samples * s.offset);
   }
 
   uint64_t total() const { return total_; }
 
   // A block of at most kBlock points: the items they fall into and their coefficients.
-  void find(const uint64_t* points, int size, int64_t* indices, float* weights) const {
+  void find(const uint64_t* points, int size, const Batch& found) const {
     Search capped, search;
     for (int b = 0; b < size; ++b) {
       Search& side = points[b] < capped_total_ ? capped : search;
@@ -158,18 +159,18 @@ class Distribution {
       case Beside::unseen_and_offset:
         descend<Beside::unseen_and_offset>(t_, search);
     }
-    put(capped, indices, weights);
-    put(search, indices, weights);
+    put(capped, found);
+    put(search, found);
   }
 
  private:
   // Coefficients are 1 / (N p).
-  void put(const Search& found, int64_t* indices, float* weights) const {
+  void put(const Search& s, const Batch& found) const {
     const double total = static_cast<double>(total_), n = static_cast<double>(t_.num_samples);
-    for (int b = 0; b < found.size; ++b) {
-      indices[found.position[b]] = found.node[b];
-      weights[found.position[b]] =
-          static_cast<float>(total / (n * static_cast<double>(found.weight[b])));
+    for (int b = 0; b < s.size; ++b) {
+      found.indices[s.position[b]] = s.node[b];
+      found.weights[s.position[b]] =
+          static_cast<float>(total / (n * static_cast<double>(s.weight[b])));
     }
   }
 
@@ -189,37 +190,37 @@ void place(const Table& t, uint64_t iteration, uint64_t total, int64_t first, in
   }
   if (t.scheme == Scheme::multinomial) return;
   for (int b = 0; b < size; ++b) {
-    points[b] = slice_point(first + b, points[b], total, t.batch_size);
+    points[b] = slice_point(t, static_cast<uint64_t>(first + b), points[b], total);
   }
 }
 
-void draw_by_importance(const Table& t, uint64_t iteration, int64_t* indices, float* weights) {
+void draw_by_importance(const Table& t, uint64_t iteration, const Batch& batch) {
   const Distribution distribution(t);
   uint64_t points[kBlock];
   for (int64_t first = 0; first < t.batch_size; first += kBlock) {
     const int size = static_cast<int>(std::min<int64_t>(kBlock, t.batch_size - first));
     place(t, iteration, distribution.total(), first, size, points);
-    distribution.find(points, size, indices + first, weights + first);
+    distribution.find(points, size, {batch.indices + first, batch.weights + first});
   }
 }
 
 }  // namespace
 
-void draw(Pointer<const Table> table, Pointer<int64_t> indices, Pointer<float> weights) {
+void draw(Pointer<const Table> table, const Batch& batch) {
   const Table& t = *table.address;
   const int64_t iteration = t.scalars->draws++;
   if (iteration < t.warmup_draws) {
     const int64_t epoch = iteration / t.batches_per_epoch;
     const int64_t first = (iteration - epoch * t.batches_per_epoch) * t.batch_size;
     const Permutation permutation(t.seed, epoch, t.num_samples);
-    for (int64_t b = 0; b < t.batch_size; ++b) indices[b] = permutation(first + b);
-  } else if (t.records == nullptr) {
+    for (int64_t b = 0; b < t.batch_size; ++b) batch.indices[b] = permutation(first + b);
+  } else if (t.states == nullptr) {
     random_points(t.seed, Stream::draw, iteration, 0, t.batch_size, t.num_samples,
-                  reinterpret_cast<uint64_t*>(indices.address));
+                  reinterpret_cast<uint64_t*>(batch.indices.address));
   } else {
-    return draw_by_importance(t, iteration, indices, weights);
+    return draw_by_importance(t, iteration, batch);
   }
-  std::fill_n(weights.address, t.batch_size, 1.0f);
+  std::fill_n(batch.weights.address, t.batch_size, 1.0f);
 }
 
 }  // namespace fastis::FASTIS_ISA

@@ -24,98 +24,90 @@ struct Block {
   int32_t dt[kBlock];
   uint32_t old_code[kBlock], code[kBlock];  // with the flags of capped items
   uint64_t weight[kBlock], delta[kBlock];   // the new integer weight, less the old one
-  bool near_cap;                 // may items be capped, or near that? else light_delta is not set
-  uint64_t light_delta[kBlock];  // the same with capped items weighing nothing
+  bool near_cap;  // may items be capped, or near that? else uncapped_delta is not set
+  uint64_t uncapped_delta[kBlock];  // the same with capped items weighing nothing
 };
 
-void prefetch_record(const Table& t, int64_t index) { __builtin_prefetch(t.records + index, 1); }
+void prefetch_state(const Table& t, int64_t index) { __builtin_prefetch(t.states + index, 1); }
 
 // The nodes above an item, below level `end`.
 void prefetch_nodes(const Table& t, int64_t index, int end) {
   for (int level = 0; level < end; ++level) {
-    const uint64_t* starts =
-        t.starts + t.levels.first[level] + Levels::above(index, level + 1) * kRadix;
-    __builtin_prefetch(starts, 1);
-    __builtin_prefetch(starts + kRadix / 2, 1);
+    const uint64_t* prefix =
+        t.prefix + t.levels.first[level] + Levels::above(index, level + 1) * kRadix;
+    __builtin_prefetch(prefix, 1);
+    __builtin_prefetch(prefix + kRadix / 2, 1);
   }
 }
 
-// Reads the records of a block, and calls for those of the next.
+// Reads the states of a block, and calls for those of the next.
 void gather(const Table& t, const int64_t* indices, const float* observed, int64_t n, int64_t ahead,
             int32_t now, Block& block) {
   block.size = block.num_fresh = 0;
   for (int64_t b = 0; b < n; ++b) {
-    if (b < ahead) prefetch_record(t, indices[n + b]);
+    if (b < ahead) prefetch_state(t, indices[n + b]);
     if (!usable(observed[b])) {
       ++t.scalars->skipped;
       continue;
     }
-    Record& record = t.records[indices[b]];
-    const int32_t dt = interval(now, record.last);
-    const bool fresh = record.last < 0;
+    State& state = t.states[indices[b]];
+    const int32_t dt = interval(now, state.last);
+    const bool fresh = state.last < 0;
     if (dt == 0 && !fresh) continue;
     const int at = block.size++;
     const bool anew = fresh || t.tau < 0;
     block.num_fresh += fresh;
     block.index[at] = indices[b];
-    block.mean[at] = anew ? observed[b] : record.mean;  // d = 0: the mean is x and the variance 0
-    block.var[at] = anew ? 0.0f : record.var;
+    block.mean[at] = anew ? observed[b] : state.mean;  // d = 0: the mean is x and the variance 0
+    block.var[at] = anew ? 0.0f : state.var;
     block.x[at] = observed[b];
     block.dt[at] = fresh ? 1 : dt;
-    block.old_code[at] = record.code;
-    record.last = now;
+    block.old_code[at] = state.code;
+    state.last = now;
   }
 }
 
-struct Weighing {
-  float tau, floor;
-  Importance importance;
-  int exponent, max_shift;
-  uint64_t theta;      // items above it are capped
-  uint32_t near_code;  // items of larger codes may be near it
-};
-
 // False when a new weight lies outside the range of e0: deltas are then of no use.
-bool compute(Block& block, const Weighing& w) {
+bool compute(const UpdateParameters& p, Importance importance, uint32_t near_code, Block& block) {
   for (int at = 0; at < block.size; ++at) {
-    observe(block.mean[at], block.var[at], block.x[at], static_cast<float>(block.dt[at]), w.tau);
+    observe(block.mean[at], block.var[at], block.x[at], static_cast<float>(block.dt[at]), p.tau);
   }
   for (int at = 0; at < block.size; ++at) {
-    block.code[at] = code_of(importance_of(block.mean[at], block.var[at], w.importance), w.floor);
+    block.code[at] = code_of(importance_of(block.mean[at], block.var[at], importance), p.floor);
   }
   int32_t outside = 0, near_cap = 0;  // below 0: an item is
   for (int at = 0; at < block.size; ++at) {
-    const int32_t shift = exponent_of(block.code[at]) - w.exponent;
-    outside |= shift | (w.max_shift - shift);
-    near_cap |= static_cast<int32_t>(w.near_code - block.code[at]);
+    const int32_t shift = exponent_of(block.code[at]) - p.exponent;
+    outside |= shift | (p.max_shift - shift);
+    near_cap |= static_cast<int32_t>(near_code - block.code[at]);
     near_cap |= static_cast<int32_t>(block.old_code[at]);  // a flag is the sign
   }
   block.near_cap = near_cap < 0;
   if (outside < 0) return false;
   for (int at = 0; at < block.size; ++at) {
-    block.weight[at] = weight_of(block.code[at], w.exponent);
+    block.weight[at] = weight_of(block.code[at], p.exponent);
     block.delta[at] =
-        block.weight[at] - light_weight(block.old_code[at] & ~kCappedFlag, w.exponent);
+        block.weight[at] - uncapped_weight(block.old_code[at] & ~kCappedFlag, p.exponent);
   }
   return true;
 }
 
 // For a block in which items are capped, or were, or are near the cap.
-void mark_capped(Block& block, const Weighing& w) {
+void mark_capped(const UpdateParameters& p, Block& block) {
   for (int at = 0; at < block.size; ++at) {
     const uint64_t weight = block.weight[at], old_weight = weight - block.delta[at];
-    const bool capped = weight > w.theta, was_capped = (block.old_code[at] & kCappedFlag) != 0;
-    block.light_delta[at] = (capped ? 0 : weight) - (was_capped ? 0 : old_weight);
+    const bool capped = weight > p.theta, was_capped = (block.old_code[at] & kCappedFlag) != 0;
+    block.uncapped_delta[at] = (capped ? 0 : weight) - (was_capped ? 0 : old_weight);
     block.code[at] |= capped ? kCappedFlag : 0;
   }
 }
 
 void write_back(const Table& t, const Block& block) {
   for (int at = 0; at < block.size; ++at) {
-    Record& record = t.records[block.index[at]];
-    record.mean = block.mean[at];
-    record.var = block.var[at];
-    record.code = block.code[at];
+    State& state = t.states[block.index[at]];
+    state.mean = block.mean[at];
+    state.var = block.var[at];
+    state.code = block.code[at];
   }
 }
 
@@ -137,80 +129,78 @@ void add_to_tree(const Table& t, const Block& block, int exponent, Spread& sprea
   Scalars& s = *t.scalars;
   const int end = spread.level();
   const bool spreads = end < t.levels.depth, any_fresh = block.num_fresh > 0;
-  uint64_t light = 0;
+  uint64_t uncapped = 0;
   uint32_t largest = 0;
   for (int at = 0; at < block.size; ++at) {
     const int64_t index = block.index[at];
-    const uint64_t delta = kNearCap ? block.light_delta[at] : block.delta[at];
+    const uint64_t delta = kNearCap ? block.uncapped_delta[at] : block.delta[at];
     if (at < ahead) prefetch_nodes(t, next[at], end);
     if (kNearCap) follow_cap(t, block, at);
     largest = std::max(largest, block.code[at] & ~kCappedFlag);
-    light += delta;
+    uncapped += delta;
     add_to_sums(t, index, delta, end);
     if (spreads) spread.add(index, delta);
-    if (any_fresh && block.old_code[at] == 0) add_to_counts(t, t.unseen_starts, index, ~0u);
+    if (any_fresh && block.old_code[at] == 0) add_to_counts(t, t.unseen_prefix, index, ~0u);
   }
-  s.light += static_cast<int64_t>(light);
+  s.uncapped += static_cast<int64_t>(uncapped);
   s.ceiling = std::max(s.ceiling, static_cast<int64_t>(weight_of(largest, exponent)));
 }
 
-void update_state(const Table& t, const int64_t* indices, const float* observed, int64_t n) {
+void prefetch_first(const Table& t, const Observation& o, int end) {
+  for (int64_t b = 0; b < std::min<int64_t>(kBlock, o.n); ++b) {
+    prefetch_state(t, o.indices[b]);
+    if (t.scalars->valid) prefetch_nodes(t, o.indices[b], end);
+  }
+}
+
+void update_states(const Table& t, const Observation& o) {
   Scalars& s = *t.scalars;
-  const int32_t now = clock_of(s.updates);
-  const int exponent = exponent_of_table(t);
-  const Weighing weighing{tau_at(t, s.updates),
-                          floor_of(static_cast<uint64_t>(s.total), s.seen, exponent, t.floor),
-                          t.importance,
-                          exponent,
-                          max_shift(n),
-                          static_cast<uint64_t>(s.theta),
-                          code_below(s.near_size < 0 ? s.theta : s.near_low, exponent)};
+  const UpdateParameters p(t, o.n);
+  // Items of larger codes may be near theta.
+  const uint32_t near_code = code_below(s.near_size < 0 ? s.theta : s.near_low, p.exponent);
   bool in_range = true;
   Block block;
-  Spread spread(t, n);
-  for (int64_t b = 0; b < std::min<int64_t>(kBlock, n); ++b) {
-    prefetch_record(t, indices[b]);
-    if (s.valid) prefetch_nodes(t, indices[b], spread.level());
-  }
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t size = std::min<int64_t>(kBlock, n - begin), end = begin + size;
-    const int64_t ahead = std::min<int64_t>(size, n - end);
-    gather(t, indices + begin, observed + begin, size, ahead, now, block);
-    in_range = compute(block, weighing) && in_range;
-    if (in_range && s.valid && block.near_cap) mark_capped(block, weighing);
+  Spread spread(t, o.n);
+  prefetch_first(t, o, spread.level());
+  for (int64_t begin = 0; begin < o.n; begin += kBlock) {
+    const int64_t size = std::min<int64_t>(kBlock, o.n - begin), end = begin + size;
+    const int64_t ahead = std::min<int64_t>(size, o.n - end);
+    gather(t, o.indices + begin, o.observed + begin, size, ahead, p.now, block);
+    in_range = compute(p, t.importance, near_code, block) && in_range;
+    if (in_range && p.valid && block.near_cap) mark_capped(p, block);
     write_back(t, block);
     if (!in_range) continue;  // the table will be rescaled from its state
     uint64_t added = 0;
     for (int at = 0; at < block.size; ++at) added += block.delta[at];
     s.total += static_cast<int64_t>(added);
     s.seen += block.num_fresh;
-    if (!s.valid) continue;
+    if (!p.valid) continue;
     if (block.near_cap) {
-      add_to_tree<true>(t, block, exponent, spread, indices + end, ahead);
+      add_to_tree<true>(t, block, p.exponent, spread, o.indices + end, ahead);
     } else {
-      add_to_tree<false>(t, block, exponent, spread, indices + end, ahead);
+      add_to_tree<false>(t, block, p.exponent, spread, o.indices + end, ahead);
     }
   }
   if (!in_range || exceeds_limit(t)) {
     rescale(t);
-  } else if (s.valid) {
+  } else if (p.valid) {
     spread.finish();
   }
 }
 
-void update_variance(const Table& t, const float* weights, const float* score, int64_t n,
-                     const float* mean_grad, int64_t num_classes) {
+void update_variance(const Table& t, const Observation& o) {
   constexpr int kLanes = 8;
-  double a[kLanes] = {}, u[kLanes] = {}, o[kLanes] = {}, A = 0, U = 0, O = 0, G2 = 0;
-  for (int64_t b = 0; b + kLanes <= n; b += kLanes) {
+  double a[kLanes] = {}, u[kLanes] = {}, m[kLanes] = {}, A = 0, U = 0, O = 0, G2 = 0;
+  const float *weights = o.weights, *score = o.score;
+  for (int64_t b = 0; b + kLanes <= o.n; b += kLanes) {
     for (int j = 0; j < kLanes; ++j) {
       const double r = weights[b + j], x = score[b + j], rx = r * x;
       a[j] += rx * rx;
       u[j] += rx * x;
-      o[j] += rx;
+      m[j] += rx;
     }
   }
-  for (int64_t b = n - n % kLanes; b < n; ++b) {
+  for (int64_t b = o.n - o.n % kLanes; b < o.n; ++b) {
     const double r = weights[b], x = score[b], rx = r * x;
     A += rx * rx;
     U += rx * x;
@@ -219,39 +209,38 @@ void update_variance(const Table& t, const float* weights, const float* score, i
   for (int j = 0; j < kLanes; ++j) {
     A += a[j];
     U += u[j];
-    O += o[j];
+    O += m[j];
   }
-  for (int64_t c = 0; c < num_classes; ++c) G2 += double(mean_grad[c]) * double(mean_grad[c]);
-  A /= n;
-  U /= n;
-  O /= n;
-  smooth(t, {A, U, O * O, G2}, static_cast<double>(n));
+  for (int64_t c = 0; c < o.num_classes; ++c) G2 += double(o.mean_grad[c]) * double(o.mean_grad[c]);
+  A /= o.n;
+  U /= o.n;
+  O /= o.n;
+  smooth(t, {A, U, O * O, G2}, static_cast<double>(o.n));
 }
 
-bool in_range(const int64_t* indices, int64_t n, int64_t num_samples) {
+void check_indices(const Table& t, const Observation& o) {
   bool good = true;
-  for (int64_t b = 0; b < n; ++b) {
-    good &= static_cast<uint64_t>(indices[b]) < static_cast<uint64_t>(num_samples);
+  for (int64_t b = 0; b < o.n; ++b) {
+    good &= static_cast<uint64_t>(o.indices[b]) < static_cast<uint64_t>(t.num_samples);
   }
-  return good;
+  if (good) return;
+  const auto [least, most] = std::minmax_element(o.indices.address, o.indices + o.n);
+  index_out_of_range(t.num_samples, *least, *most);
 }
 
 }  // namespace
 
-bool update(Pointer<const Table> table, Pointer<const int64_t> indices,
-            Pointer<const float> observed, Pointer<const float> weights, Pointer<const float> score,
-            int64_t n, Pointer<const float> mean_grad, int64_t num_classes) {
+void update(Pointer<const Table> table, const Observation& o) {
   const Table& t = *table.address;
-  if (!in_range(indices, n, t.num_samples)) return false;
-  if (n == 0) return true;
-  if (t.records != nullptr) {
-    update_state(t, indices, observed, n);
+  check_indices(t, o);
+  if (o.n == 0) return;
+  if (t.states != nullptr) {
+    update_states(t, o);
   } else {
-    for (int64_t b = 0; b < n; ++b) t.scalars->skipped += !usable(observed[b]);
+    for (int64_t b = 0; b < o.n; ++b) t.scalars->skipped += !usable(o.observed[b]);
   }
-  update_variance(t, weights, score, n, mean_grad, num_classes);
+  update_variance(t, o);
   ++t.scalars->updates;
-  return true;
 }
 
 void rescale(Pointer<const Table> table) { rescale(*table.address); }

@@ -12,35 +12,51 @@ Spread::Spread(const Table& t, int64_t num_items) : table_(t) {
 
 void Spread::finish() {
   for (; level_ < table_.levels.depth; ++level_) {
-    uint64_t* starts = table_.starts + table_.levels.first[level_];
-    int64_t group = 0;
+    uint64_t* prefix = table_.prefix + table_.levels.first[level_];
+    int64_t parent = 0;
     for (int64_t begin = 0; begin < table_.levels.size[level_]; begin += kRadix) {
       uint64_t running = 0;
       for (int64_t node = begin; node < begin + kRadix; ++node) {
-        starts[node] += running;
+        prefix[node] += running;
         running += delta_[node];
       }
-      delta_[group++] = running;
+      delta_[parent++] = running;
     }
-    std::fill_n(delta_ + group, kRadix, 0);
+    std::fill_n(delta_ + parent, kRadix, 0);
   }
 }
 
 namespace {
 
-// From each node's own sum to where it begins among its siblings; the level above gets the sums.
+// One thread in place of a grid's. (Of this instruction set: what is built upon it must not be
+// shared with another's.)
+struct SerialGrid {
+  template <class T, class F, class Flush>
+  void reduce(int64_t n, const F& f, const Flush& flush) const {
+    T sum{};
+    for (int64_t i = 0; i < n; ++i) sum = sum + f(i);
+    flush(sum);
+  }
+  template <class F>
+  void once(const F& f) const {
+    f();
+  }
+  void wait() const {}
+};
+
+// From sums to prefix sums among siblings; the level above gets the sums.
 template <class T>
-void add_up(const Levels& levels, T* starts) {
+void add_up(const Levels& levels, T* prefix) {
   for (int level = 0; level < levels.depth; ++level) {
     for (int64_t begin = 0; begin < levels.size[level]; begin += kRadix) {
-      T* const group = starts + levels.first[level] + begin;
+      T* const node = prefix + levels.first[level] + begin;
       T running = 0;
       for (int child = 0; child < kRadix; ++child) {
-        const T own = group[child];
-        group[child] = running;
+        const T own = node[child];
+        node[child] = running;
         running += own;
       }
-      if (level + 1 < levels.depth) starts[levels.first[level + 1] + begin / kRadix] = running;
+      if (level + 1 < levels.depth) prefix[levels.first[level + 1] + begin / kRadix] = running;
     }
   }
 }
@@ -51,24 +67,24 @@ void rebuild(const Table& t) {
   Scalars& s = *t.scalars;
   const uint64_t theta = t.flatten == Flatten::cap ? find_theta(t) : uint64_t{kNoCap};
   const int e0 = exponent_of_table(t);
-  std::fill_n(t.starts, t.levels.total(), 0);
-  std::fill_n(t.unseen_starts, t.levels.total(), 0);
-  std::fill_n(t.capped_starts, t.levels.total(), 0);
-  s.light = s.num_capped = 0;
+  std::fill_n(t.prefix, t.levels.total(), 0);
+  std::fill_n(t.unseen_prefix, t.levels.total(), 0);
+  std::fill_n(t.capped_prefix, t.levels.total(), 0);
+  s.uncapped = s.num_capped = 0;
   for (int64_t i = 0; i < t.num_samples; ++i) {
-    Record& record = t.records[i];
-    const uint64_t weight = weight_of(record.code & ~kCappedFlag, e0);
+    State& state = t.states[i];
+    const uint64_t weight = weight_of(state.code & ~kCappedFlag, e0);
     const bool capped = weight > theta;
-    record.code = (record.code & ~kCappedFlag) | (capped ? kCappedFlag : 0);
-    t.starts[i / kLeaf] += capped ? 0 : weight;
-    t.unseen_starts[i / kLeaf] += record.last < 0;
-    t.capped_starts[i / kLeaf] += capped;
-    s.light += static_cast<int64_t>(capped ? 0 : weight);
+    state.code = (state.code & ~kCappedFlag) | (capped ? kCappedFlag : 0);
+    t.prefix[i / kLeaf] += capped ? 0 : weight;
+    t.unseen_prefix[i / kLeaf] += state.last < 0;
+    t.capped_prefix[i / kLeaf] += capped;
+    s.uncapped += static_cast<int64_t>(capped ? 0 : weight);
     s.num_capped += capped;
   }
-  add_up(t.levels, t.starts);
-  add_up(t.levels, t.unseen_starts);
-  add_up(t.levels, t.capped_starts);
+  add_up(t.levels, t.prefix);
+  add_up(t.levels, t.unseen_prefix);
+  add_up(t.levels, t.capped_prefix);
   s.theta = static_cast<int64_t>(theta);
   s.offset = 0;
   s.ceiling = kNoCap;
@@ -77,38 +93,9 @@ void rebuild(const Table& t) {
 }
 
 void rescale(const Table& t) {
-  Scalars& s = *t.scalars;
-  s.valid = 0;
-  s.seen = 0;
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < t.num_samples; ++i) {
-    Record& record = t.records[i];
-    if (record.last < 0) continue;
-    ++s.seen;
-    record.code = code_of(importance_of(record.mean, record.var, t.importance), 0);
-    largest = std::max(largest, record.code);
-  }
-  if (s.seen == 0) return;
-  // The mean, in integers relative to the largest weight: the same on every backend.
-  const int spare = 62 - 16 - ceil_log2(static_cast<uint64_t>(t.num_samples));
-  uint64_t sum = 0;
-  for (int64_t i = 0; i < t.num_samples; ++i) {
-    const Record& record = t.records[i];
-    if (record.last < 0) continue;
-    const int below = exponent_of(largest) - exponent_of(record.code);
-    sum += below > 62 ? 0 : (mantissa_of(record.code) << spare) >> below;
-  }
-  const float floor = floor_of(sum, s.seen, exponent_of(largest) - spare, t.floor);
-  s.exponent = exponent_for(floor, t.headroom);
-  const uint32_t least = code_of(floor, 0);  // rounding keeps the order: floor before it or after
-  uint64_t total = 0;
-  for (int64_t i = 0; i < t.num_samples; ++i) {
-    Record& record = t.records[i];
-    if (record.last < 0) continue;
-    record.code = std::max(record.code, least);
-    total += weight_of(record.code, exponent_of_table(t));
-  }
-  s.total = static_cast<int64_t>(total);
+  const SerialGrid grid;
+  Rescale found{};
+  fastis::rescale(grid, t, found);
 }
 
 }  // namespace fastis::FASTIS_ISA

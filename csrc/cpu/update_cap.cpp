@@ -1,11 +1,8 @@
 // Flattening on the CPU: theta, and which items are capped.
 //
-// theta is the root of g(theta) = sum min(W, theta) - theta B / D over all items (math: water
-// filling), which is concave, so that it is the one point but 0 where g is 0. At any time the items
-// flagged as capped are exactly the seen ones above scalars.theta, and theta moves to the root by
-// Newton's steps, floor(D rest / (B - D capped)): each step flips the items that it passes. From
-// above the root no step passes it. From below the first one may shoot far beyond it; steps upwards
-// are therefore short at first, and double.
+// theta moves to the root of csrc/flatten.h by Newton's steps, each of which flips the items that
+// it passes. From below the root the first may shoot far beyond it; steps upwards are therefore
+// short at first, and double.
 #include <algorithm>
 
 #include "cpu/tree.h"
@@ -13,54 +10,32 @@
 namespace fastis::FASTIS_ISA {
 namespace {
 
-// The next Newton step from what is capped and what is not; 0 where there is none, since so many
-// items can't all be at the cap.
-uint64_t newton(const Table& t, uint64_t capped, uint64_t rest) {
-  if (capped * t.cap_numerator >= static_cast<uint64_t>(t.batch_size) * t.cap_denominator) return 0;
-  return water_level(rest, capped, t.batch_size, t.cap_numerator, t.cap_denominator);
-}
-
-struct Unseen {
-  uint64_t number, weight;  // of each, before flattening
-};
-
-Unseen unseen_of(const Table& t) {
-  const Scalars& s = *t.scalars;
-  const uint64_t mean = s.seen == 0 ? kUniformWeight : static_cast<uint64_t>(s.total) / s.seen;
-  return {static_cast<uint64_t>(t.num_samples - s.seen), mean};
-}
-
-uint64_t newton(const Table& t, Unseen unseen, uint64_t capped, uint64_t rest, uint64_t theta) {
-  return unseen.weight > theta ? newton(t, capped + unseen.number, rest)
-                               : newton(t, capped, rest + unseen.number * unseen.weight);
-}
-
 uint64_t weight_at(const Table& t, int64_t index) {
-  return weight_of(t.records[index].code & ~kCappedFlag, exponent_of_table(t));
+  return weight_of(t.states[index].code & ~kCappedFlag, exponent_of_table(t));
 }
 
-bool is_capped(const Table& t, int64_t index) { return (t.records[index].code & kCappedFlag) != 0; }
+bool is_capped(const Table& t, int64_t index) { return (t.states[index].code & kCappedFlag) != 0; }
 
 // Makes a capped item one of the others, or the other way round.
 void flip(const Table& t, int64_t index) {
   Scalars& s = *t.scalars;
   const uint64_t weight = weight_at(t, index);
   const bool capped = !is_capped(t, index);
-  t.records[index].code ^= kCappedFlag;
+  t.states[index].code ^= kCappedFlag;
   const uint64_t delta = capped ? ~weight + 1 : weight;
   add_to_sums(t, index, delta, t.levels.depth);
   count_capped(t, index, capped);
-  s.light += static_cast<int64_t>(delta);
+  s.uncapped += static_cast<int64_t>(delta);
 }
 
 // Calls visit(index, weight) for seen items below theta that weigh more than `threshold`.
 template <class Visit>
-bool visit_light(const Table& t, uint64_t threshold, const Visit& visit) {
-  const uint64_t total = static_cast<uint64_t>(t.scalars->light);
+bool visit_uncapped(const Table& t, uint64_t threshold, const Visit& visit) {
+  const uint64_t total = static_cast<uint64_t>(t.scalars->uncapped);
   if (total <= threshold) return true;
-  return visit_heavier<uint64_t>(
-      t, t.starts, t.levels.depth - 1, 0, total, threshold, [&](int64_t index) {
-        const uint64_t weight = light_weight(t.records[index].code, exponent_of_table(t));
+  return visit_above<uint64_t>(
+      t, t.prefix, t.levels.depth - 1, 0, total, threshold, [&](int64_t index) {
+        const uint64_t weight = uncapped_weight(t.states[index].code, exponent_of_table(t));
         return weight <= threshold || visit(index, weight);
       });
 }
@@ -70,13 +45,13 @@ template <class Visit>
 bool visit_capped(const Table& t, const Visit& visit) {
   if (t.scalars->num_capped == 0) return true;
   const uint32_t none = 0, all = static_cast<uint32_t>(t.scalars->num_capped);
-  return visit_heavier<uint32_t>(
-      t, t.capped_starts, t.levels.depth - 1, 0, all, none,
+  return visit_above<uint32_t>(
+      t, t.capped_prefix, t.levels.depth - 1, 0, all, none,
       [&](int64_t index) { return !is_capped(t, index) || visit(index, weight_at(t, index)); });
 }
 
-// Moves theta, and flips the items that it passes. When they are more than there is room to note,
-// the tree is built anew, with theta where it belongs.
+// Moves theta, and flips the items that it passes. When they are more than can be noted, the
+// tree is rebuilt, with theta where it belongs.
 void move_theta(const Table& t, uint64_t to) {
   Scalars& s = *t.scalars;
   const uint64_t from = static_cast<uint64_t>(s.theta);
@@ -97,7 +72,7 @@ void move_theta(const Table& t, uint64_t to) {
   };
   const bool noted =
       to < from
-          ? visit_light(
+          ? visit_uncapped(
                 t, to, [&](int64_t index, uint64_t) { return note(index); })
           : visit_capped(
                 t, [&](int64_t index, uint64_t weight) { return weight > to || note(index); });
@@ -127,8 +102,8 @@ void trim_near(const Table& t) {
   }
 }
 
-// Lists what theta may pass next: items within an eighth of it, or within as much less as there is
-// room for.
+// Lists what theta may pass next: items within an eighth of it, or within as much less as
+// the list can hold.
 void list_near(const Table& t) {
   Scalars& s = *t.scalars;
   s.near_low = s.theta - s.theta / 8;
@@ -139,11 +114,12 @@ void list_near(const Table& t) {
     if (is_near(s, weight)) t.near[s.near_size++] = index;
     return true;
   };
-  visit_light(t, static_cast<uint64_t>(s.near_low), add);
+  visit_uncapped(t, static_cast<uint64_t>(s.near_low), add);
   visit_capped(t, add);
 }
 
-// Brings the list of capped items up to date; there is room, since at most ceil(B/D) - 1 can be.
+// Brings the list of capped items up to date; it is long enough, since at most
+// ceil(B/D) - 1 can be.
 void list_capped(const Table& t) {
   Scalars& s = *t.scalars;
   int64_t* const list = t.listed;
@@ -172,16 +148,16 @@ void list_capped(const Table& t) {
 
 void update_theta(const Table& t) {
   Scalars& s = *t.scalars;
-  const Unseen unseen = unseen_of(t);
+  const Unseen unseen(t);
   uint64_t step = static_cast<uint64_t>(s.theta) / 64 + 1;
   for (int steps = 0; s.valid; ++steps, step *= 2) {
     if (steps == 256) rebuild(t);  // far more than ever: the sums must be wrong
     if (steps > 256) break;
     const uint64_t theta = static_cast<uint64_t>(s.theta);
-    uint64_t next = newton(t, unseen, static_cast<uint64_t>(s.num_capped),
-                           static_cast<uint64_t>(s.light), theta);
+    uint64_t next = water_level(t, static_cast<uint64_t>(s.uncapped),
+                                static_cast<uint64_t>(s.num_capped), unseen, theta);
     if (next == theta) break;
-    const bool may_shoot = s.num_capped > 0 || (unseen.number > 0 && unseen.weight > theta);
+    const bool may_shoot = s.num_capped > 0 || unseen.weight > theta;
     if (next == 0 || (next > theta && may_shoot && next - theta > step)) {
       next = std::min(theta + step, uint64_t{kNoCap});
     }
@@ -196,22 +172,22 @@ void update_theta(const Table& t) {
 // A constant added to every weight, so that the largest meets the cap.
 void update_offset(const Table& t) {
   Scalars& s = *t.scalars;
-  const Unseen unseen = unseen_of(t);
-  const uint64_t total = static_cast<uint64_t>(s.light) + unseen.number * unseen.weight;
-  uint64_t peak = unseen.number > 0 ? unseen.weight : 0;
+  const Unseen unseen(t);
+  const uint64_t total = static_cast<uint64_t>(s.uncapped) + unseen.number * unseen.weight;
+  uint64_t peak = unseen.weight;
   // Only what exceeds the cap as it is matters.
-  const uint64_t theta = water_level(total, 0, t.batch_size, t.cap_numerator, t.cap_denominator);
+  const uint64_t theta = water_level(t, total, 0);
   if (static_cast<uint64_t>(s.ceiling) > theta) {
     uint64_t ceiling = theta;  // rises with every item found: the search passes lighter nodes by
-    visit_heavier<uint64_t>(t, t.starts, t.levels.depth - 1, 0, static_cast<uint64_t>(s.light),
-                            ceiling, [&](int64_t index) {
-                              ceiling = std::max(ceiling, weight_at(t, index));
-                              return true;
-                            });
+    visit_above<uint64_t>(t, t.prefix, t.levels.depth - 1, 0, static_cast<uint64_t>(s.uncapped),
+                          ceiling, [&](int64_t index) {
+                            ceiling = std::max(ceiling, weight_at(t, index));
+                            return true;
+                          });
     s.ceiling = static_cast<int64_t>(ceiling);
     peak = std::max(peak, ceiling);
   }
-  s.offset = mix_offset(peak, total, t);
+  s.offset = mix_offset(t, peak, total);
   s.unseen = static_cast<int64_t>(unseen.weight);
 }
 
@@ -219,7 +195,8 @@ void update_offset(const Table& t) {
 // these, by the rest.
 class Histogram {
  public:
-  explicit Histogram(const Table& t) : t_(t), first_((exponent_of_table(t) + 127) << 8) {
+  explicit Histogram(const Table& t)
+      : t_(t), first_((exponent_of_table(t) + 127) << 8), unseen_(t) {
     each([&](uint32_t code, uint64_t weight) {
       const int at = class_of(code);
       ++number_[at];
@@ -228,8 +205,7 @@ class Histogram {
   }
 
   // The capped are the items from the least code on at which g is negative.
-  uint64_t theta(Unseen unseen) {
-    unseen_ = unseen;
+  uint64_t theta() const {
     Side below{0, 0};
     int at = 0;
     for (; at < kClasses; ++at) {
@@ -248,10 +224,10 @@ class Histogram {
       below = {below.number + fine[low], below.sum + fine[low] * weight};
     }
     const uint64_t capped = static_cast<uint64_t>(t_.scalars->seen) - below.number;
-    const uint64_t level = newton(t_, capped, below.sum + unseen.number * unseen.weight);
-    return unseen.number == 0 || (level > 0 && unseen.weight <= level)
+    const uint64_t level = water_level(t_, below.sum + unseen_.number * unseen_.weight, capped);
+    return level > 0 && unseen_.weight <= level
                ? level
-               : newton(t_, capped + unseen.number, below.sum);
+               : water_level(t_, below.sum, capped + unseen_.number);
   }
 
  private:
@@ -264,7 +240,7 @@ class Histogram {
   template <class F>
   void each(const F& f) const {
     for (int64_t i = 0; i < t_.num_samples; ++i) {
-      const uint32_t code = t_.records[i].code & ~kCappedFlag;
+      const uint32_t code = t_.states[i].code & ~kCappedFlag;
       if (code != 0) f(code, weight_of(code, e0()));
     }
   }
@@ -278,14 +254,14 @@ class Histogram {
     const uint64_t above = static_cast<uint64_t>(t_.scalars->seen) - below.number;
     const Wide filled = Wide{below.sum} + Wide{above} * weight +
                         Wide{unseen_.number} * std::min(unseen_.weight, weight);
-    // D filled < B weight, the factors of 64 bits first brought down to 62 in all where needed.
+    // D filled < B weight: both below 2^124.
     return filled * t_.cap_numerator <
            Wide{weight} * (static_cast<uint64_t>(t_.batch_size) * t_.cap_denominator);
   }
 
   const Table& t_;
   const int first_;
-  Unseen unseen_{0, 0};
+  const Unseen unseen_;
   uint32_t number_[kClasses] = {};
   uint64_t sum_[kClasses] = {};
 };
@@ -293,11 +269,10 @@ class Histogram {
 }  // namespace
 
 uint64_t find_theta(const Table& t) {
-  const Unseen unseen = unseen_of(t);
-  if (t.scalars->seen == 0) {  // all weigh the same, which no cap can change
-    return newton(t, 0, unseen.number * unseen.weight);
-  }
-  return Histogram(t).theta(unseen);
+  const Unseen unseen(t);
+  return t.scalars->seen > 0 ? Histogram(t).theta()
+                             // All weigh the same, which no cap can change.
+                             : water_level(t, unseen.number * unseen.weight, 0);
 }
 
 void update_cap(const Table& t) {
@@ -309,7 +284,7 @@ void update_cap(const Table& t) {
     case Flatten::mix:
       return update_offset(t);
     case Flatten::none:
-      s.unseen = static_cast<int64_t>(unseen_of(t).weight);
+      s.unseen = static_cast<int64_t>(Unseen(t).weight);
   }
 }
 

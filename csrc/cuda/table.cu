@@ -1,6 +1,6 @@
 // The sampler's launches: update, draw, both in one, and rescale. A minibatch of up to 256 is one
 // block, launched like any kernel; more blocks are launched cooperatively, since a launch's phases
-// wait for each other. Bytes touched a sample: an update 64 (record, claim) and 8 a level, a draw
+// wait for each other. Bytes touched a sample: an update 64 (state, claim) and 8 a level, a draw
 // 128 a level (192 while samples are unseen) and 64.
 #include "cuda/grid.cuh"
 #include "cuda/launch.h"
@@ -12,25 +12,24 @@ namespace {
 
 using device::CudaGrid;
 using device::kThreads;
-using device::Minibatch;
 
 __global__ void __launch_bounds__(kThreads, 1)
-    update_kernel(const __grid_constant__ DeviceTable table, const Minibatch minibatch) {
+    update_kernel(const __grid_constant__ DeviceTable table, const Observation observation) {
   CudaGrid grid(table.arrivals);
-  device::update(grid, table, minibatch);
+  device::update(grid, table, observation);
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
-    draw_kernel(const __grid_constant__ DeviceTable table, int64_t* indices, float* weights) {
+    draw_kernel(const __grid_constant__ DeviceTable table, const Batch batch) {
   CudaGrid grid(table.arrivals);
-  device::draw(grid, table, indices, weights);
+  device::draw(grid, table, batch);
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
-    update_and_draw_kernel(const __grid_constant__ DeviceTable table, const Minibatch minibatch,
-                           int64_t* indices, float* weights) {
+    update_and_draw_kernel(const __grid_constant__ DeviceTable table, const Observation observation,
+                           const Batch next_batch) {
   CudaGrid grid(table.arrivals);
-  device::update_and_draw(grid, table, minibatch, indices, weights);
+  device::update_and_draw(grid, table, observation, next_batch);
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
@@ -52,31 +51,23 @@ const char* error_string(int64_t error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 
-int64_t update(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
-               Pointer<const float> observed, Pointer<const float> weights,
-               Pointer<const float> score, int64_t n, Pointer<const float> mean_grad,
-               int64_t num_classes, int64_t device, uint64_t stream) {
-  const Minibatch minibatch{indices, observed, weights, score, n, mean_grad, num_classes};
-  return launch_cooperative<update_kernel>(device, stream, n, *table.address, minibatch);
+int64_t update(Pointer<const DeviceTable> table, const Observation& observation, int64_t device,
+               uint64_t stream) {
+  return launch_cooperative<update_kernel>(device, stream, observation.n, *table.address,
+                                           observation);
 }
 
-int64_t draw(Pointer<const DeviceTable> table, Pointer<int64_t> indices, Pointer<float> weights,
-             int64_t device, uint64_t stream) {
-  return launch_cooperative<draw_kernel>(device, stream,
-                                         items_of(*table.address, table->batch_size),
-                                         *table.address, indices.address, weights.address);
+int64_t draw(Pointer<const DeviceTable> table, const Batch& batch, int64_t device,
+             uint64_t stream) {
+  return launch_cooperative<draw_kernel>(
+      device, stream, items_of(*table.address, table->batch_size), *table.address, batch);
 }
 
-int64_t update_and_draw(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
-                        Pointer<const float> observed, Pointer<const float> weights,
-                        Pointer<const float> score, int64_t n, Pointer<const float> mean_grad,
-                        int64_t num_classes, Pointer<int64_t> next_indices,
-                        Pointer<float> next_weights, int64_t device, uint64_t stream) {
-  const Minibatch minibatch{indices, observed, weights, score, n, mean_grad, num_classes};
-  const int64_t items = n > table->batch_size ? n : table->batch_size;
+int64_t update_and_draw(Pointer<const DeviceTable> table, const Observation& observation,
+                        const Batch& next_batch, int64_t device, uint64_t stream) {
+  const int64_t items = observation.n > table->batch_size ? observation.n : table->batch_size;
   return launch_cooperative<update_and_draw_kernel>(device, stream, items_of(*table.address, items),
-                                                    *table.address, minibatch, next_indices.address,
-                                                    next_weights.address);
+                                                    *table.address, observation, next_batch);
 }
 
 int64_t load_sampler(int64_t device) {

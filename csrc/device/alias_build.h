@@ -227,10 +227,10 @@ FASTIS_HD void find_next_heavy(Block& block, const AliasJob& job, int64_t tile, 
 template <class Block>
 FASTIS_HD void build_part(Block& block, PartMemory& memory, const AliasJob& job, const Place& from,
                           const Place& to) {
-  const int light_room = static_cast<int>((to.light - from.light + 1) * kTile);
+  const int light_capacity = static_cast<int>((to.light - from.light + 1) * kTile);
   const Side<false> light(block, job, from.light, to.light, memory.sums, memory.position, nullptr);
-  const Side<true> heavy(block, job, from.heavy, to.heavy, memory.sums + light_room + 1,
-                         memory.position + light_room, memory.coefficient);
+  const Side<true> heavy(block, job, from.heavy, to.heavy, memory.sums + light_capacity + 1,
+                         memory.position + light_capacity, memory.coefficient);
   block.wait();  // until all items' sums are there
   const int bits = job.buckets.bits;
   const int first_light = light.first_from(from.light_end),

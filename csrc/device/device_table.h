@@ -1,6 +1,6 @@
 // A sampler's memory on the device: that of table.h, with a tree of plain sums and counts (one
 // integer atomic a level adds to it, and integer atomics commute), a top level of up to 1024 nodes
-// that a block reads whole, and what a launch needs besides. Bytes a sample: 16 for the record,
+// that a block reads whole, and what a launch needs besides. Bytes a sample: 16 for the state,
 // 16/15 x (8 + 4 + 4)/4 = 4.3 for the nodes, 4 for the claims.
 //
 // An item is capped, by the flag of its code, exactly if it weighs more than scalars.theta. A draw
@@ -8,8 +8,7 @@
 // scalars.ceiling and capped_floor tell, all flags are right for it as well.
 #pragma once
 
-#include "device/divisor.h"
-#include "layout.h"
+#include "flatten.h"
 
 namespace fastis {
 
@@ -19,12 +18,12 @@ constexpr int64_t kNoFloor = 0x7FFFFFFFFFFFFFFF;  // capped_floor while nothing 
 
 // What changes when the items are cut at another theta than that of their flags.
 struct Cut {
-  int64_t light, capped;  // weight that light items gain, number that capped ones gain
-  int64_t moved;          // items that change sides
-  int64_t ceiling;        // the largest weight seen that is light then
-  int64_t from_largest;   // kNoFloor less the smallest weight that is capped then
+  int64_t uncapped, capped;  // weight that uncapped items gain, number that capped ones gain
+  int64_t moved;             // items that change sides
+  int64_t ceiling;           // the largest weight seen that is uncapped then
+  int64_t from_largest;      // kNoFloor less the smallest weight that is capped then
   FASTIS_HD Cut operator+(const Cut& o) const {
-    return {light + o.light, capped + o.capped, moved + o.moved,
+    return {uncapped + o.uncapped, capped + o.capped, moved + o.moved,
             ceiling > o.ceiling ? ceiling : o.ceiling,
             from_largest > o.from_largest ? from_largest : o.from_largest};
   }
@@ -32,31 +31,19 @@ struct Cut {
 
 // Partial results of a launch, zeros at first.
 struct Work {
-  int64_t outside;                    // new weights beyond the range of e0
-  int64_t seen, largest, sum, total;  // of a rescale
-  int64_t turn;                       // which of the cuts is clear and next in turn
+  Rescale rescale;
+  int64_t turn;  // which of the cuts is clear and next in turn
   Cut cuts[3];
 };
 static_assert(sizeof(Work) == 21 * 8);
 
 struct DeviceTable : Table {
-  uint64_t* sums = nullptr;    // [K] weights of the light (seen, not capped) items below a node
+  uint64_t* sums = nullptr;    // [K] weights of the uncapped (seen, not capped) items below a node
   uint32_t* unseen = nullptr;  // [K] how many items below a node are unseen
   uint32_t* capped = nullptr;  // [K] how many are capped
   uint32_t* claims = nullptr;  // [N] the position that updates a sample; kUnclaimed between updates
   Work* work = nullptr;        // [1]
   unsigned* arrivals = nullptr;  // [1] blocks that have arrived at the end of a launch
-
-  // What would be divisions.
-  uint64_t max_capped = 0;      // the most items that can be at the cap, ceil(B/D) - 1
-  uint64_t theta_quotient = 0;  // 2^62 / numerator of D
-  device::Divisor batch;        // B
-
-  void derive() {
-    max_capped = (static_cast<uint64_t>(batch_size) * cap_denominator - 1) / cap_numerator;
-    theta_quotient = static_cast<uint64_t>(kNoCap) / cap_numerator;
-    batch = device::Divisor(static_cast<uint64_t>(batch_size));
-  }
 };
 
 }  // namespace fastis

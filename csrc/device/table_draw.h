@@ -1,26 +1,28 @@
 // The draw on the device: a thread a draw. A block reads the top level whole and searches it in
 // shared memory; below it a draw reads the 16 sums (and numbers of unseen items) of a level at
-// once, then one cache line of records.
+// once, then one cache line of states.
 #pragma once
 
-#include "device/flatten.h"
 #include "device/table_update.h"
+#include "device/update_cap.h"
 
 namespace fastis::device {
 
-// A node of the top level, and where one begins: the weights and the capped items before it.
+// A node of the top level, and the weights and capped items before one.
 struct TopNode {
   uint64_t sum;
   uint32_t unseen, capped;
 };
 
-struct Start {
+struct Prefix {
   uint64_t weight = 0;
   uint32_t capped = 0;
-  FASTIS_HD Start operator+(const Start& o) const { return {weight + o.weight, capped + o.capped}; }
+  FASTIS_HD Prefix operator+(const Prefix& o) const {
+    return {weight + o.weight, capped + o.capped};
+  }
 };
 
-struct TopStarts {
+struct TopPrefix {
   uint64_t weight[kDeviceTop];
   uint32_t capped[kDeviceTop];
 };
@@ -35,7 +37,7 @@ FASTIS_HD auto read_top(const Block& block, const DeviceTable& t) {
 
 // kRadix numbers that lie side by side, aligned to 16 bytes: on a GPU a few accesses at once.
 template <class T>
-FASTIS_HD inline void read_group(const T* from, uint64_t (&out)[kRadix]) {
+FASTIS_HD inline void read_node(const T* from, uint64_t (&out)[kRadix]) {
   constexpr int kPart = 16 / sizeof(T);
   struct alignas(16) Part {
     T value[kPart];
@@ -45,7 +47,7 @@ FASTIS_HD inline void read_group(const T* from, uint64_t (&out)[kRadix]) {
   for (int i = 0; i < kRadix; ++i) out[i] = parts[i / kPart].value[i % kPart];
 }
 
-// The first of the weights whose end lies beyond x, or the last; x is then counted from its start.
+// The first weight whose running sum exceeds x, or the last; x then counts from its beginning.
 template <int n>
 FASTIS_HD inline int pick(const uint64_t (&weights)[n], uint64_t& x) {
   uint64_t end = 0, start = 0;
@@ -60,13 +62,13 @@ FASTIS_HD inline int pick(const uint64_t (&weights)[n], uint64_t& x) {
   return which;
 }
 
-// The last of the nodes that starts at or below x.
+// The last of the nodes whose prefix sum is at most x.
 template <class T>
-FASTIS_HD inline int64_t last_start(const T* starts, int64_t size, uint64_t x) {
+FASTIS_HD inline int64_t last_at_or_below(const T* prefix, int64_t size, uint64_t x) {
   int64_t low = 0, high = size;
   while (high - low > 1) {
     const int64_t middle = (low + high) / 2;
-    (starts[middle] <= x ? low : high) = middle;
+    (prefix[middle] <= x ? low : high) = middle;
   }
   return low;
 }
@@ -83,15 +85,15 @@ class Distribution {
         unseen_(flattening.unseen),
         offset_(flattening.offset),
         theta_(flattening.theta),
-        starts_(block.template memory<TopStarts>()) {
-    const Start all = block.template running_sums<Start>(
+        prefix_(block.template memory<TopPrefix>()) {
+    const Prefix all = block.template running_sums<Prefix>(
         held,
         [&](int64_t node, const TopNode& of) {
-          return Start{of.sum + of.unseen * unseen_ + offset_of(top_, node), of.capped};
+          return Prefix{of.sum + of.unseen * unseen_ + offset_of(top_, node), of.capped};
         },
-        [&](int64_t node, const Start& start) {
-          starts_.weight[node] = start.weight;
-          starts_.capped[node] = start.capped;
+        [&](int64_t node, const Prefix& before) {
+          prefix_.weight[node] = before.weight;
+          prefix_.capped[node] = before.capped;
         });
     capped_total_ = all.capped > 0 ? all.capped * theta_.value : 0;
     total_ = capped_total_ + all.weight;
@@ -101,8 +103,8 @@ class Distribution {
 
   FASTIS_HD void find(uint64_t x, int64_t& index, float& coefficient) const {
     uint64_t weight = theta_.value;
-    const int64_t found =
-        x < capped_total_ ? find_capped(theta_.divide(x)) : find_light(x - capped_total_, weight);
+    const int64_t found = x < capped_total_ ? find_capped(theta_.divide(x))
+                                            : find_uncapped(x - capped_total_, weight);
     index = found < t_.num_samples ? found : t_.num_samples - 1;
     // 1 / (N p)
     const double samples = static_cast<double>(t_.num_samples);
@@ -113,30 +115,30 @@ class Distribution {
  private:
   // Capped item number x.
   FASTIS_HD int64_t find_capped(uint64_t x) const {
-    int64_t node = last_start(starts_.capped, t_.levels.size[top_], x);
-    x -= starts_.capped[node];
+    int64_t node = last_at_or_below(prefix_.capped, t_.levels.size[top_], x);
+    x -= prefix_.capped[node];
     for (int level = top_ - 1; level >= 0; --level) {
       uint64_t counts[kRadix];
-      read_group(t_.capped + t_.levels.first[level] + node * kRadix, counts);
+      read_node(t_.capped + t_.levels.first[level] + node * kRadix, counts);
       node = child_of(level, node, pick(counts, x));
     }
-    Record records[kLeaf];
-    read_leaf(t_, node, records);
+    State states[kLeaf];
+    read_leaf(t_, node, states);
     uint64_t flags[kLeaf];
-    for (int j = 0; j < kLeaf; ++j) flags[j] = records[j].code >> 31;
+    for (int j = 0; j < kLeaf; ++j) flags[j] = states[j].code >> 31;
     return node * kLeaf + pick(flags, x);
   }
 
-  FASTIS_HD int64_t find_light(uint64_t x, uint64_t& weight) const {
-    int64_t node = last_start(starts_.weight, t_.levels.size[top_], x);
-    x -= starts_.weight[node];
+  FASTIS_HD int64_t find_uncapped(uint64_t x, uint64_t& weight) const {
+    int64_t node = last_at_or_below(prefix_.weight, t_.levels.size[top_], x);
+    x -= prefix_.weight[node];
     for (int level = top_ - 1; level >= 0; --level) {
       node = child_of(level, node, pick_child(level, node * kRadix, x));
     }
-    Record records[kLeaf];
-    read_leaf(t_, node, records);
+    State states[kLeaf];
+    read_leaf(t_, node, states);
     uint64_t weights[kLeaf];
-    for (int j = 0; j < kLeaf; ++j) weights[j] = weight_of_record(records[j]);
+    for (int j = 0; j < kLeaf; ++j) weights[j] = weight_of(states[j]);
     const int j = pick(weights, x);
     weight = j < 2 ? (j == 0 ? weights[0] : weights[1]) : (j == 2 ? weights[2] : weights[3]);
     return node * kLeaf + j;
@@ -145,10 +147,10 @@ class Distribution {
   FASTIS_HD int pick_child(int level, int64_t first, uint64_t& x) const {
     const int64_t at = t_.levels.first[level] + first;
     uint64_t weights[kRadix];
-    read_group(t_.sums + at, weights);
+    read_node(t_.sums + at, weights);
     if (unseen_ != 0) {
       uint64_t unseen[kRadix];
-      read_group(t_.unseen + at, unseen);
+      read_node(t_.unseen + at, unseen);
       for (int i = 0; i < kRadix; ++i) weights[i] += unseen[i] * unseen_;
     }
     if (offset_ != 0) {
@@ -168,91 +170,85 @@ class Distribution {
     return static_cast<uint64_t>(left < 0 ? 0 : left < span ? left : span) * offset_;
   }
 
-  FASTIS_HD uint64_t weight_of_record(const Record& record) const {
-    const uint64_t beside = offset_ + (record.last < 0 ? unseen_ : 0);
-    return light_weight(record.code, exponent_of_table(t_)) +
-           (record.code & kCappedFlag ? 0 : beside);
+  FASTIS_HD uint64_t weight_of(const State& state) const {
+    const uint64_t beside = offset_ + (state.last < 0 ? unseen_ : 0);
+    return uncapped_weight(state.code, exponent_of_table(t_)) +
+           (state.code & kCappedFlag ? 0 : beside);
   }
 
   const DeviceTable& t_;
   int top_;
   uint64_t unseen_, offset_, capped_total_ = 0, total_ = 0;
   Divisor theta_;
-  TopStarts& starts_;
+  TopPrefix& prefix_;
 };
-
-// As slice_point() of philox.h: a point in slice b of B from one below the total.
-FASTIS_HD inline uint64_t slice_point(const Divisor& batch, uint64_t b, uint64_t u,
-                                      uint64_t total) {
-  const uint64_t quotient = batch.divide(total), remainder = total - quotient * batch.value;
-  return b * quotient + batch.divide(b * remainder + u);
-}
 
 FASTIS_HD inline uint64_t point_of(const DeviceTable& t, uint64_t iteration, uint64_t total,
                                    int64_t b) {
   const uint64_t position = t.scheme == Scheme::systematic ? 0 : static_cast<uint64_t>(b);
   const uint64_t x = scale(random128(t.seed, Stream::draw, iteration, position), total);
-  return t.scheme == Scheme::multinomial ? x : slice_point(t.batch, b, x, total);
+  return t.scheme == Scheme::multinomial ? x : slice_point(t, static_cast<uint64_t>(b), x, total);
 }
 
 template <class Grid>
 FASTIS_HD void draw_by_importance(Grid& grid, const DeviceTable& t, int64_t iteration,
-                                  int64_t* indices, float* weights) {
+                                  const Batch& batch) {
   const auto& block = grid.block();
   auto top = read_top(block, t);  // under way while the flattening is computed
   Flattening flattening = flattening_of(t);
-  if (!flattening.settled) {
+  if (!flattening.up_to_date) {
     flattening = update_flattening(grid, t);
     top = read_top(block, t);
   }
   const Distribution distribution(block, t, flattening, top);
   grid.each(t.batch_size, [&](int64_t b) {
-    distribution.find(point_of(t, iteration, distribution.total(), b), indices[b], weights[b]);
+    distribution.find(point_of(t, iteration, distribution.total(), b), batch.indices[b],
+                      batch.weights[b]);
   });
 }
 
 // The minibatch of `iteration`, the clock of draws, which stands still meanwhile.
 template <class Grid>
-FASTIS_HD void draw_minibatch(Grid& grid, const DeviceTable& t, int64_t iteration, int64_t* indices,
-                              float* weights) {
+FASTIS_HD void draw_minibatch(Grid& grid, const DeviceTable& t, int64_t iteration,
+                              const Batch& batch) {
   if (iteration < t.warmup_draws) {
     const int64_t epoch = iteration / t.batches_per_epoch;
     const int64_t first = (iteration - epoch * t.batches_per_epoch) * t.batch_size;
     const Permutation permutation(t.seed, epoch, t.num_samples);
     grid.each(t.batch_size, [&](int64_t b) {
-      indices[b] = static_cast<int64_t>(permutation(first + b));
-      weights[b] = 1.0f;
+      batch.indices[b] = static_cast<int64_t>(permutation(first + b));
+      batch.weights[b] = 1.0f;
     });
-  } else if (t.records == nullptr) {
+  } else if (t.states == nullptr) {
     grid.each(t.batch_size, [&](int64_t b) {
       const Random128 random = random128(t.seed, Stream::draw, iteration, b);
-      indices[b] = static_cast<int64_t>(scale(random, t.num_samples));
-      weights[b] = 1.0f;
+      batch.indices[b] = static_cast<int64_t>(scale(random, t.num_samples));
+      batch.weights[b] = 1.0f;
     });
   } else {
-    draw_by_importance(grid, t, iteration, indices, weights);
+    draw_by_importance(grid, t, iteration, batch);
   }
 }
 
 template <class Grid>
-FASTIS_HD void draw(Grid& grid, const DeviceTable& t, int64_t* indices, float* weights) {
-  draw_minibatch(grid, t, t.scalars->draws, indices, weights);
+FASTIS_HD void draw(Grid& grid, const DeviceTable& t, const Batch& batch) {
+  draw_minibatch(grid, t, t.scalars->draws, batch);
   grid.last([&] { ++t.scalars->draws; });
 }
 
 template <class Grid>
-FASTIS_HD void update_and_draw(Grid& grid, const DeviceTable& t, const Minibatch& m,
-                               int64_t* indices, float* weights) {
+FASTIS_HD void update_and_draw(Grid& grid, const DeviceTable& t, const Observation& o,
+                               const Batch& next_batch) {
   const int64_t iteration = t.scalars->draws;
-  const Products products = add_products(grid, m);
-  if (t.records != nullptr) {
-    update_records(grid, t, m);
+  const Products products = add_products(grid, o);
+  if (t.states != nullptr) {
+    update_states(grid, t, o);
   } else {
     grid.wait();  // all have read the clock
   }
-  draw_minibatch(grid, t, iteration, indices, weights);
+  draw_minibatch(grid, t, iteration, next_batch);
   grid.once([&] {
-    finish_update(t, m, products);
+    finish_update(t, o, products);
     ++t.scalars->draws;
   });
 }

@@ -7,23 +7,13 @@
 
 namespace fastis::device {
 
-struct Minibatch {
-  const int64_t* indices;  // [n]
-  const float* observed;   // [n]
-  const float* weights;    // [n]
-  const float* score;      // [n]
-  int64_t n;
-  const float* mean_grad;  // [C]
-  int64_t num_classes;
-};
-
-// What the items of a block change besides their own records and nodes; what seldom changes is
+// What the items of a block change besides their own states and nodes; what seldom changes is
 // added one by one.
 struct Tally {
-  uint64_t total = 0, light = 0;
+  uint64_t total = 0, uncapped = 0;
   int64_t seen = 0, ceiling = 0, capped_floor = kNoFloor;
   FASTIS_HD Tally operator+(const Tally& o) const {
-    return {total + o.total, light + o.light, seen + o.seen,
+    return {total + o.total, uncapped + o.uncapped, seen + o.seen,
             ceiling > o.ceiling ? ceiling : o.ceiling,
             capped_floor < o.capped_floor ? capped_floor : o.capped_floor};
   }
@@ -33,41 +23,20 @@ FASTIS_HD inline bool in_table(const Table& t, int64_t index) {
   return static_cast<uint64_t>(index) < static_cast<uint64_t>(t.num_samples);
 }
 
-struct Clock {
-  int32_t now;
-  float tau, floor;
-  int exponent, max_shift;
-  bool valid;
-  uint64_t theta;
-};
-
-FASTIS_HD inline Clock read_clock(const Table& t, int64_t n) {
-  const Scalars& s = *t.scalars;
-  const int exponent = exponent_of_table(t);
-  const bool valid = s.valid != 0;
-  return {clock_of(s.updates),
-          tau_at(t, s.updates),
-          floor_of(static_cast<uint64_t>(s.total), s.seen, exponent, t.floor),
-          exponent,
-          max_shift(n),
-          valid,
-          static_cast<uint64_t>(valid ? s.theta : kNoCap)};
-}
-
-FASTIS_HD inline void claim(const DeviceTable& t, const Minibatch& m, int32_t now, int64_t b) {
-  const int64_t index = m.indices[b];
-  if (!in_table(t, index) || !usable(m.observed[b])) return;
-  const int32_t last = t.records[index].last;
+FASTIS_HD inline void claim(const DeviceTable& t, const Observation& o, int32_t now, int64_t b) {
+  const int64_t index = o.indices[b];
+  if (!in_table(t, index) || !usable(o.observed[b])) return;
+  const int32_t last = t.states[index].last;
   if (last < 0 || interval(now, last) > 0) atomic_min(t.claims + index, static_cast<uint32_t>(b));
 }
 
 // An item's new weight in the tree, on the side of theta where it belongs.
-FASTIS_HD inline void reweigh(const DeviceTable& t, int64_t index, const Record& old,
-                              uint64_t weight, bool is_capped, Tally& tally) {
+FASTIS_HD inline void move_weight(const DeviceTable& t, int64_t index, const State& old,
+                                  uint64_t weight, bool is_capped, Tally& tally) {
   const bool was_capped = (old.code & kCappedFlag) != 0;
-  const uint64_t before = light_weight(old.code, exponent_of_table(t));
-  tally.light = (is_capped ? 0 : weight) - before;
-  if (tally.light != 0) add_above(t, t.sums, index, tally.light);
+  const uint64_t before = uncapped_weight(old.code, exponent_of_table(t));
+  tally.uncapped = (is_capped ? 0 : weight) - before;
+  if (tally.uncapped != 0) add_above(t, t.sums, index, tally.uncapped);
   if (old.last < 0) add_above(t, t.unseen, index, ~0u);
   if (is_capped != was_capped) {
     add_above(t, t.capped, index, is_capped ? 1u : ~0u);
@@ -77,37 +46,37 @@ FASTIS_HD inline void reweigh(const DeviceTable& t, int64_t index, const Record&
 }
 
 // The winner gives the claim back; a loser then finds another's position or none, never its own.
-FASTIS_HD inline Tally apply(const DeviceTable& t, const Minibatch& m, const Clock& clock,
+FASTIS_HD inline Tally apply(const DeviceTable& t, const Observation& o, const UpdateParameters& p,
                              int64_t b) {
   Tally tally;
-  const int64_t index = m.indices[b];
+  const int64_t index = o.indices[b];
   if (!in_table(t, index)) return tally;
-  const float x = m.observed[b];
+  const float x = o.observed[b];
   if (!usable(x)) {
     atomic_add(&t.scalars->skipped, int64_t{1});
     return tally;
   }
   if (load_relaxed(t.claims + index) != static_cast<uint32_t>(b)) return tally;
   store_relaxed(t.claims + index, kUnclaimed);
-  const Record old = t.records[index];
+  const State old = t.states[index];
   const bool fresh = old.last < 0, anew = fresh || t.tau < 0;
-  Record record{anew ? x : old.mean, anew ? 0.0f : old.var, clock.now, 0};
-  observe(record.mean, record.var, x, static_cast<float>(fresh ? 1 : interval(clock.now, old.last)),
-          clock.tau);
-  record.code = code_of(importance_of(record.mean, record.var, t.importance), clock.floor);
-  const int shift = exponent_of(record.code) - clock.exponent;
-  if (shift < 0 || shift > clock.max_shift) {
-    t.records[index] = record;
-    atomic_add(&t.work->outside, int64_t{1});  // the table will be rescaled from its state
+  State state{anew ? x : old.mean, anew ? 0.0f : old.var, p.now, 0};
+  observe(state.mean, state.var, x, static_cast<float>(fresh ? 1 : interval(p.now, old.last)),
+          p.tau);
+  state.code = code_of(importance_of(state.mean, state.var, t.importance), p.floor);
+  const int shift = exponent_of(state.code) - p.exponent;
+  if (shift < 0 || shift > p.max_shift) {
+    t.states[index] = state;
+    atomic_add(&t.work->rescale.outside, int64_t{1});  // the table will be rescaled from its state
     return tally;
   }
-  const uint64_t weight = weight_of(record.code, clock.exponent);
-  tally.total = weight - light_weight(old.code & ~kCappedFlag, clock.exponent);
+  const uint64_t weight = weight_of(state.code, p.exponent);
+  tally.total = weight - uncapped_weight(old.code & ~kCappedFlag, p.exponent);
   tally.seen = fresh;
-  const bool is_capped = weight > clock.theta;
-  if (clock.valid) reweigh(t, index, old, weight, is_capped, tally);
-  if (is_capped) record.code |= kCappedFlag;
-  t.records[index] = record;
+  const bool is_capped = weight > p.theta;
+  if (p.valid) move_weight(t, index, old, weight, is_capped, tally);
+  if (is_capped) state.code |= kCappedFlag;
+  t.states[index] = state;
   return tally;
 }
 
@@ -120,23 +89,23 @@ struct Products {
   }
 };
 
-FASTIS_HD inline Products products_of(const Minibatch& m, int64_t i) {
+FASTIS_HD inline Products products_of(const Observation& o, int64_t i) {
   Products p;
-  if (i < m.n) {
-    const double score = m.score[i], first = double(m.weights[i]) * score;
-    p = {first * first, first * score, first, 0, usable(m.observed[i]) ? 0.0 : 1.0};
+  if (i < o.n) {
+    const double score = o.score[i], first = double(o.weights[i]) * score;
+    p = {first * first, first * score, first, 0, usable(o.observed[i]) ? 0.0 : 1.0};
   }
-  if (i < m.num_classes) p.mean_squared = double(m.mean_grad[i]) * double(m.mean_grad[i]);
+  if (i < o.num_classes) p.mean_squared = double(o.mean_grad[i]) * double(o.mean_grad[i]);
   return p;
 }
 
 // On the first thread of a block that is not needed elsewhere.
 template <class Grid>
-FASTIS_HD Products add_products(Grid& grid, const Minibatch& m) {
+FASTIS_HD Products add_products(Grid& grid, const Observation& o) {
   Products sum;
   grid.aside([&](auto& block) {
     block.template reduce<Products>(
-        m.n > m.num_classes ? m.n : m.num_classes, [&](int64_t i) { return products_of(m, i); },
+        o.n > o.num_classes ? o.n : o.num_classes, [&](int64_t i) { return products_of(o, i); },
         [&](const Products& all) { sum = all; });
   });
   return sum;
@@ -144,39 +113,39 @@ FASTIS_HD Products add_products(Grid& grid, const Minibatch& m) {
 
 // The end of an iteration of the clock of updates, on the thread that has the products. Nobody
 // waits for it: a dozen divisions, one after the other.
-FASTIS_HD inline void finish_update(const Table& t, const Minibatch& m, const Products& p) {
-  const double n = static_cast<double>(m.n), first = p.first / n;
-  // With records, apply() has counted them.
-  if (t.records == nullptr) t.scalars->skipped += static_cast<int64_t>(p.unusable);
+FASTIS_HD inline void finish_update(const Table& t, const Observation& o, const Products& p) {
+  const double n = static_cast<double>(o.n), first = p.first / n;
+  // In a table with states apply() has counted them.
+  if (t.states == nullptr) t.scalars->skipped += static_cast<int64_t>(p.unusable);
   smooth(t, {p.second / n, p.uniform / n, first * first, p.mean_squared}, n);
   ++t.scalars->updates;
 }
 
 template <class Grid>
-FASTIS_HD void update_records(Grid& grid, const DeviceTable& t, const Minibatch& m) {
+FASTIS_HD void update_states(Grid& grid, const DeviceTable& t, const Observation& o) {
   Scalars& s = *t.scalars;
-  const Clock clock = read_clock(t, m.n);
-  grid.each(m.n, [&](int64_t b) { claim(t, m, clock.now, b); });
+  const UpdateParameters p(t, o.n);
+  grid.each(o.n, [&](int64_t b) { claim(t, o, p.now, b); });
   grid.wait();  // all claims are there before the first winner is found
   grid.template reduce<Tally>(
-      m.n, [&](int64_t b) { return apply(t, m, clock, b); },
+      o.n, [&](int64_t b) { return apply(t, o, p, b); },
       [&](const Tally& tally) {
         atomic_add(&s.total, static_cast<int64_t>(tally.total));
-        atomic_add(&s.light, static_cast<int64_t>(tally.light));
+        atomic_add(&s.uncapped, static_cast<int64_t>(tally.uncapped));
         atomic_add(&s.seen, tally.seen);
         atomic_max(&s.ceiling, tally.ceiling);
         atomic_min(&s.capped_floor, tally.capped_floor);
       });
   grid.wait();  // all sums and totals are complete
-  if (t.work->outside != 0 || exceeds_limit(t, Unseen(t))) rescale(grid, t);
+  if (t.work->rescale.outside != 0 || exceeds_limit(t)) rescale(grid, t);
 }
 
 // Indices out of range are left out.
 template <class Grid>
-FASTIS_HD void update(Grid& grid, const DeviceTable& t, const Minibatch& m) {
-  const Products products = add_products(grid, m);
-  if (t.records != nullptr) update_records(grid, t, m);
-  grid.once([&] { finish_update(t, m, products); });
+FASTIS_HD void update(Grid& grid, const DeviceTable& t, const Observation& o) {
+  const Products products = add_products(grid, o);
+  if (t.states != nullptr) update_states(grid, t, o);
+  grid.once([&] { finish_update(t, o, products); });
 }
 
 }  // namespace fastis::device

@@ -194,7 +194,7 @@ class Table:
     @cached_property
     def handle(self) -> int:
         """Address of the CPU kernels' view; the structure is allocated on first use."""
-        nodes = _C.structure_nodes(self.constants.num_samples)
+        nodes = _C.tree_nodes(self.constants.num_samples)
         n, b = self.constants.num_samples, self.constants.batch_size
         # Where a capped item is drawn at least once a minibatch, a list of them saves time.
         listed = b + 64 if self.constants.max_capped < b else 0
@@ -203,9 +203,9 @@ class Table:
         return self._view_of(
             _C.Table,
             {
-                "starts": (nodes, torch.int64, 0),
-                "unseen_starts": (nodes, torch.int32, 0),
-                "capped_starts": (nodes, torch.int32, 0),
+                "prefix": (nodes, torch.int64, 0),
+                "unseen_prefix": (nodes, torch.int32, 0),
+                "capped_prefix": (nodes, torch.int32, 0),
                 "near": (near, torch.int64, 0),
                 "listed": (2 * listed, torch.int64, 0),
                 "flipped": (listed, torch.int64, 0),
@@ -218,7 +218,7 @@ class Table:
     def device_handle(self) -> int:
         """Address (on the host) of the device kernels' view; allocates on first use."""
         n = self.constants.num_samples
-        nodes = _C.device_structure_nodes(n)
+        nodes = _C.device_tree_nodes(n)
         return self._view_of(
             _C.DeviceTable,
             {
@@ -252,7 +252,7 @@ class Table:
             self._structure["arrivals"] = zeros((1,), torch.int32, self.device)
         tensors: dict[str, Tensor | None] = {
             **dict.fromkeys(layout),
-            "records": self.states,
+            "states": self.states,
             "scalars": self.scalars,
             "variance": self.variance,
             **self._structure,

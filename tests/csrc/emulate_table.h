@@ -6,35 +6,26 @@
 
 namespace fastis::emulated {
 
-inline void update(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
-                   Pointer<const float> observed, Pointer<const float> weights,
-                   Pointer<const float> score, int64_t n, Pointer<const float> mean_grad,
-                   int64_t num_classes, uint64_t stride) {
+inline void update(Pointer<const DeviceTable> table, const Observation& observation,
+                   uint64_t stride) {
   device::HostGrid grid(stride);
-  device::update(grid, *table.address,
-                 {indices, observed, weights, score, n, mean_grad, num_classes});
+  device::update(grid, *table.address, observation);
 }
 
-inline void draw(Pointer<const DeviceTable> table, Pointer<int64_t> indices, Pointer<float> weights,
-                 uint64_t stride) {
+inline void draw(Pointer<const DeviceTable> table, const Batch& batch, uint64_t stride) {
   device::HostGrid grid(stride);
-  device::draw(grid, *table.address, indices.address, weights.address);
+  device::draw(grid, *table.address, batch);
+}
+
+inline void update_and_draw(Pointer<const DeviceTable> table, const Observation& observation,
+                            const Batch& next_batch, uint64_t stride) {
+  device::HostGrid grid(stride);
+  device::update_and_draw(grid, *table.address, observation, next_batch);
 }
 
 inline void rescale(Pointer<const DeviceTable> table, uint64_t stride) {
   device::HostGrid grid(stride);
   device::rescale(grid, *table.address);
-}
-
-inline void update_and_draw(Pointer<const DeviceTable> table, Pointer<const int64_t> indices,
-                            Pointer<const float> observed, Pointer<const float> weights,
-                            Pointer<const float> score, int64_t n, Pointer<const float> mean_grad,
-                            int64_t num_classes, Pointer<int64_t> next_indices,
-                            Pointer<float> next_weights, uint64_t stride) {
-  device::HostGrid grid(stride);
-  device::update_and_draw(grid, *table.address,
-                          {indices, observed, weights, score, n, mean_grad, num_classes},
-                          next_indices.address, next_weights.address);
 }
 
 }  // namespace fastis::emulated

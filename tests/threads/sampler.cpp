@@ -21,11 +21,11 @@ struct World {
   Variance variance{};
   Work work{};
   unsigned arrivals = 0;
-  std::vector<Record> records;
+  std::vector<State> states;
   std::vector<uint64_t> sums;
   std::vector<uint32_t> unseen, capped, claims;
 
-  World(int64_t n, Flatten flatten, bool has_records) {
+  World(int64_t n, Flatten flatten, bool has_states) {
     DeviceTable& t = table;
     t.num_samples = n;
     t.batch_size = kBatch;
@@ -41,14 +41,14 @@ struct World {
     t.flatten = flatten;
     t.levels = Levels(n, kDeviceTop);
     t.derive();
-    records.assign(static_cast<size_t>(n + kLeaf - 1) / kLeaf * kLeaf, Record{0, 0, -1, 0});
+    states.assign(static_cast<size_t>(n + kLeaf - 1) / kLeaf * kLeaf, State{0, 0, -1, 0});
     const auto nodes = static_cast<size_t>(t.levels.total());
     sums.resize(nodes);
     unseen.resize(nodes);
     capped.resize(nodes);
     claims.assign(static_cast<size_t>(n), kUnclaimed);
     scalars.exponent = kNoExponent;
-    t.records = has_records ? records.data() : nullptr;
+    t.states = has_states ? states.data() : nullptr;
     t.scalars = &scalars;
     t.variance = &variance;
     t.work = &work;
@@ -60,7 +60,7 @@ struct World {
   }
 
   bool operator==(const World& o) const {
-    return std::memcmp(records.data(), o.records.data(), records.size() * sizeof(Record)) == 0 &&
+    return std::memcmp(states.data(), o.states.data(), states.size() * sizeof(State)) == 0 &&
            sums == o.sums && unseen == o.unseen && capped == o.capped && claims == o.claims &&
            std::memcmp(&scalars, &o.scalars, sizeof scalars) == 0 && arrivals == 0 &&
            std::abs(variance.second - o.variance.second) <= 1e-12 * std::abs(o.variance.second);
@@ -70,13 +70,14 @@ struct World {
 struct Draws {
   std::vector<int64_t> indices = std::vector<int64_t>(kBatch);
   std::vector<float> weights = std::vector<float>(kBatch);
+  Batch batch() { return {{indices.data()}, {weights.data()}}; }
   bool operator==(const Draws& o) const { return indices == o.indices && weights == o.weights; }
 };
 
 class Test {
  public:
-  Test(unsigned blocks, int64_t n, Flatten flatten, bool has_records)
-      : blocks_(blocks), ours_(n, flatten, has_records), theirs_(n, flatten, has_records) {}
+  Test(unsigned blocks, int64_t n, Flatten flatten, bool has_states)
+      : blocks_(blocks), ours_(n, flatten, has_states), theirs_(n, flatten, has_states) {}
 
   // Scores that rise and fall by decades, with duplicates and unusable ones.
   bool run(int steps) {
@@ -90,8 +91,13 @@ class Test {
     }
     gradient.assign(kClasses, 0.1f);
     Draws batch;
-    update({indices.data(), all.data(), ones.data(), all.data(),
-            static_cast<int64_t>(indices.size()), gradient.data(), kClasses});
+    update({{indices.data()},
+            {ones.data()},
+            {all.data()},
+            {all.data()},
+            static_cast<int64_t>(indices.size()),
+            {gradient.data()},
+            kClasses});
     for (int step = 0; step < steps; ++step) {
       if (!draw(batch)) return failed("draw", step);
       std::vector<float> score(kBatch);
@@ -99,14 +105,18 @@ class Test {
       for (float& x : score) x = std::exp(3 * normal(random)) * trend;
       batch.indices[3] = batch.indices[1];
       score[5] = NAN;
-      const Minibatch minibatch{
-          batch.indices.data(), score.data(), batch.weights.data(), score.data(), kBatch,
-          gradient.data(),      kClasses};
+      const Observation observation{{batch.indices.data()},
+                                    {batch.weights.data()},
+                                    {score.data()},
+                                    {score.data()},
+                                    kBatch,
+                                    {gradient.data()},
+                                    kClasses};
       if (step % 3 == 0) {
-        update(minibatch);
+        update(observation);
       } else {
         Draws next;
-        if (!update_and_draw(minibatch, next)) return failed("update and draw", step);
+        if (!update_and_draw(observation, next)) return failed("update and draw", step);
       }
       if (!(ours_ == theirs_)) return failed("table", step);
     }
@@ -127,27 +137,22 @@ class Test {
     });
   }
 
-  void update(const Minibatch& m) {
-    on_threads([&](CudaGrid& grid) { device::update(grid, ours_.table, m); });
-    device::update(host_, theirs_.table, m);
+  void update(const Observation& o) {
+    on_threads([&](CudaGrid& grid) { device::update(grid, ours_.table, o); });
+    device::update(host_, theirs_.table, o);
   }
 
   bool draw(Draws& out) {
     Draws expected;
-    on_threads([&](CudaGrid& grid) {
-      device::draw(grid, ours_.table, out.indices.data(), out.weights.data());
-    });
-    device::draw(host_, theirs_.table, expected.indices.data(), expected.weights.data());
+    on_threads([&](CudaGrid& grid) { device::draw(grid, ours_.table, out.batch()); });
+    device::draw(host_, theirs_.table, expected.batch());
     return out == expected;
   }
 
-  bool update_and_draw(const Minibatch& m, Draws& out) {
+  bool update_and_draw(const Observation& o, Draws& out) {
     Draws expected;
-    on_threads([&](CudaGrid& grid) {
-      device::update_and_draw(grid, ours_.table, m, out.indices.data(), out.weights.data());
-    });
-    device::update_and_draw(host_, theirs_.table, m, expected.indices.data(),
-                            expected.weights.data());
+    on_threads([&](CudaGrid& grid) { device::update_and_draw(grid, ours_.table, o, out.batch()); });
+    device::update_and_draw(host_, theirs_.table, o, expected.batch());
     return out == expected;
   }
 

@@ -12,17 +12,16 @@ IS_ATOMIC = True  # an update or a draw is one call, which holds the GIL
 def update(table: Table, observation: Observation) -> None:
     """See :func:`fastis.kernels.reference.table.update`."""
     indices, weights, observed, score, mean_grad = observation
-    if not _C.update(
+    _C.update(
         table.handle,
         indices.data_ptr(),
-        observed.data_ptr(),
         weights.data_ptr(),
+        observed.data_ptr(),
         score.data_ptr(),
         indices.numel(),
         0 if mean_grad is None else mean_grad.data_ptr(),
         0 if mean_grad is None else mean_grad.numel(),
-    ):
-        table.check_indices(indices)
+    )
 
 
 def rescale(table: Table) -> None:

@@ -45,8 +45,8 @@ def _addresses(observation: Observation) -> tuple[int, ...]:
     indices, weights, observed, score, mean_grad = observation
     return (
         indices.data_ptr(),
-        observed.data_ptr(),
         weights.data_ptr(),
+        observed.data_ptr(),
         score.data_ptr(),
         indices.numel(),
         0 if mean_grad is None else mean_grad.data_ptr(),

@@ -1,4 +1,4 @@
-"""The sampling structure: rebuilt and compared integer by integer, the cap to the unit."""
+"""The tree: rebuilt and compared integer by integer, the cap to the unit."""
 
 from __future__ import annotations
 
@@ -21,39 +21,39 @@ def padded(values, size):
     return torch.nn.functional.pad(values, (0, -values.numel() % size)).view(-1, size)
 
 
-def assert_tree_holds(starts, of_items):
-    """``starts`` are where 16 nodes of 4 items begin, level by level, of the items' values."""
+def assert_prefix_sums(prefix, of_items):
+    """``prefix`` holds the prefix sums among 16 siblings, level by level, 4 items a leaf."""
     below, first = padded(of_items, 4).sum(1), 0
     while True:
         nodes = padded(below, 16)
         expected = (nodes.cumsum(1) - nodes).flatten()
-        assert torch.equal(starts[first : first + expected.numel()].long(), expected)
+        assert torch.equal(prefix[first : first + expected.numel()].long(), expected)
         first += expected.numel()
         if len(nodes) == 1:
             break
         below = nodes.sum(1)
-    assert first == starts.numel()
+    assert first == prefix.numel()
 
 
 def assert_tree(sampler):
     """The tree that the compiled draw has just used is that of the weights as they are drawn."""
     table = sampler._table
-    names = ("valid", "light", "num_capped", "theta", "unseen", "offset", "ceiling")
+    names = ("valid", "uncapped", "num_capped", "theta", "unseen", "offset", "ceiling")
     s = dict(zip(names, table.scalars[6:13].tolist(), strict=True))
     expected = distribution(table)
     assert s["valid"] == 1
     unseen = table.column(LAST) < 0
     capped = table.column(CODE) < 0
     assert torch.equal(capped.nonzero().flatten(), expected.capped)
-    light = torch.where(unseen | capped, 0, expected.weights - s["offset"])
-    assert_tree_holds(table._structure["starts"], light)
-    assert_tree_holds(table._structure["unseen_starts"], unseen.long())
-    assert_tree_holds(table._structure["capped_starts"], capped.long())
-    assert (light <= s["ceiling"]).all()
-    assert s["light"] == int(light.sum())
+    uncapped = torch.where(unseen | capped, 0, expected.weights - s["offset"])
+    assert_prefix_sums(table._structure["prefix"], uncapped)
+    assert_prefix_sums(table._structure["unseen_prefix"], unseen.long())
+    assert_prefix_sums(table._structure["capped_prefix"], capped.long())
+    assert (uncapped <= s["ceiling"]).all()
+    assert s["uncapped"] == int(uncapped.sum())
     assert s["num_capped"] == int(capped.sum())
-    total = s["light"] + s["num_capped"] * s["theta"] + s["unseen"] * int(unseen.sum())
-    assert total + s["offset"] * len(light) == expected.total
+    total = s["uncapped"] + s["num_capped"] * s["theta"] + s["unseen"] * int(unseen.sum())
+    assert total + s["offset"] * len(uncapped) == expected.total
 
 
 @pytest.mark.parametrize("n", [17, 300, 5000])

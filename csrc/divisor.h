@@ -6,7 +6,7 @@
 
 #include "philox.h"
 
-namespace fastis::device {
+namespace fastis {
 
 struct Divisor {
   uint64_t value = 1;
@@ -28,4 +28,4 @@ struct Divisor {
   }
 };
 
-}  // namespace fastis::device
+}  // namespace fastis

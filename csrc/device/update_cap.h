@@ -1,12 +1,7 @@
-// Flattening on the device. Every thread finds out for itself what items are drawn with; where
-// items have crossed the cap, all of them together bring the flags, theta and the counts up to
-// date.
-//
-// By "cap": theta is the root of f(theta) = sum of min(W, theta) - theta B / D, which is concave.
-// Newton's step from a theta at or above it is the water level of the items that are capped there,
-// and stays at or above the root, so the levels fall until one follows from itself (math:
-// flattening). Each of them is tried without moving an item; then those that lie between the old
-// theta and the new one move.
+// Flattening on the device; the arithmetic is that of csrc/flatten.h. Every thread finds out for
+// itself what items are drawn with; where items have crossed the cap, all of them together bring
+// theta, the flags and the counts up to date: levels are tried from above the root without moving
+// an item, then the items between the old theta and the new one move.
 #pragma once
 
 #include "device/tree.h"
@@ -15,29 +10,9 @@ namespace fastis::device {
 
 // What items are drawn with: capped ones theta, unseen ones `unseen`, and `offset` more each.
 struct Flattening {
-  bool settled;  // all flags are right for it
+  bool up_to_date;  // all flags are right for it
   uint64_t theta, unseen, offset;
 };
-
-// The largest weight with which `capped` items meet the cap beside a rest of weight `rest`:
-// water_level() of code.h. 0 if so many cannot.
-FASTIS_HD inline uint64_t level_of(const DeviceTable& t, uint64_t rest, uint64_t capped) {
-  if (capped > t.max_capped) return 0;
-  const uint64_t numerator = t.cap_numerator;
-  const Divisor divisor(static_cast<uint64_t>(t.batch_size) * t.cap_denominator -
-                        capped * numerator);
-  const uint64_t quotient = divisor.divide(rest), remainder = rest - quotient * divisor.value;
-  if (quotient >= t.theta_quotient) return static_cast<uint64_t>(kNoCap);
-  const uint64_t level = numerator * quotient + divisor.divide(numerator * remainder);
-  return level < static_cast<uint64_t>(kNoCap) ? level : static_cast<uint64_t>(kNoCap);
-}
-
-// ... with the unseen items, all of one weight, on the side of `theta` where they belong.
-FASTIS_HD inline uint64_t level_of(const DeviceTable& t, uint64_t light, uint64_t capped,
-                                   const Unseen& unseen, uint64_t theta) {
-  if (unseen.weight > theta) return level_of(t, light, capped + unseen.number);
-  return level_of(t, light + unseen.number * unseen.weight, capped);
-}
 
 FASTIS_HD inline uint64_t smaller(uint64_t a, uint64_t b) { return a < b ? a : b; }
 FASTIS_HD inline uint64_t larger(uint64_t a, uint64_t b) { return a < b ? b : a; }
@@ -45,11 +20,13 @@ FASTIS_HD inline uint64_t larger(uint64_t a, uint64_t b) { return a < b ? b : a;
 // Changes nothing. For most minibatches no item has crossed the cap.
 FASTIS_HD inline Flattening flattening_of(const DeviceTable& t) {
   const Scalars& s = *t.scalars;
-  const uint64_t ceiling = static_cast<uint64_t>(s.ceiling), light = static_cast<uint64_t>(s.light);
+  const uint64_t ceiling = static_cast<uint64_t>(s.ceiling),
+                 uncapped = static_cast<uint64_t>(s.uncapped);
   const uint64_t before = static_cast<uint64_t>(s.theta);
   const Unseen unseen(t);
   if (t.flatten == Flatten::none || !s.valid) return {s.valid != 0, kNoCap, unseen.weight, 0};
-  const uint64_t theta = level_of(t, light, static_cast<uint64_t>(s.num_capped), unseen, before);
+  const uint64_t theta =
+      water_level(t, uncapped, static_cast<uint64_t>(s.num_capped), unseen, before);
   if (t.flatten == Flatten::mix) {
     return {ceiling <= theta && unseen.weight <= theta, kNoCap, unseen.weight, 0};
   }
@@ -86,7 +63,7 @@ FASTIS_HD Cut cut_at(Grid& grid, const DeviceTable& t, int64_t turn, uint64_t wa
         return mine;
       },
       [&](const Cut& mine) {
-        atomic_add(&cut->light, mine.light);
+        atomic_add(&cut->uncapped, mine.uncapped);
         atomic_add(&cut->capped, mine.capped);
         atomic_add(&cut->moved, mine.moved);
         atomic_max(&cut->ceiling, mine.ceiling);
@@ -103,7 +80,7 @@ FASTIS_HD void move_items(Grid& grid, const DeviceTable& t, uint64_t watched, ui
     // Sums and counts below the node change on the way, but only by items that were visited.
     visit(t, level, node, watched, [&](int64_t index, uint64_t weight, bool was_capped) {
       if ((weight > theta) == was_capped) return;
-      t.records[index].code ^= kCappedFlag;
+      t.states[index].code ^= kCappedFlag;
       add_above(t, t.sums, index, was_capped ? weight : ~weight + 1);
       add_above(t, t.capped, index, was_capped ? ~0u : 1u);
     });
@@ -111,24 +88,25 @@ FASTIS_HD void move_items(Grid& grid, const DeviceTable& t, uint64_t watched, ui
   grid.wait();
 }
 
-// theta may fall by an eighth before the ceiling is reached and light items are searched again.
+// theta may fall by an eighth before the ceiling is reached and uncapped items are searched again.
 FASTIS_HD inline uint64_t watched_below(uint64_t theta) { return theta - theta / 8; }
 
 template <class Grid>
 FASTIS_HD Flattening update_cap(Grid& grid, const DeviceTable& t, const Unseen& unseen) {
   Scalars& s = *t.scalars;
-  const uint64_t light = static_cast<uint64_t>(s.light);
+  const uint64_t uncapped = static_cast<uint64_t>(s.uncapped);
   const uint64_t capped = static_cast<uint64_t>(s.num_capped);
-  uint64_t theta = level_of(t, light, capped, unseen, static_cast<uint64_t>(s.theta));
+  uint64_t theta = water_level(t, uncapped, capped, unseen, static_cast<uint64_t>(s.theta));
   // More are capped than can be: from where nothing is.
-  if (theta == 0) theta = level_of(t, static_cast<uint64_t>(s.total), 0, unseen, kNoCap);
+  if (theta == 0) theta = water_level(t, static_cast<uint64_t>(s.total), 0, unseen, kNoCap);
   Cut cut{};
   uint64_t ceiling = 0;
   int64_t turn = t.work->turn;
   for (;;) {
     cut = cut_at(grid, t, turn++, watched_below(theta), theta);
     ceiling = larger(static_cast<uint64_t>(cut.ceiling), watched_below(theta));
-    const uint64_t next = level_of(t, light + cut.light, capped + cut.capped, unseen, theta);
+    const uint64_t next =
+        water_level(t, uncapped + cut.uncapped, capped + cut.capped, unseen, theta);
     if (next >= theta || next == 0) break;
     const bool between = ceiling > next || (unseen.weight > next) != (unseen.weight > theta);
     theta = next;
@@ -137,7 +115,7 @@ FASTIS_HD Flattening update_cap(Grid& grid, const DeviceTable& t, const Unseen& 
   if (cut.moved > 0) move_items(grid, t, watched_below(theta), theta);
   grid.once([&] {
     t.work->turn = turn % 3;
-    s.light += cut.light;
+    s.uncapped += cut.uncapped;
     s.num_capped += cut.capped;
     s.theta = static_cast<int64_t>(theta);
     s.ceiling = static_cast<int64_t>(ceiling);
@@ -151,7 +129,7 @@ template <class Grid>
 FASTIS_HD Flattening update_mix(Grid& grid, const DeviceTable& t, const Unseen& unseen) {
   Scalars& s = *t.scalars;
   const uint64_t total = static_cast<uint64_t>(s.total) + unseen.number * unseen.weight;
-  const uint64_t level = level_of(t, total, 0);
+  const uint64_t level = water_level(t, total, 0);
   // Only what exceeds the cap as it is matters.
   const int64_t turn = t.work->turn;
   const Cut cut = cut_at(grid, t, turn, level, kNoCap);
@@ -161,7 +139,7 @@ FASTIS_HD Flattening update_mix(Grid& grid, const DeviceTable& t, const Unseen& 
     t.work->turn = (turn + 1) % 3;
     s.ceiling = static_cast<int64_t>(ceiling);
   });
-  return {true, kNoCap, unseen.weight, static_cast<uint64_t>(mix_offset(peak, total, t))};
+  return {true, kNoCap, unseen.weight, static_cast<uint64_t>(mix_offset(t, peak, total))};
 }
 
 template <class Grid>
