@@ -21,7 +21,7 @@ KNOWN_STACKS = {
 LOOPED = ("label_tiles_kernel", "distribution_tiles_kernel", "label_loss_kernel")
 MULTIPROCESSORS = 132  # of an H200
 # Nothing in these files may be read past the coherent caches: other blocks are writing.
-COHERENT = ("sampler.cu", "given_weights.cu")
+COHERENT = ("table.cu", "categorical.cu")
 # Instructions of the hot loops on sm_90, about 3 % above what releases 3.6.0 to 3.9.0 make of them:
 # an element of a sweep without and with a store, and a row of a tile.
 PER_ELEMENT = {

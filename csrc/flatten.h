@@ -86,12 +86,9 @@ struct Sum {
   FASTIS_HD Sum operator+(const Sum& o) const { return {value + o.value}; }
 };
 
-// Codes, e0 and totals anew from the states, with the floor at the present mean. O(N).
+// Codes without a floor; how many are seen, and the largest.
 template <class Grid>
-FASTIS_COLD void rescale(Grid& grid, const Table& t, Rescale& found) {
-  Scalars& s = *t.scalars;
-  grid.once([&] { found.seen = found.largest = found.sum = found.total = 0; });
-  grid.wait();  // ... and until every block has read why it rescales
+FASTIS_HD void code_states(Grid& grid, const Table& t, Rescale& found) {
   grid.template reduce<SeenCodes>(
       t.num_samples,
       [&](int64_t i) -> SeenCodes {
@@ -105,43 +102,63 @@ FASTIS_COLD void rescale(Grid& grid, const Table& t, Rescale& found) {
         device::atomic_max(&found.largest, codes.largest);
       });
   grid.wait();
-  const int64_t seen = found.seen;
+}
+
+// The floor, from a mean in integers relative to the largest weight: the same on every backend.
+template <class Grid>
+FASTIS_HD float floor_of_states(Grid& grid, const Table& t, Rescale& found) {
+  const int largest = exponent_of(static_cast<uint32_t>(found.largest));
+  const int spare = 62 - 16 - ceil_log2(static_cast<uint64_t>(t.num_samples));
+  grid.template reduce<Sum>(
+      t.num_samples,
+      [&](int64_t i) -> Sum {
+        const State& state = t.states[i];
+        const int below = largest - exponent_of(state.code);
+        if (state.last < 0 || below > 62) return {};
+        return {(mantissa_of(state.code) << spare) >> below};
+      },
+      [&](const Sum& sum) { device::atomic_add(&found.sum, static_cast<int64_t>(sum.value)); });
+  grid.wait();
+  return floor_of(static_cast<uint64_t>(found.sum), found.seen, largest - spare, t.floor);
+}
+
+// Raises codes to `least`; the sum of the integer weights.
+template <class Grid>
+FASTIS_HD void raise_codes(Grid& grid, const Table& t, Rescale& found, uint32_t least,
+                           int exponent) {
+  grid.template reduce<Sum>(
+      t.num_samples,
+      [&](int64_t i) -> Sum {
+        State& state = t.states[i];
+        if (state.last < 0) return {};
+        if (state.code < least) state.code = least;
+        return {weight_of(state.code, exponent)};
+      },
+      [&](const Sum& sum) { device::atomic_add(&found.total, static_cast<int64_t>(sum.value)); });
+  grid.wait();
+}
+
+// Codes, e0 and totals anew from the states, with the floor at the present mean. O(N).
+template <class Grid>
+FASTIS_COLD void rescale(Grid& grid, const Table& t, Rescale& found) {
+  Scalars& s = *t.scalars;
+  grid.once([&] { found.seen = found.largest = found.sum = found.total = 0; });
+  grid.wait();  // ... and until every block has read why it rescales
+  code_states(grid, t, found);
   int exponent = exponent_of_table(t);
-  if (seen > 0) {
-    const int largest = exponent_of(static_cast<uint32_t>(found.largest));
-    // The mean, in integers relative to the largest weight: the same on every backend.
-    const int spare = 62 - 16 - ceil_log2(static_cast<uint64_t>(t.num_samples));
-    grid.template reduce<Sum>(
-        t.num_samples,
-        [&](int64_t i) -> Sum {
-          const State& state = t.states[i];
-          const int below = largest - exponent_of(state.code);
-          if (state.last < 0 || below > 62) return {};
-          return {(mantissa_of(state.code) << spare) >> below};
-        },
-        [&](const Sum& sum) { device::atomic_add(&found.sum, static_cast<int64_t>(sum.value)); });
-    grid.wait();
-    const float floor = floor_of(static_cast<uint64_t>(found.sum), seen, largest - spare, t.floor);
-    const uint32_t least = code_of(floor, 0);  // rounding keeps the order: floor before or after it
-    // The floor's exponent is put `headroom` above e0, so that the mean may fall by that many
-    // powers of two (and rise by about as many) before the next rescale.
+  if (found.seen > 0) {
+    // Rounding keeps the order: the floor may come after it.
+    const uint32_t least = code_of(floor_of_states(grid, t, found), 0);
+    // `headroom` below the floor's exponent, so that the mean may fall by that many powers of two
+    // (and rise by about as many) before the next rescale.
     exponent = exponent_of(least) - t.headroom;
-    grid.template reduce<Sum>(
-        t.num_samples,
-        [&](int64_t i) -> Sum {
-          State& state = t.states[i];
-          if (state.last < 0) return {};
-          if (state.code < least) state.code = least;
-          return {weight_of(state.code, exponent)};
-        },
-        [&](const Sum& sum) { device::atomic_add(&found.total, static_cast<int64_t>(sum.value)); });
-    grid.wait();
+    raise_codes(grid, t, found, least, exponent);
   }
   grid.once([&] {
     s.valid = found.outside = 0;
-    s.seen = seen;
+    s.seen = found.seen;
     s.exponent = exponent;
-    if (seen > 0) s.total = found.total;
+    if (found.seen > 0) s.total = found.total;
   });
   grid.wait();  // for a draw in the same launch
 }

@@ -371,7 +371,7 @@ sampler = fastis.Sampler(5001, 64, method=EMAIS(warmup_epochs=0))
 table = sampler._table
 indices, weights = torch.empty(64, dtype=torch.int64), torch.empty(64)
 score = torch.rand(5001)
-arguments = (torch.arange(5001), score, torch.ones(5001), score)
+arguments = (torch.arange(5001), torch.ones(5001), score, score)
 native().update(table.device_handle, *(a.data_ptr() for a in arguments), 5001, 0, 0, 1)
 generator = torch.Generator().manual_seed(0)
 for name in ("sums", "unseen", "capped"):

@@ -1,4 +1,4 @@
-"""The sampler's CUDA code on the threads of a CPU, under ThreadSanitizer: every barrier is needed.
+"""The table's CUDA code on the threads of a CPU, under ThreadSanitizer: every barrier is needed.
 
 tests/threads stands in for CUDA below csrc/cuda/grid.cuh: a thread for each thread of a launch,
 real barriers, relaxed atomics. What runs is compared with csrc/device on HostGrid, and must be free
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 GRID = "cuda/grid.cuh"
-SAMPLER = (
+TABLE = (
     "flatten.h",
     "device/table_update.h",
     "device/tree.h",
@@ -37,7 +37,7 @@ SECONDS = 60
 def barriers() -> list[tuple[str, int]]:
     """File and line of every barrier; its number is its place in this list."""
     found = []
-    for name in (GRID, *SAMPLER, ALIAS):
+    for name in (GRID, *TABLE, ALIAS):
         for line, text in enumerate((ROOT / "csrc" / name).read_text().splitlines(), 1):
             found += [(name, line)] * len(BARRIER.findall(text))
     return found
@@ -49,7 +49,7 @@ BARRIERS = barriers()
 def instrumented(folder: Path) -> Path:
     """Copies of the sources whose barriers can be left out by number."""
     number = iter(range(len(BARRIERS)))
-    for name in (GRID, *SAMPLER, ALIAS):
+    for name in (GRID, *TABLE, ALIAS):
         source = (ROOT / "csrc" / name).read_text()
         target = folder / "csrc" / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -79,11 +79,11 @@ def programs(tmp_path_factory):
         pytest.skip("no ThreadSanitizer")
     flags += [f"-I{ROOT / 'tests/threads'}", f"-I{instrumented(folder)}", f"-I{ROOT / 'csrc'}"]
     flags += ["-DFASTIS_THREADS=8", "-DFASTIS_WARP=2"]
-    for name in ("sampler", "alias"):
+    for name in ("table", "alias"):
         source = ROOT / "tests/threads" / f"{name}.cpp"
         built = run([compiler, *flags, str(source), "-o", str(folder / name)], 300)
         assert built.returncode == 0, built.stderr
-    return {name: [*prefix, str(folder / name)] for name in ("sampler", "alias")}
+    return {name: [*prefix, str(folder / name)] for name in ("table", "alias")}
 
 
 def fault(program: list[str], blocks: int, left_out: int) -> str:
@@ -96,7 +96,7 @@ def fault(program: list[str], blocks: int, left_out: int) -> str:
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3])
-@pytest.mark.parametrize("name", ["sampler", "alias"])
+@pytest.mark.parametrize("name", ["table", "alias"])
 def test_no_races_and_equal_bits(programs, name, blocks):
     assert fault(programs[name], blocks, -1) == ""
 
@@ -107,7 +107,7 @@ def test_no_races_and_equal_bits(programs, name, blocks):
 def test_no_barrier_can_be_left_out(programs, number):
     name = BARRIERS[number][0]
     runs = {
-        GRID: [("sampler", 2), ("sampler", 1), ("alias", 2)],
+        GRID: [("table", 2), ("table", 1), ("alias", 2)],
         ALIAS: [("alias", 2), ("alias", 1)],
-    }.get(name, [("sampler", 2), ("sampler", 1)])
+    }.get(name, [("table", 2), ("table", 1)])
     assert any(fault(programs[program], blocks, number) for program, blocks in runs)

@@ -1,4 +1,4 @@
-// States on their way into a file and back: copied in one piece, and checked sample by sample.
+// Copying a table's states for saving and loading, and checking loaded ones.
 #include <cmath>
 #include <cstring>
 

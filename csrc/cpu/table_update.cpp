@@ -1,7 +1,7 @@
-// The update: scores of a minibatch into the state table, the tree and the variance
-// traces. Block by block: a pass of gathers, one of arithmetic (vectorised by the compiler), one of
-// scatters. A sample that was drawn twice is updated once: its first position sets `last` to the
-// present iteration, so that the second finds dt = 0.
+// The update: scores of a minibatch into the states, the tree and the variance traces. Block by
+// block: a pass of gathers, one of arithmetic (vectorised by the compiler), one of scatters. A
+// sample that was drawn twice is updated once: its first position sets `last` to the present
+// iteration, so that the second finds dt = 0.
 #include <algorithm>
 #include <cmath>
 
@@ -146,13 +146,6 @@ void add_to_tree(const Table& t, const Block& block, int exponent, Spread& sprea
   s.ceiling = std::max(s.ceiling, static_cast<int64_t>(weight_of(largest, exponent)));
 }
 
-void prefetch_first(const Table& t, const Observation& o, int end) {
-  for (int64_t b = 0; b < std::min<int64_t>(kBlock, o.n); ++b) {
-    prefetch_state(t, o.indices[b]);
-    if (t.scalars->valid) prefetch_nodes(t, o.indices[b], end);
-  }
-}
-
 void update_states(const Table& t, const Observation& o) {
   Scalars& s = *t.scalars;
   const UpdateParameters p(t, o.n);
@@ -161,7 +154,10 @@ void update_states(const Table& t, const Observation& o) {
   bool in_range = true;
   Block block;
   Spread spread(t, o.n);
-  prefetch_first(t, o, spread.level());
+  for (int64_t b = 0; b < std::min<int64_t>(kBlock, o.n); ++b) {
+    prefetch_state(t, o.indices[b]);
+    if (p.valid) prefetch_nodes(t, o.indices[b], spread.level());
+  }
   for (int64_t begin = 0; begin < o.n; begin += kBlock) {
     const int64_t size = std::min<int64_t>(kBlock, o.n - begin), end = begin + size;
     const int64_t ahead = std::min<int64_t>(size, o.n - end);

@@ -1,4 +1,4 @@
-// The sampler's launches: update, draw, both in one, and rescale. A minibatch of up to 256 is one
+// The launches of the table: update, draw, both in one, and rescale. A minibatch of up to 256 is one
 // block, launched like any kernel; more blocks are launched cooperatively, since a launch's phases
 // wait for each other. Bytes touched a sample: an update 64 (state, claim) and 8 a level, a draw
 // 128 a level (192 while samples are unseen) and 64.

@@ -1,6 +1,6 @@
-// A sampler's memory on the device: that of table.h, with a tree of plain sums and counts (one
+// A sampler's memory on the device: that of layout.h, with a tree of plain sums and counts (one
 // integer atomic a level adds to it, and integer atomics commute), a top level of up to 1024 nodes
-// that a block reads whole, and what a launch needs besides. Bytes a sample: 16 for the state,
+// that a block reads whole, and the partial results of a launch. Bytes a sample: 16 for the state,
 // 16/15 x (8 + 4 + 4)/4 = 4.3 for the nodes, 4 for the claims.
 //
 // An item is capped, by the flag of its code, exactly if it weighs more than scalars.theta. A draw

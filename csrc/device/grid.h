@@ -77,8 +77,8 @@ FASTIS_HD inline void store_relaxed(uint32_t* address, uint32_t value) {
 
 #ifndef __CUDACC__
 
-// A block of threads on the host; but for wait() and where it says so nothing waits. Index i of
-// each() is visited in an order that `stride` permutes.
+// A block of threads on the host. Only wait() and what says so is a barrier. Index i of each() is
+// visited in an order that `stride` permutes.
 class HostBlock {
  public:
   explicit HostBlock(uint64_t stride) : stride_(stride) {}
@@ -155,7 +155,7 @@ class HostBlock {
   uint64_t stride_;
 };
 
-// Nothing waits but wait().
+// All blocks of a launch on the host. Only wait() is a barrier.
 class HostGrid {
  public:
   explicit HostGrid(uint64_t stride) : block_(stride) {}

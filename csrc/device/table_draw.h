@@ -1,4 +1,4 @@
-// The draw on the device: a thread a draw. A block reads the top level whole and searches it in
+// The draw on the device: one thread per draw. A block reads the top level whole and searches it in
 // shared memory; below it a draw reads the 16 sums (and numbers of unseen items) of a level at
 // once, then one cache line of states.
 #pragma once

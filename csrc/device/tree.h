@@ -74,12 +74,11 @@ FASTIS_COLD void rebuild(Grid& grid, const DeviceTable& t) {
   for (int level = 1; level < t.levels.depth; ++level) {
     grid.wait();
     const int64_t first = t.levels.first[level], below = t.levels.first[level - 1];
-    const int64_t size = t.levels.size[level - 1];
     grid.each(t.levels.size[level], [&](int64_t node) {
       uint64_t weight = 0;
       uint32_t unseen = 0;
-      for (int64_t child = node * kRadix; child < (node + 1) * kRadix && child < size; ++child) {
-        weight += t.sums[below + child];
+      for (int64_t child = node * kRadix; child < (node + 1) * kRadix; ++child) {
+        weight += t.sums[below + child];  // 0 beyond the last
         unseen += t.unseen[below + child];
       }
       t.sums[first + node] = weight;
@@ -91,8 +90,7 @@ FASTIS_COLD void rebuild(Grid& grid, const DeviceTable& t) {
     Scalars& s = *t.scalars;
     s.uncapped = s.total;
     s.num_capped = 0;
-    s.theta = kNoCap;
-    s.ceiling = kNoCap;
+    s.theta = s.ceiling = kNoCap;
     s.capped_floor = kNoFloor;
     s.valid = 1;
   });
