@@ -246,7 +246,7 @@ def bytes_per_sample(n: int, batch_size: int) -> float:
     sampler = fastis.Sampler(n, batch_size)
     table = sampler._table
     _ = table.handle  # allocates the tree
-    tensors = [table.scalars, table.variance, table.states, *table._structure.values()]
+    tensors = [table.scalars, table.variance, table.states, *table._tree.values()]
     return sum(t.numel() * t.element_size() for t in tensors if t is not None) / n
 
 

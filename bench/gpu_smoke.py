@@ -113,7 +113,7 @@ def of_weights(values: Tensor) -> dict[str, Tensor]:
     kernels = fastis.kernels.kernels_for("categorical", values.device.type)
     quantized = kernels.quantize(values)
     table = kernels.alias_build(quantized)
-    points = kernels.random_integers(quantized.total, 5, 3, 10_000, values.device)
+    points = kernels.random_below(quantized.total, 5, 3, 10_000, values.device)
     indices, weights = kernels.draw(quantized, 5, 3, 1000)
     drawn, coefficients = kernels.alias_draw(table, quantized.total, 5, 3, 10_000)
     inverse = kernels.alias_inverse_cdf(table, quantized.total, points)

@@ -203,7 +203,7 @@ PYBIND11_MODULE(_C, m) {
   FASTIS_CPU(alias_build)
   FASTIS_CPU(alias_draw)
   FASTIS_CPU(alias_inverse_cdf)
-  FASTIS_CPU(random_integers)
+  FASTIS_CPU(random_below)
 
 #ifdef FASTIS_CUDA
   m.attr("cuda_targets") = FASTIS_CUDA_TARGETS;
@@ -227,6 +227,6 @@ PYBIND11_MODULE(_C, m) {
   FASTIS_DEVICE(alias_build)
   FASTIS_DEVICE(alias_draw)
   FASTIS_DEVICE(alias_inverse_cdf)
-  FASTIS_DEVICE(random_integers)
+  FASTIS_DEVICE(random_below)
 #endif
 }

@@ -118,8 +118,8 @@ int64_t alias_draw(const AliasTable& table, const Draws& draws, const Batch& bat
 int64_t alias_inverse_cdf(const AliasTable& table, Pointer<const uint64_t> points /* [count] */,
                           int64_t count, const Batch& batch /* [count] */, int64_t device,
                           uint64_t stream);
-int64_t random_integers(uint64_t total, const Draws& draws, Pointer<uint64_t> out /* [count] */,
-                        int64_t device, uint64_t stream);
+int64_t random_below(uint64_t total, const Draws& draws, Pointer<uint64_t> out /* [count] */,
+                     int64_t device, uint64_t stream);
 
 }  // namespace fastis::cuda
 #endif

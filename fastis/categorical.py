@@ -230,7 +230,7 @@ def _heat(
 ) -> tuple[Tensor, Tensor]:
     """The first arrivals among some items, the first of them item ``begin``: times and items."""
     n, device = values.numel(), values.device
-    numbers = _kernels(device).random_integers(1 << 62, seed, begin, n, device)
+    numbers = _kernels(device).random_below(1 << 62, seed, begin, n, device)
     # -log(1 - u), 0 < u < 1: of full precision near 0, where the winners are; neither 0 nor
     # infinite, so that a rate of 0 comes after all others.
     u = numbers.double().add_(0.5).mul_(2.0**-62 * (1 - 2.0**-53))

@@ -137,7 +137,7 @@ def test_points_and_what_they_fall_on_equal_the_cpus(count):
     table = fastis.AliasTable(torch.rand(1000, generator=seeded()))
     here = torch.device("cpu"), torch.device("cuda")
     points = [
-        kernels.random_integers(table._total, 2**63 + 5, 2**33 - 250, count, device)
+        kernels.random_below(table._total, 2**63 + 5, 2**33 - 250, count, device)
         for kernels, device in zip((cpu_categorical, cuda_categorical), here, strict=True)
     ]
     assert torch.equal(points[0], points[1].cpu())

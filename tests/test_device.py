@@ -89,7 +89,7 @@ def levels_of(leaves, most=1024):
 def assert_exact_tree(sampler):
     """After a draw: flags, tree and totals say what the reference says. The capped items."""
     table = sampler._table
-    tensors, scalars = table._structure, table.scalars
+    tensors, scalars = table._tree, table.scalars
     drawn = distribution(table)
     seen = table.column(LAST) >= 0
     capped = torch.zeros_like(seen)
@@ -377,7 +377,7 @@ generator = torch.Generator().manual_seed(0)
 for name in ("sums", "unseen", "capped"):
     for most in (1, 2**20):
         native().draw(table.device_handle, indices.data_ptr(), weights.data_ptr(), 1)
-        nodes = table._structure[name]
+        nodes = table._tree[name]
         kept = nodes.clone()
         nodes.random_(0, most, generator=generator)
         table.scalars[8] = 5  # capped items

@@ -101,8 +101,8 @@ def test_a_hundred_thousand_updates_leave_every_integer_right(flatten, resumed):
     if flatten == "cap":
         uncapped[drawn.capped] = 0
     assert int(table.scalars[TOTAL]) == int(weights.sum())
-    assert torch.equal(table._structure["prefix"], nodes(sampler, uncapped))
-    assert torch.equal(table._structure["unseen_prefix"].long(), nodes(sampler, (~seen).long()))
+    assert torch.equal(table._tree["prefix"], nodes(sampler, uncapped))
+    assert torch.equal(table._tree["unseen_prefix"].long(), nodes(sampler, (~seen).long()))
     weights_in_the_tree(sampler)
 
 

@@ -94,7 +94,7 @@ def test_the_same_draws_and_states(method, request):
         uniform = [i for i in range(warmup, STEPS) if bool((drawn[i].weights == 1).all())]
         assert 5 < len(uniform) < STEPS - warmup - 5
         for i in uniform:
-            numbers = cpu_categorical.random_integers(NUM_SAMPLES, 1, i * b, b, torch.device("cpu"))
+            numbers = cpu_categorical.random_below(NUM_SAMPLES, 1, i * b, b, torch.device("cpu"))
             assert torch.equal(drawn[i].indices, numbers)
 
 

@@ -43,7 +43,11 @@ FILES = [
     ),
 ]
 # By file: the two kinds of an alias table's items; the key of a saved state of version 1.
-OTHER_MEANING = {"alias": {"heavy", "light"}, "categorical": {"heavy", "light"}, "saved": {"records"}}
+OTHER_MEANING = {
+    "alias": {"heavy", "light"},
+    "categorical": {"heavy", "light"},
+    "saved": {"records"},
+}
 
 
 def identifiers(path):

@@ -60,7 +60,7 @@ def test_saving_takes_a_copy_and_loads_many_times():
 
 def addresses(sampler):
     table = sampler._table
-    tensors = [table.scalars, table.variance, table.states, *table._structure.values()]
+    tensors = [table.scalars, table.variance, table.states, *table._tree.values()]
     return [t.data_ptr() for t in (*tensors, *table.memory.values())]
 
 

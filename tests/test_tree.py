@@ -46,9 +46,9 @@ def assert_tree(sampler):
     capped = table.column(CODE) < 0
     assert torch.equal(capped.nonzero().flatten(), expected.capped)
     uncapped = torch.where(unseen | capped, 0, expected.weights - s["offset"])
-    assert_prefix_sums(table._structure["prefix"], uncapped)
-    assert_prefix_sums(table._structure["unseen_prefix"], unseen.long())
-    assert_prefix_sums(table._structure["capped_prefix"], capped.long())
+    assert_prefix_sums(table._tree["prefix"], uncapped)
+    assert_prefix_sums(table._tree["unseen_prefix"], unseen.long())
+    assert_prefix_sums(table._tree["capped_prefix"], capped.long())
     assert (uncapped <= s["ceiling"]).all()
     assert s["uncapped"] == int(uncapped.sum())
     assert s["num_capped"] == int(capped.sum())

@@ -181,10 +181,10 @@ struct BlockSums {
   int64_t lights = 0;
   uint64_t deficit = 0, surplus = 0;
 
-  void add(const uint64_t* integers, int begin, int end, uint64_t capacity) {
+  void add(const uint64_t* integer, int begin, int end, uint64_t capacity) {
     int64_t count = 0, gap_of_light = 0, gap_of_all = 0;
     for (int i = begin; i < end; ++i) {
-      const int64_t gap = static_cast<int64_t>(capacity - integers[i]);
+      const int64_t gap = static_cast<int64_t>(capacity - integer[i]);
       count += gap > 0;
       gap_of_light += gap > 0 ? gap : 0;
       gap_of_all += gap;
@@ -196,12 +196,12 @@ struct BlockSums {
 };
 
 BlockSums sum_block(const Job& job, int64_t block) {
-  alignas(64) uint64_t integers[kBlock + kPadding];
+  alignas(64) uint64_t integer[kBlock + kPadding];
   const int count = job.size(block), border = job.larger(block);
-  read(job.weights, block * kBlock, count, integers);
+  read(job.weights, block * kBlock, count, integer);
   BlockSums sums;
-  sums.add(integers, 0, border, job.buckets.capacity + 1);
-  sums.add(integers, border, count, job.buckets.capacity);
+  sums.add(integer, 0, border, job.buckets.capacity + 1);
+  sums.add(integer, border, count, job.buckets.capacity);
   return sums;
 }
 

@@ -44,12 +44,12 @@ struct Before {
 // hold `size` so far; whole vectors are written.
 #if defined(__AVX512F__) && FASTIS_VECTOR_BYTES == 64
 template <bool kHeavy>
-inline int select_items(const uint64_t* integers, int begin, int end, uint64_t capacity,
+inline int select_items(const uint64_t* integer, int begin, int end, uint64_t capacity,
                         uint32_t* place, uint64_t* weight, int size) {
   const __m512i limit = _mm512_set1_epi64(static_cast<int64_t>(capacity));
   const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   for (int i = begin; i < end; i += 8) {
-    const __m512i w = _mm512_loadu_si512(integers + i);
+    const __m512i w = _mm512_loadu_si512(integer + i);
     const __mmask8 valid = end - i < 8 ? (1 << (end - i)) - 1 : 0xFF;
     const __mmask8 chosen = kHeavy ? _mm512_mask_cmpge_epu64_mask(valid, w, limit)
                                    : _mm512_mask_cmplt_epu64_mask(valid, w, limit);
@@ -80,11 +80,11 @@ struct Packing {
 alignas(64) inline constexpr Packing kPacking;
 
 template <bool kHeavy>
-inline int select_items(const uint64_t* integers, int begin, int end, uint64_t capacity,
+inline int select_items(const uint64_t* integer, int begin, int end, uint64_t capacity,
                         uint32_t* place, uint64_t* weight, int size) {
   const __m256i limit = _mm256_set1_epi64x(static_cast<int64_t>(capacity));
   for (int i = begin; i < end; i += 4) {
-    const __m256i w = load_as<__m256i>(integers + i);
+    const __m256i w = load_as<__m256i>(integer + i);
     int chosen = _mm256_movemask_pd((__m256d)_mm256_cmpgt_epi64(limit, w));
     if (kHeavy) chosen ^= 15;
     if (end - i < 4) chosen &= (1 << (end - i)) - 1;
@@ -98,12 +98,12 @@ inline int select_items(const uint64_t* integers, int begin, int end, uint64_t c
 }
 #else
 template <bool kHeavy>
-inline int select_items(const uint64_t* integers, int begin, int end, uint64_t capacity,
+inline int select_items(const uint64_t* integer, int begin, int end, uint64_t capacity,
                         uint32_t* place, uint64_t* weight, int size) {
   for (int i = begin; i < end; ++i) {
     place[size] = static_cast<uint32_t>(i);
-    weight[size] = integers[i];
-    size += (integers[i] >= capacity) == kHeavy;
+    weight[size] = integer[i];
+    size += (integer[i] >= capacity) == kHeavy;
   }
   return size;
 }
@@ -148,14 +148,14 @@ class Side {
 
  private:
   void select(const Job& job, int64_t block) {
-    alignas(64) uint64_t integers[kBlock + kPadding];
+    alignas(64) uint64_t integer[kBlock + kPadding];
     const int count = job.size(block), border = job.larger(block);
     const uint64_t capacity = job.buckets.capacity;
     base = block * kBlock;
-    read(job.weights, base, count, integers);
+    read(job.weights, base, count, integer);
     const int before_border =
-        select_items<kHeavy>(integers, 0, border, capacity + 1, place, weight, 0);
-    size = select_items<kHeavy>(integers, border, count, capacity, place, weight, before_border);
+        select_items<kHeavy>(integer, 0, border, capacity + 1, place, weight, 0);
+    size = select_items<kHeavy>(integer, border, count, capacity, place, weight, before_border);
     for (int i = 0; i < size; i += kWords) {
       const Vec<double> w = to_double(load_as<Words>(weight + i));
       store_as(coefficient + i, narrow(job.total / (job.n * w)));

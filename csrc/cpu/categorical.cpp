@@ -82,9 +82,9 @@ Chunk reduce(const S* weights, int count, double* sums) {
   Extremes<F> extremes;
   Chunk chunk{};
   for (int begin = 0; begin < count; begin += kGroup) {
-    const bool is_full = count - begin >= kGroup;
+    const bool full = count - begin >= kGroup;
     sums[begin / kGroup] =
-        is_full ? sum_group(weights + begin, extremes)
+        full ? sum_group(weights + begin, extremes)
               : sum_group(Padded<S>(weights + begin, count - begin).weights, extremes);
     chunk.sum += sums[begin / kGroup];
   }
@@ -109,17 +109,17 @@ Chunk reduce(const int64_t*, int, double*) { return {0, 1, 0, kRounded}; }
 void sum_groups(const IntegerWeights& weights, int64_t first, int count, bool exact,
                 uint64_t* sums) {
   const int groups = (count + kGroup - 1) / kGroup;
-  alignas(64) uint64_t integers[kChunk];
+  alignas(64) uint64_t integer[kChunk];
   if (exact) {
-    read_integers(reinterpret_cast<double*>(sums), groups, weights.shift, integers);
-    std::memcpy(sums, integers, sizeof(uint64_t) * groups);
+    quantize_values(reinterpret_cast<double*>(sums), groups, weights.shift, integer);
+    std::memcpy(sums, integer, sizeof(uint64_t) * groups);
     return;
   }
-  read(weights, first, count, integers);
+  read(weights, first, count, integer);
   for (int g = 0; g < groups; ++g) {
     const int end = (g + 1) * kGroup < count ? (g + 1) * kGroup : count;
     uint64_t sum = 0;
-    for (int i = g * kGroup; i < end; ++i) sum += integers[i];
+    for (int i = g * kGroup; i < end; ++i) sum += integer[i];
     sums[g] = sum;
   }
 }
@@ -137,15 +137,15 @@ struct Chunks {
     return static_cast<int>(left < kChunk ? left : kChunk);
   }
 
-  uint64_t sum_of_integers(int shift) const {
+  uint64_t total_with(int shift) const {
     IntegerWeights shifted = weights;
     shifted.shift = shift;
     uint64_t sum = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : sum) if (threads > 1)
     for (int64_t chunk = 0; chunk < count; ++chunk) {
-      alignas(64) uint64_t integers[kChunk];
-      read(shifted, chunk * kChunk, size(chunk), integers);
-      for (int i = 0; i < size(chunk); ++i) sum += integers[i];
+      alignas(64) uint64_t integer[kChunk];
+      read(shifted, chunk * kChunk, size(chunk), integer);
+      for (int i = 0; i < size(chunk); ++i) sum += integer[i];
     }
     return sum;
   }
@@ -158,7 +158,7 @@ struct Chunks {
     if (low > 1 && high < 0x1p62 && exponent_of(low) == exponent_of(high)) {
       return kSumBits - 1 - exponent_of(low);
     }
-    return kSumBits - bit_length(sum_of_integers(first) + static_cast<uint64_t>(weights.n));
+    return kSumBits - bit_length(total_with(first) + static_cast<uint64_t>(weights.n));
   }
 };
 
@@ -180,8 +180,8 @@ void find_groups(const uint64_t* prefix, int64_t groups, const uint64_t* points,
 
 }  // namespace
 
-bool quantize(const IntegerWeights& values, int threads, Pointer<int64_t> shift_and_total) {
-  IntegerWeights weights = values;
+bool quantize(const IntegerWeights& unshifted, int threads, Pointer<int64_t> shift_and_total) {
+  IntegerWeights weights = unshifted;
   const Chunks chunks{weights, threads};
   constexpr int kGroups = kChunk / kGroup;
   const Scratch<Chunk> chunk_of(chunks.count);
@@ -241,18 +241,18 @@ void categorical_draw(const IntegerWeights& weights, const Draws& draws, const B
     find_groups(prefix, groups, points, size, group);
     for (int i = 0; i < size; ++i) {
       const int64_t begin = group[i] * kGroup;
-      alignas(64) uint64_t integers[kGroup];
-      read(weights, begin, static_cast<int>(n - begin < kGroup ? n - begin : kGroup), integers);
+      alignas(64) uint64_t integer[kGroup];
+      read(weights, begin, static_cast<int>(n - begin < kGroup ? n - begin : kGroup), integer);
       uint64_t x = points[i] - (group[i] > 0 ? prefix[group[i] - 1] : 0);
       int item = 0;
-      while (x >= integers[item]) x -= integers[item++];
+      while (x >= integer[item]) x -= integer[item++];
       batch.indices[b + i] = begin + item;
-      batch.weights[b + i] = coefficient_of(total, items, integers[item]);
+      batch.weights[b + i] = coefficient_of(total, items, integer[item]);
     }
   }
 }
 
-void random_integers(uint64_t total, const Draws& draws, Pointer<uint64_t> out) {
+void random_below(uint64_t total, const Draws& draws, Pointer<uint64_t> out) {
   random_points(draws.seed, Stream::weights, 0, draws.first, draws.count, total, out);
 }
 

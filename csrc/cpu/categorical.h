@@ -57,9 +57,9 @@ inline Words to_integer_weights(Vec<double> w, int shift) {
     mantissa |= kImplicit;  // of 0 too, which is then shifted out
   }
   const Words left = exponent + static_cast<uint64_t>(int64_t{shift} - 1075);
-  const Words integers = shift_left(mantissa, left) | shift_right(mantissa, zero - left);
+  const Words integer = shift_left(mantissa, left) | shift_right(mantissa, zero - left);
   // 1 more where they are 0 and w is not; a mask is -1.
-  return integers - bit_cast<Words>(integers == zero) + bit_cast<Words>(bits == zero);
+  return integer - bit_cast<Words>(integer == zero) + bit_cast<Words>(bits == zero);
 }
 
 // The exact value rounded once; x below 2^63.
@@ -111,9 +111,9 @@ inline Doubles<float> to_doubles(Vec<float> x) {
 }
 inline Doubles<double> to_doubles(Vec<double> x) { return {{x}}; }
 
-// integers [count, rounded up to whole vectors of S] of `count` values.
+// integer [count, rounded up to whole vectors of S] of `count` values.
 template <class S>
-inline void read_integers(const S* values, int count, int shift, uint64_t* integers) {
+inline void quantize_values(const S* values, int count, int shift, uint64_t* integer) {
   constexpr int kStep = kLanes<Compute<S>>;
   for (int i = 0; i < count; i += kStep) {
     const auto w =
@@ -121,13 +121,13 @@ inline void read_integers(const S* values, int count, int shift, uint64_t* integ
     const auto doubles = to_doubles(w);
     int at = i;
     for (const Vec<double> part : doubles.part) {
-      store_as(integers + at, to_integer_weights<kDigits<S> == 53>(part, shift));
+      store_as(integer + at, to_integer_weights<kDigits<S> == 53>(part, shift));
       at += kWords;
     }
   }
 }
-inline void read_integers(const int64_t* values, int count, int, uint64_t* integers) {
-  std::memcpy(integers, values, sizeof(uint64_t) * count);
+inline void quantize_values(const int64_t* values, int count, int, uint64_t* integer) {
+  std::memcpy(integer, values, sizeof(uint64_t) * count);
 }
 
 constexpr int kGroup = 64;  // integers to one of the prefix sums
@@ -149,10 +149,11 @@ auto visit(const IntegerWeights& weights, const Visitor& visitor) {
   }
 }
 
-// integers [count, rounded up to 16 of them]: those of items first, ..., first + count - 1
-inline void read(const IntegerWeights& weights, int64_t first, int count, uint64_t* integers) {
-  visit(weights,
-        [&](const auto* values) { read_integers(values + first, count, weights.shift, integers); });
+// integer [count, rounded up to 16 of them]: those of items first, ..., first + count - 1.
+inline void read(const IntegerWeights& weights, int64_t first, int count, uint64_t* integer) {
+  visit(weights, [&](const auto* values) {
+    quantize_values(values + first, count, weights.shift, integer);
+  });
 }
 
 }  // namespace fastis::FASTIS_ISA

@@ -45,6 +45,6 @@ void alias_draw(const AliasTable& table, const Draws& draws, const Batch& batch 
 void alias_inverse_cdf(const AliasTable& table, Pointer<const uint64_t> points /* [count] */,
                        int64_t count, const Batch& batch /* [count] */);
 // Uniform in [0, total).
-void random_integers(uint64_t total, const Draws& draws, Pointer<uint64_t> out /* [count] */);
+void random_below(uint64_t total, const Draws& draws, Pointer<uint64_t> out /* [count] */);
 
 }  // namespace fastis::FASTIS_NAMESPACE

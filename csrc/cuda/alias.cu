@@ -17,9 +17,9 @@ namespace {
 
 using device::AliasInverseCdf;
 using device::AliasJob;
-using device::FixedPoints;
 using device::kThreads;
 using device::Place;
+using device::PointsInMemory;
 using device::RandomPoints;
 using device::TiledWeights;
 using device::TileSums;
@@ -111,8 +111,8 @@ int64_t alias_draw(const AliasTable& table, const Draws& draws, const Batch& bat
 
 int64_t alias_inverse_cdf(const AliasTable& table, Pointer<const uint64_t> points, int64_t count,
                           const Batch& batch, int64_t device, uint64_t stream) {
-  return launch<alias_draw_kernel<FixedPoints>>(device, stream, count, AliasInverseCdf(table),
-                                                FixedPoints{points}, count, batch);
+  return launch<alias_draw_kernel<PointsInMemory>>(device, stream, count, AliasInverseCdf(table),
+                                                   PointsInMemory{points}, count, batch);
 }
 
 }  // namespace fastis::cuda

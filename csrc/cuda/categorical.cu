@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(const TiledWeights weigh
 }
 
 __global__ void __launch_bounds__(kThreads)
-    integers_kernel(const TiledWeights weights, uint64_t* out) {
+    integer_weights_kernel(const TiledWeights weights, uint64_t* out) {
   threads().each(weights.quads(), [&](int64_t quad) {
     const device::Quad items = weights.read(quad);
 #pragma unroll
@@ -55,8 +55,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void __launch_bounds__(kThreads)
-    random_integers_kernel(uint64_t total, const Draws draws, uint64_t* out) {
-  threads().each(draws.count, [&](int64_t b) { out[b] = device::random_integer(draws, b, total); });
+    random_below_kernel(uint64_t total, const Draws draws, uint64_t* out) {
+  threads().each(draws.count, [&](int64_t b) { out[b] = device::random_below(draws, b, total); });
 }
 
 }  // namespace
@@ -95,7 +95,7 @@ int64_t prefix_sums_bytes(int64_t n, int64_t device) {
 int64_t integer_weights(const IntegerWeights& weights, Pointer<uint64_t> out, int64_t device,
                         uint64_t stream) {
   const TiledWeights tiled(weights);
-  return launch<integers_kernel>(device, stream, tiled.quads(), tiled, out.address);
+  return launch<integer_weights_kernel>(device, stream, tiled.quads(), tiled, out.address);
 }
 
 int64_t categorical_draw(const IntegerWeights& weights, const Draws& draws, const Batch& batch,
@@ -104,9 +104,9 @@ int64_t categorical_draw(const IntegerWeights& weights, const Draws& draws, cons
                                          batch);
 }
 
-int64_t random_integers(uint64_t total, const Draws& draws, Pointer<uint64_t> out, int64_t device,
-                        uint64_t stream) {
-  return launch<random_integers_kernel>(device, stream, draws.count, total, draws, out.address);
+int64_t random_below(uint64_t total, const Draws& draws, Pointer<uint64_t> out, int64_t device,
+                     uint64_t stream) {
+  return launch<random_below_kernel>(device, stream, draws.count, total, draws, out.address);
 }
 
 }  // namespace fastis::cuda

@@ -14,9 +14,9 @@ constexpr int kInFlight = 4;
 struct RandomPoints {
   Draws draws;
   uint64_t total;
-  FASTIS_HD uint64_t operator()(int64_t b) const { return random_integer(draws, b, total); }
+  FASTIS_HD uint64_t operator()(int64_t b) const { return random_below(draws, b, total); }
 };
-struct FixedPoints {
+struct PointsInMemory {
   const uint64_t* points;
   FASTIS_HD uint64_t operator()(int64_t b) const { return points[b]; }
 };

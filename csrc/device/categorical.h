@@ -195,7 +195,7 @@ FASTIS_HD inline int64_t inverse_cdf(const TiledWeights& weights, uint64_t x, ui
 }
 
 // One of the integers below `total` that a stretch of the stream gives.
-FASTIS_HD inline uint64_t random_integer(const Draws& draws, int64_t b, uint64_t total) {
+FASTIS_HD inline uint64_t random_below(const Draws& draws, int64_t b, uint64_t total) {
   const uint64_t number = draws.first + static_cast<uint64_t>(b);
   return scale(random128(draws.seed, Stream::weights, 0, number), total);
 }
@@ -203,7 +203,7 @@ FASTIS_HD inline uint64_t random_integer(const Draws& draws, int64_t b, uint64_t
 FASTIS_HD inline void categorical_draw(const TiledWeights& weights, const Draws& draws, int64_t b,
                                        const Batch& batch) {
   uint64_t weight = 0;
-  batch.indices[b] = inverse_cdf(weights, random_integer(draws, b, weights.total), weight);
+  batch.indices[b] = inverse_cdf(weights, random_below(draws, b, weights.total), weight);
   batch.weights[b] =
       coefficient_of(static_cast<double>(weights.total), static_cast<double>(weights.n), weight);
 }

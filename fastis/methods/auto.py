@@ -86,7 +86,7 @@ class Auto(EMAIS):
         kernels = kernels_for("categorical", table.device.type)
         n, b = constants.num_samples, constants.batch_size
         start = first * b % FOREVER  # the counters are 64 bits wide
-        uniform_indices = kernels.random_integers(n, constants.seed, start, b, table.device)
+        uniform_indices = kernels.random_below(n, constants.seed, start, b, table.device)
         indices.copy_(torch.where(uniform, uniform_indices, indices))
         weights.masked_fill_(uniform, 1.0)
 

@@ -116,10 +116,10 @@ class Presampling(Method):
         # A stretch of the counters for every iteration: m candidates, then b choices.
         first = int(table.scalars[DRAWS]) * (max(m, b) + b) % FOREVER  # they are 64 bits wide
         if float(table.memory["tau"]) <= threshold:
-            indices.copy_(kernels.random_integers(n, seed, first, b, table.device))
+            indices.copy_(kernels.random_below(n, seed, first, b, table.device))
             weights.fill_(1.0)
         else:
-            candidates = kernels.random_integers(n, seed, first, m, table.device)
+            candidates = kernels.random_below(n, seed, first, m, table.device)
             q = _shares(scoring.score(self.score_fn, candidates, self.observed))
             self._smooth(table, q)
             quantized = kernels.quantize(q.clamp(min=_FLOOR / m))

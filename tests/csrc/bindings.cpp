@@ -21,7 +21,7 @@ PYBIND11_MODULE(native, m) {
   FASTIS_EMULATED(alias_build)
   FASTIS_EMULATED(alias_draw)
   FASTIS_EMULATED(alias_inverse_cdf)
-  FASTIS_EMULATED(random_integers)
+  FASTIS_EMULATED(random_below)
   FASTIS_EMULATED(share)
   FASTIS_EMULATED(blocks_for)
   FASTIS_EMULATED(scale_grad)

@@ -44,8 +44,9 @@ inline void add_up(Sum* sums, int64_t n) {
   for (int64_t i = 1; i < n; ++i) sums[i] = sums[i - 1] + sums[i];
 }
 
-inline int64_t reduce(const IntegerWeights& given, Pointer<int64_t> found, uint64_t stride) {
-  const TiledWeights weights(given);
+inline int64_t reduce(const IntegerWeights& integer_weights, Pointer<int64_t> found,
+                      uint64_t stride) {
+  const TiledWeights weights(integer_weights);
   device::Reduction& all = *reinterpret_cast<device::Reduction*>(found.address);
   each_thread(stride, [&](const Threads& threads) {
     threads.each(weights.quads(), [&](int64_t quad) { all = all + device::reduce(weights, quad); });
@@ -53,17 +54,18 @@ inline int64_t reduce(const IntegerWeights& given, Pointer<int64_t> found, uint6
   return 0;
 }
 
-inline int64_t prefix_sums(const IntegerWeights& given, Pointer<void>, int64_t, uint64_t stride) {
-  const TiledWeights weights(given);
+inline int64_t prefix_sums(const IntegerWeights& integer_weights, Pointer<void>, int64_t,
+                           uint64_t stride) {
+  const TiledWeights weights(integer_weights);
   sum_tiles(weights, stride, weights.prefix.address,
             [&](int64_t quad) { return device::sum_of(weights.read(quad)); });
   add_up(weights.prefix.address, weights.tiles());
   return 0;
 }
 
-inline int64_t integer_weights(const IntegerWeights& given, Pointer<uint64_t> out,
+inline int64_t integer_weights(const IntegerWeights& integer_weights, Pointer<uint64_t> out,
                                uint64_t stride) {
-  const TiledWeights weights(given);
+  const TiledWeights weights(integer_weights);
   each_thread(stride, [&](const Threads& threads) {
     threads.each(weights.quads(), [&](int64_t quad) {
       const device::Quad items = weights.read(quad);
@@ -73,9 +75,9 @@ inline int64_t integer_weights(const IntegerWeights& given, Pointer<uint64_t> ou
   return 0;
 }
 
-inline int64_t categorical_draw(const IntegerWeights& given, const Draws& draws, const Batch& batch,
-                                uint64_t stride) {
-  const TiledWeights weights(given);
+inline int64_t categorical_draw(const IntegerWeights& integer_weights, const Draws& draws,
+                                const Batch& batch, uint64_t stride) {
+  const TiledWeights weights(integer_weights);
   each_thread(stride, [&](const Threads& threads) {
     threads.each(draws.count,
                  [&](int64_t b) { device::categorical_draw(weights, draws, b, batch); });
@@ -83,9 +85,9 @@ inline int64_t categorical_draw(const IntegerWeights& given, const Draws& draws,
   return 0;
 }
 
-inline int64_t alias_build(const IntegerWeights& given, Pointer<int64_t> before,
+inline int64_t alias_build(const IntegerWeights& integer_weights, Pointer<int64_t> before,
                            Pointer<Bucket> table, Pointer<void>, int64_t, uint64_t stride) {
-  const TiledWeights weights(given);
+  const TiledWeights weights(integer_weights);
   TileSums* const sums = reinterpret_cast<TileSums*>(before.address);
   const device::AliasJob job(weights, sums, table);
   sum_tiles(weights, stride, sums + 1,
@@ -118,13 +120,13 @@ inline int64_t alias_draw(const AliasTable& table, const Draws& draws, const Bat
 
 inline int64_t alias_inverse_cdf(const AliasTable& table, Pointer<const uint64_t> points,
                                  int64_t count, const Batch& batch, uint64_t stride) {
-  return alias_draw_at(table, device::FixedPoints{points}, count, batch, stride);
+  return alias_draw_at(table, device::PointsInMemory{points}, count, batch, stride);
 }
 
-inline int64_t random_integers(uint64_t total, const Draws& draws, Pointer<uint64_t> out,
-                               uint64_t stride) {
+inline int64_t random_below(uint64_t total, const Draws& draws, Pointer<uint64_t> out,
+                            uint64_t stride) {
   each_thread(stride, [&](const Threads& threads) {
-    threads.each(draws.count, [&](int64_t b) { out[b] = device::random_integer(draws, b, total); });
+    threads.each(draws.count, [&](int64_t b) { out[b] = device::random_below(draws, b, total); });
   });
   return 0;
 }

@@ -81,8 +81,8 @@ def alias_inverse_cdf(table: Tensor, total: int, points: Tensor) -> Batch:
     return batch
 
 
-def random_integers(total: int, seed: int, first: int, count: int, device: torch.device) -> Tensor:
-    """See :func:`fastis.kernels.reference.categorical.random_integers`."""
+def random_below(total: int, seed: int, first: int, count: int, device: torch.device) -> Tensor:
+    """See :func:`fastis.kernels.reference.categorical.random_below`."""
     out = torch.empty(count, dtype=torch.int64, device=device)
-    _C.random_integers(total, seed, first, count, out.data_ptr())
+    _C.random_below(total, seed, first, count, out.data_ptr())
     return out

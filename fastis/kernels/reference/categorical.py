@@ -11,7 +11,7 @@ from fastis.kernels.reference.philox import STREAM_WEIGHTS, random_words, scale
 from fastis.kernels.table import Batch
 
 
-def random_integers(total: int, seed: int, first: int, count: int, device: torch.device) -> Tensor:
+def random_below(total: int, seed: int, first: int, count: int, device: torch.device) -> Tensor:
     """int64 [count], uniform in [0, total): numbers ``first`` ... of the stream of ``seed``."""
     positions = torch.arange(first, first + count, device=device)
     return scale(random_words(seed, STREAM_WEIGHTS, 0, positions), total)
@@ -42,7 +42,7 @@ def integer_weights(weights: IntegerWeights) -> Tensor:
 
 def draw(weights: IntegerWeights, seed: int, first: int, count: int) -> Batch:
     """Draws ``first`` ... of the stream of ``seed``, [count]."""
-    points = random_integers(weights.total, seed, first, count, weights.values.device)
+    points = random_below(weights.total, seed, first, count, weights.values.device)
     indices = torch.searchsorted(weights.prefix, points, right=True)
     return Batch(indices, coefficients(integer_weights(weights), weights.total, indices))
 
@@ -79,7 +79,7 @@ def alias_build(weights: IntegerWeights) -> Tensor:
 
 def alias_draw(table: Tensor, total: int, seed: int, first: int, count: int) -> Batch:
     """Draws ``first`` ... of the stream of ``seed``, [count]."""
-    points = random_integers(total, seed, first, count, table.device)
+    points = random_below(total, seed, first, count, table.device)
     return alias_inverse_cdf(table, total, points)
 
 
