@@ -96,7 +96,7 @@ def _update_state(table: Table, indices: Tensor, observed: Tensor) -> None:
 
 
 def _exceeds_limit(table: Table) -> bool:
-    """Is the sum of all weights, those of the unseen included, more than the draw has capacity for?"""
+    """Is the sum of all weights, those of the unseen included, more than a draw can take?"""
     total, seen = int(table.scalars[TOTAL]), int(table.scalars[SEEN])
     of_unseen = (table.constants.num_samples - seen) * (total // seen) if seen else 0
     return total + of_unseen > table.constants.total_limit
