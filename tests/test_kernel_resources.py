@@ -65,7 +65,7 @@ def test_good_rows_are_good():
     tile = row(kernel=LOOPED[0], call="cross_entropy 32768x1000 bf16", programs=4096, resident=32)
     tile["loops"][0] |= {"instructions": 421, "shuffles": 15}
     assert not [*broken_rules(tile)]
-    assert not [*broken_rules({"kernel": "update_kernel", "call": "sampler.cu", "sm": 90,
+    assert not [*broken_rules({"kernel": "update_kernel", "call": "table.cu", "sm": 90,
                                "local": 0, "constant_loads": 0})]  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def test_good_rows_are_good():
         ({"kernel": LOOPED[0], "programs": 4096, "resident": 28}, "of which 3696 fit at once"),
         ({"kernel": LOOPED[0], "call": "cross_entropy 32768x1000 bf16", "programs": 1,
           "loop": {"instructions": 500}}, "takes 500 instructions a row, above 440"),
-        ({"kernel": "update_kernel", "call": "sampler.cu", "constant_loads": 1},
+        ({"kernel": "update_kernel", "call": "table.cu", "constant_loads": 1},
          "has 1 loads that pass by the coherent caches"),
     ],
 )  # fmt: skip
