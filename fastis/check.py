@@ -58,17 +58,26 @@ def integer(name: str, value: Any, least: int, most: int | None = None) -> int:
 
 
 def number(
-    name: str, value: Any, least: float = float("-inf"), most: float = float("inf")
+    name: str,
+    value: Any,
+    least: float = float("-inf"),
+    most: float = float("inf"),
+    ends: str = "[]",
 ) -> float:
-    """``value`` as a float in [least, most]; NaN is refused, numbers of numpy are not."""
+    """``value`` as a float from ``least`` to ``most``; NaN is refused, numbers of numpy are not.
+
+    ``ends`` says which of the two belong to it: "[)" is [least, most).
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
     try:
         found = float(value)
     except OverflowError:  # an int that no float holds
         found = float("nan")
-    if not least <= found <= most:
-        raise ValueError(f"{name} must be in [{least:g}, {most:g}], got {_short(value)}")
+    above = found >= least if ends[0] == "[" else found > least
+    if not (above and (found <= most if ends[1] == "]" else found < most)):
+        interval = f"{ends[0]}{least:g}, {most:g}{ends[1]}"
+        raise ValueError(f"{name} must be in {interval}, got {_short(value)}")
     return found
 
 

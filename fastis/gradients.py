@@ -131,9 +131,7 @@ def _for_each_sample(
 ) -> Tensor | None:
     """``reduce`` of every sample's gradients, stacked; None when there is no sample."""
     for name, value in (("x", x), ("y", y)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        if value.dim() == 0:
+        if check.tensor(name, value).dim() == 0:
             raise ValueError(f"{name} must have shape [n, ...], got []")
     if len(x) != len(y):
         raise ValueError(f"y must have as many samples as x, {len(x)}, got {len(y)}")

@@ -101,8 +101,8 @@ class EffectiveBatchLR:
         else:
             self._family = check.choice("optimizer", optimizer, OPTIMIZERS)
         for name, limit in (("max_factor", max_factor), ("max_lr", max_lr)):
-            if limit is not None and not limit > 0:
-                raise ValueError(f"{name} must be positive, got {limit!r}")
+            if limit is not None:
+                check.number(name, limit, 0.0, ends="(]")
         self.max_factor, self.max_lr = max_factor, max_lr
         self._unscaled = [_kept(group["lr"]) for group in self.optimizer.param_groups]
 
@@ -218,8 +218,8 @@ class EffectiveIterationsLR(EffectiveBatchLR):
     ) -> None:
         if not hasattr(sampler, "effective_iterations"):
             raise TypeError(f"sampler must be a fastis.Sampler, got {type(sampler).__name__}")
-        if total_iterations is not None and not total_iterations > 0:
-            raise ValueError(f"total_iterations must be positive, got {total_iterations!r}")
+        if total_iterations is not None:
+            check.number("total_iterations", total_iterations, 0.0, ends="(]")
         limits = {"max_factor": max_factor, "max_lr": max_lr}
         super().__init__(scheduler, sampler, rule, optimizer=optimizer, **limits)
         self._progress = sampler

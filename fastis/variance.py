@@ -20,7 +20,7 @@ drawn. The latter two are public as :mod:`fastis.estimators`.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -285,10 +285,8 @@ def _norms_and_mean(
 
 def _floating(name: str, value: Any, shape: str) -> Tensor:
     """``value``, a floating tensor with at least one entry; detached."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if not value.dtype.is_floating_point:
+    if not check.tensor(name, value).dtype.is_floating_point:
         raise TypeError(f"{name} must be floating, got {value.dtype}")
     if value.dim() == 0 or value.numel() == 0:
         raise ValueError(f"{name} must have shape {shape}, not empty, got {list(value.shape)}")
-    return value.detach()
+    return cast(Tensor, value).detach()

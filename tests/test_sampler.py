@@ -176,7 +176,7 @@ def test_constructor_errors(arguments, error, message):
     ("options", "error", "message"),
     [
         ({"tau": 0}, ValueError, "tau must be 'linear' or a positive number"),
-        ({"tau_scale": 0.0}, ValueError, "tau_scale must be positive and finite"),
+        ({"tau_scale": 0.0}, ValueError, r"tau_scale must be in \(0, inf\)"),
         ({"tau": "log"}, ValueError, "tau must be 'linear' or a positive number"),
         ({"tau": None}, TypeError, "tau must be a number"),
         ({"importance": "max"}, ValueError, "importance must be one of 'rms', 'sum'"),

@@ -80,8 +80,7 @@ class Method:
                 plain = int(value) if isinstance(value, numbers.Integral) else float(value)
                 object.__setattr__(self, option.name, plain)
         check.choice("estimator", self.estimator, ESTIMATORS)
-        if check.number("smoothing", self.smoothing, 0.0) >= 1:
-            raise ValueError(f"smoothing must be in [0, 1), got {self.smoothing!r}")
+        check.number("smoothing", self.smoothing, 0.0, 1.0, "[)")
 
     # What the sampler asks once ------------------------------------------------------------------
 

@@ -79,8 +79,7 @@ class EMAIS(Method):
                 raise ValueError(f"tau must be 'linear' or a positive number, got {self.tau!r}")
         elif check.number("tau", self.tau, 0.0) == 0:
             raise ValueError(f"tau must be 'linear' or a positive number, got {self.tau!r}")
-        if check.number("tau_scale", self.tau_scale, 0.0) in (0.0, float("inf")):
-            raise ValueError(f"tau_scale must be positive and finite, got {self.tau_scale!r}")
+        check.number("tau_scale", self.tau_scale, 0.0, float("inf"), "()")
         check.choice("importance", self.importance, IMPORTANCE)
         check.integer("warmup_epochs", self.warmup_epochs, 0)
         check.number("floor", self.floor, 1e-6, 1.0)

@@ -72,9 +72,7 @@ class OnlineBatch(WithoutCoefficients):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check.number("pressure", self.pressure, 1.0)
-        if math.isinf(self.pressure):
-            raise ValueError("pressure must be finite, got inf")
+        check.number("pressure", self.pressure, 1.0, float("inf"), "[)")
         if self.total_epochs is not None:
             check.integer("total_epochs", self.total_epochs, self.warmup_epochs + 1)
         check.integer("recompute_every", self.recompute_every, 1)

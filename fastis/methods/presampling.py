@@ -84,8 +84,7 @@ class Presampling(Method):
             check.integer("presample", self.presample, 1)
         if self.tau_threshold is not None:
             check.number("tau_threshold", self.tau_threshold, 0.0)
-        if check.number("tau_smoothing", self.tau_smoothing, 0.0) >= 1:
-            raise ValueError(f"tau_smoothing must be in [0, 1), got {self.tau_smoothing!r}")
+        check.number("tau_smoothing", self.tau_smoothing, 0.0, 1.0, "[)")
 
     def warmup_draws(self, batches_per_epoch: int) -> int:
         return 0

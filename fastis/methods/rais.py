@@ -92,8 +92,7 @@ class RAIS(Weighted):
     def __post_init__(self) -> None:
         super().__post_init__()
         check.number("uncertainty", self.uncertainty, 0.0, LARGEST)
-        if check.number("refit_epochs", self.refit_epochs, 0.0, LARGEST) == 0:
-            raise ValueError(f"refit_epochs must be above 0, got {self.refit_epochs!r}")
+        check.number("refit_epochs", self.refit_epochs, 0.0, LARGEST, "(]")
         check.integer("buffer_size", self.buffer_size, 1)
 
     def memory(self, table: Table) -> dict[str, Tensor]:

@@ -57,10 +57,8 @@ class SelfPaced(Learning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if check.number("quantile", self.quantile, 0.0, 1.0) == 0:
-            raise ValueError(f"quantile must be in (0, 1], got {self.quantile!r}")
-        if check.number("growth", self.growth, 1.0) == 1:
-            raise ValueError(f"growth must be above 1, got {self.growth!r}")
+        check.number("quantile", self.quantile, 0.0, 1.0, "(]")
+        check.number("growth", self.growth, 1.0, ends="(]")
 
     def warmup_draws(self, batches_per_epoch: int) -> int:
         return FOREVER
