@@ -7,7 +7,7 @@ is as it should be that is a handful of comparisons.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,13 +31,21 @@ class Scored(Protocol):
     def mean_grad(self) -> Tensor | None: ...
 
 
+class _Scores(NamedTuple):
+    """Scores in place of a scored loss."""
+
+    losses: Tensor
+    score: Tensor
+    mean_grad: Tensor | None = None
+
+
 def observe(
     device: torch.device,
     observed_of: Callable[[Scored], Tensor] | None,
     batch: Batch,
-    out: Scored | Sequence[Scored],
+    out: Scored | Sequence[Scored] | Tensor,
 ) -> Observation:
-    """The observation of ``batch`` from its scored loss, or from its parts in order.
+    """The observation of ``batch`` from its scored loss, from its parts in order, or from scores.
 
     ``observed_of`` gives what the table keeps averages of; None: the score.
 
@@ -66,13 +74,19 @@ def _observed(observed_of: Callable[[Scored], Tensor], name: str, out: Scored) -
 
 
 def _join(
-    observed_of: Callable[[Scored], Tensor] | None, parts: Scored | Sequence[Scored]
+    observed_of: Callable[[Scored], Tensor] | None, parts: Scored | Sequence[Scored] | Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Parts of one minibatch, in order: concatenated, mean gradients weighted by their sizes."""
+    """Parts of one minibatch, in order: concatenated, mean gradients weighted by their sizes.
+
+    A tensor is the scores, and the losses of methods that go by these.
+    """
+    if isinstance(parts, Tensor):
+        score = _vector("out", parts)
+        return score if observed_of is None else observed_of(_Scores(score, score)), score, None
     if not isinstance(parts, Sequence) or not all(hasattr(part, "score") for part in parts):
         raise TypeError(
-            "out must be a ScoredLoss (of fastis.cross_entropy and the like) or a sequence of "
-            f"them, got {type(parts).__name__}"
+            "out must be a ScoredLoss (of fastis.cross_entropy and the like), a sequence of them, "
+            f"or a tensor of scores, got {type(parts).__name__}"
         )
     if not parts:
         raise ValueError("out must have at least one part, got an empty sequence")

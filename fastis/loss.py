@@ -55,13 +55,22 @@ class ScoredLoss(NamedTuple):
         ``(1/B) sum_i r_i g_i``, ``[C]``, detached, for ``[B, C]`` logits with C <= 4096; else None,
         and the variance traces take ``|G|^2 = 0``.
 
-    float32 for float32, bfloat16 and float16 logits; float64 for float64.
+    float32 for float32, bfloat16 and float16 logits; float64 for float64. Make one yourself for a
+    loss that was computed elsewhere.
     """
 
     loss: Tensor
     losses: Tensor
     score: Tensor
-    mean_grad: Tensor | None
+    mean_grad: Tensor | None = None
+
+    def backward(self, *args: Any, **kwargs: Any) -> None:
+        """``loss.backward``, with its arguments."""
+        self.loss.backward(*args, **kwargs)
+
+    def item(self) -> float:
+        """``loss.item()``. Waits for the device."""
+        return self.loss.item()
 
 
 def cross_entropy(

@@ -184,15 +184,17 @@ class Sampler(MinibatchSource):
                 self._method.draw(self._table, batch)
         return batch
 
-    def update(self, batch: Batch, out: Scored | Sequence[Scored]) -> None:
+    def update(self, batch: Batch, out: Scored | Sequence[Scored] | Tensor) -> None:
         """Learns from one minibatch, once its scores are known: one iteration of ``.step``.
 
         Parameters
         ----------
         batch : Batch
             as drawn (any length n, in fact: also an evaluation sweep's, with weights of 1).
-        out : ScoredLoss or a sequence of them
-            of the whole minibatch, or its parts in order (gradient accumulation).
+        out : ScoredLoss, a sequence of them, or a float tensor [B]
+            of the whole minibatch, or its parts in order (gradient accumulation); or the scores
+            themselves: a residual, a TD error. Without ``mean_grad`` the variance traces take
+            ``|G|^2 = 0``.
 
         Raises
         ------
@@ -211,7 +213,7 @@ class Sampler(MinibatchSource):
             with self._table.lock:
                 self._method.update(self._table, observation)
 
-    def update_and_sample(self, batch: Batch, out: Scored | Sequence[Scored]) -> Batch:
+    def update_and_sample(self, batch: Batch, out: Scored | Sequence[Scored] | Tensor) -> Batch:
         """:meth:`update`, then :meth:`sample`: exactly these two, in one launch on a CUDA device.
 
         For loops that draw the next minibatch as soon as the last one's scores are known::

@@ -124,3 +124,41 @@ def test_what_is_not_finite_or_too_large_is_counted(name, any_backend):
     expected = 1 if name in ("confidence", "confvar") else 2 if name == "prioritized" else 3
     assert sampler.skipped == expected
     assert fastis.Sampler(3, 1, method=make(name)).skipped == 0
+
+
+@pytest.mark.parametrize("method", ["emais", "loss", "rais", "prioritized"])
+def test_a_tensor_is_the_scores(method):
+    ours, theirs = (fastis.Sampler(30, 6, method=method, seed=1) for _ in range(2))
+    for step in range(20):
+        batch = ours.sample()
+        assert torch.equal(batch.indices, theirs.sample().indices)
+        score = torch.rand(6, generator=torch.Generator().manual_seed(step))
+        ours.update(batch, score.double().requires_grad_())
+        theirs.update(batch, fastis.ScoredLoss(score.mean(), score, score))
+    states = ours.state_dict(), theirs.state_dict()
+    for name, tensor in states[0].items():
+        if torch.is_tensor(tensor):
+            torch.testing.assert_close(tensor, states[1][name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_is_no_vector_of_scores():
+    sampler = fastis.Sampler(10, 2)
+    batch = sampler.sample()
+    for wrong, error, match in (
+        (torch.ones(3), ValueError, r"out.score must have shape \[2\], got \[3\]"),
+        (torch.ones(2, 1), ValueError, r"out must have shape \[n\], got \[2, 1\]"),
+        (torch.ones(2, dtype=torch.complex64), TypeError, "out must have dtype"),
+        (1.0, TypeError, "a sequence of them, or a tensor of scores, got float"),
+    ):
+        with pytest.raises(error, match=match):
+            sampler.update(batch, wrong)
+    assert sampler.step == 0
+
+
+def test_a_scored_loss_goes_backward_itself():
+    logits = torch.randn(4, 3, requires_grad=True)
+    out = fastis.cross_entropy(logits, torch.tensor([0, 1, 2, 0]))
+    assert out.item() == float(out.loss.detach())
+    out.backward(retain_graph=True)
+    (expected,) = torch.autograd.grad(out.loss, logits)
+    assert torch.equal(logits.grad, expected)
