@@ -216,7 +216,7 @@ def test_a_batch_is_a_pair(batch):
     assert sampler.step == 0
 
 
-@pytest.mark.parametrize("out", [None, 3, R, [R], []])
+@pytest.mark.parametrize("out", [None, 3, [R], []])
 def test_an_output_is_a_scored_loss(out):
     sampler = fastis.Sampler(10, 4)
     with pytest.raises((TypeError, ValueError), match="out must"):

@@ -133,7 +133,7 @@ def test_a_tensor_is_the_scores(method):
         batch = ours.sample()
         assert torch.equal(batch.indices, theirs.sample().indices)
         score = torch.rand(6, generator=torch.Generator().manual_seed(step))
-        ours.update(batch, score.double().requires_grad_())
+        ours.update(batch, score.clone().requires_grad_())
         theirs.update(batch, fastis.ScoredLoss(score.mean(), score, score))
     states = ours.state_dict(), theirs.state_dict()
     for name, tensor in states[0].items():
