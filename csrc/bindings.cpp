@@ -1,4 +1,4 @@
-// One m.def per entry point of fastis.h, and the choice of the instruction set.
+// Every entry point of fastis.h by its name in Python, and the choice of the instruction set.
 #include <pybind11/pybind11.h>
 
 #ifdef __linux__
@@ -16,25 +16,6 @@
 namespace py = pybind11;
 
 void fastis::out_of_memory() { throw std::bad_alloc(); }
-
-namespace pybind11::detail {
-
-// tensor.data_ptr() in, typed address out.
-template <class T>
-struct type_caster<fastis::Pointer<T>> {
-  PYBIND11_TYPE_CASTER(fastis::Pointer<T>, const_name("int"));
-  bool load(handle source, bool) {
-    const unsigned long long address = PyLong_AsUnsignedLongLong(source.ptr());
-    if (PyErr_Occurred()) {
-      PyErr_Clear();
-      return false;
-    }
-    value.address = reinterpret_cast<T*>(address);
-    return true;
-  }
-};
-
-}  // namespace pybind11::detail
 
 namespace {
 
@@ -72,6 +53,11 @@ Isa chosen_isa() {
   }
   throw std::runtime_error(std::string("FASTIS_CPU_ISA must be baseline, avx2 or avx512, got ") +
                            wanted);
+}
+
+Isa isa() {
+  static const Isa chosen = chosen_isa();
+  return chosen;
 }
 
 // False for a tensor without memory.
@@ -163,22 +149,21 @@ void advise_huge_pages(uintptr_t address, size_t bytes) {
 }  // namespace
 
 #ifdef FASTIS_X86
-#define FASTIS_CPU(function)                      \
-  (isa == Isa::avx512 ? &fastis::avx512::function \
-   : isa == Isa::avx2 ? &fastis::avx2::function   \
-                      : &fastis::baseline::function)
+#define FASTIS_OF_ISA(function)                     \
+  (isa() == Isa::avx512 ? &fastis::avx512::function \
+   : isa() == Isa::avx2 ? &fastis::avx2::function   \
+                        : &fastis::baseline::function)
 #else
-#define FASTIS_CPU(function) (&fastis::baseline::function)
+#define FASTIS_OF_ISA(function) (&fastis::baseline::function)
 #endif
 
+#define FASTIS_CPU(name) FASTIS_DEFINE(m, #name, FASTIS_OF_ISA(name))
+#define FASTIS_EMULATED(name) FASTIS_DEFINE(m, "emulate_" #name, &fastis::emulated::name)
+#define FASTIS_DEVICE(name) FASTIS_DEFINE(m, "cuda_" #name, &fastis::cuda::name)
+
 PYBIND11_MODULE(_C, m) {
-  const Isa isa = chosen_isa();
   m.doc() =
       "Compiled kernels of fastis: raw pointers and sizes, no checks. Use the fastis package.";
-  m.def("isa", [isa] { return name(isa); });
-  m.def("build_info", &build_info);
-  m.def("lanes", FASTIS_CPU(lanes));
-
   py::class_<fastis::Table>(m, "Table")
       .def(py::init(&make_table))
       .def_readwrite("seed", &fastis::Table::seed)
@@ -187,66 +172,78 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&make_device_table))
       .def_readwrite("seed", &fastis::DeviceTable::seed)
       .def_property_readonly("address", [](const fastis::DeviceTable& t) { return uintptr_t(&t); });
-  m.def("advise_huge_pages", &advise_huge_pages);
-  m.def("structure_nodes", [](int64_t n) { return fastis::Levels(n).total(); });
-  m.def("device_structure_nodes",
-        [](int64_t n) { return fastis::Levels(n, fastis::kDeviceTop).total(); });
   m.attr("DEVICE_WORK") = sizeof(fastis::Work) / sizeof(int64_t);
-  m.def("emulate_update", &fastis::emulated::update);
-  m.def("emulate_draw", &fastis::emulated::draw);
-  m.def("emulate_rescale", &fastis::emulated::rescale);
-  m.def("emulate_update_and_draw", &fastis::emulated::update_and_draw);
-  m.def("emulate_survey", &fastis::emulated::survey);
-  m.def("emulate_running_sums_bytes", &fastis::emulated::running_sums_bytes);
-  m.def("emulate_running_sums", &fastis::emulated::running_sums);
-  m.def("emulate_integers", &fastis::emulated::integers);
-  m.def("emulate_search", &fastis::emulated::search);
-  m.def("emulate_alias_build_bytes", &fastis::emulated::alias_build_bytes);
-  m.def("emulate_alias_build", &fastis::emulated::alias_build);
-  m.def("emulate_alias_draw", &fastis::emulated::alias_draw);
-  m.def("emulate_alias_resolve", &fastis::emulated::alias_resolve);
-  m.def("emulate_draw_points", &fastis::emulated::draw_points);
-  m.def("emulate_scale_grad", &fastis::emulated::scale_grad);
-  m.def("emulate_share", &fastis::emulated::share);
-  m.def("emulate_blocks_for", &fastis::emulated::blocks_for);
-  m.def("rescale", FASTIS_CPU(rescale));
-  m.def("copy_state", FASTIS_CPU(copy_state));
-  m.def("check_records", FASTIS_CPU(check_records));
-  m.def("locate", FASTIS_CPU(locate));
-  m.def("integers", FASTIS_CPU(integers));
-  m.def("alias_build", FASTIS_CPU(alias_build));
-  m.def("alias_resolve", FASTIS_CPU(alias_resolve));
-  m.def("draw_points", FASTIS_CPU(draw_points));
 
-  // On the step's path.
+  FASTIS_DEFINE(m, "isa", +[] { return name(isa()); })
+  FASTIS_DEFINE(m, "build_info", &build_info)
+  FASTIS_DEFINE(m, "advise_huge_pages", &advise_huge_pages)
+  FASTIS_DEFINE(m, "structure_nodes", +[](int64_t n) { return fastis::Levels(n).total(); })
+  FASTIS_DEFINE(
+      m, "device_structure_nodes",
+      +[](int64_t n) { return fastis::Levels(n, fastis::kDeviceTop).total(); })
+
+  FASTIS_CPU(lanes)
+  FASTIS_CPU(cross_entropy)
+  FASTIS_CPU(label_loss)
+  FASTIS_DEFINE(m, "is_one", &is_one)
+
+  FASTIS_CPU(update)
+  FASTIS_CPU(draw)
+  FASTIS_CPU(rescale)
+  FASTIS_CPU(locate)
+  FASTIS_CPU(copy_state)
+  FASTIS_CPU(check_records)
+
+  FASTIS_CPU(weigh)
+  FASTIS_CPU(integers)
+  FASTIS_CPU(search)
+  FASTIS_CPU(alias_build)
+  FASTIS_CPU(alias_draw)
+  FASTIS_CPU(alias_resolve)
+  FASTIS_CPU(draw_points)
+
+  FASTIS_EMULATED(scale_grad)
+
+  FASTIS_EMULATED(update)
+  FASTIS_EMULATED(draw)
+  FASTIS_EMULATED(update_and_draw)
+  FASTIS_EMULATED(rescale)
+
+  FASTIS_EMULATED(survey)
+  FASTIS_EMULATED(running_sums_bytes)
+  FASTIS_EMULATED(running_sums)
+  FASTIS_EMULATED(integers)
+  FASTIS_EMULATED(search)
+  FASTIS_EMULATED(alias_build_bytes)
+  FASTIS_EMULATED(alias_build)
+  FASTIS_EMULATED(alias_draw)
+  FASTIS_EMULATED(alias_resolve)
+  FASTIS_EMULATED(draw_points)
+  FASTIS_EMULATED(share)
+  FASTIS_EMULATED(blocks_for)
+
 #ifdef FASTIS_CUDA
-  m.def("cuda_error_string", &fastis::cuda::error_string);
   m.attr("cuda_targets") = FASTIS_CUDA_TARGETS;
-  m.def("cuda_missing", &fastis::cuda::missing);
-  fastis::define_fast<struct CudaUpdate>(m, "cuda_update", &fastis::cuda::update);
-  fastis::define_fast<struct CudaDraw>(m, "cuda_draw", &fastis::cuda::draw);
-  m.def("cuda_rescale", &fastis::cuda::rescale);
-  m.def("cuda_load_sampler", &fastis::cuda::load_sampler);
-  fastis::define_fast<struct CudaUpdateAndDraw>(m, "cuda_update_and_draw",
-                                                &fastis::cuda::update_and_draw);
-  m.def("cuda_survey", &fastis::cuda::survey);
-  m.def("cuda_running_sums_bytes", &fastis::cuda::running_sums_bytes);
-  m.def("cuda_running_sums", &fastis::cuda::running_sums);
-  m.def("cuda_integers", &fastis::cuda::integers);
-  m.def("cuda_search", &fastis::cuda::search);
-  m.def("cuda_alias_build_bytes", &fastis::cuda::alias_build_bytes);
-  m.def("cuda_alias_build", &fastis::cuda::alias_build);
-  m.def("cuda_alias_draw", &fastis::cuda::alias_draw);
-  m.def("cuda_alias_resolve", &fastis::cuda::alias_resolve);
-  m.def("cuda_draw_points", &fastis::cuda::draw_points);
-  fastis::define_fast<struct CudaScaleGrad>(m, "cuda_scale_grad", &fastis::cuda::scale_grad);
+  FASTIS_DEVICE(error_string)
+  FASTIS_DEVICE(missing)
+
+  FASTIS_DEVICE(scale_grad)
+
+  FASTIS_DEVICE(update)
+  FASTIS_DEVICE(draw)
+  FASTIS_DEVICE(update_and_draw)
+  FASTIS_DEVICE(rescale)
+  FASTIS_DEVICE(load_sampler)
+
+  FASTIS_DEVICE(survey)
+  FASTIS_DEVICE(running_sums_bytes)
+  FASTIS_DEVICE(running_sums)
+  FASTIS_DEVICE(integers)
+  FASTIS_DEVICE(search)
+  FASTIS_DEVICE(alias_build_bytes)
+  FASTIS_DEVICE(alias_build)
+  FASTIS_DEVICE(alias_draw)
+  FASTIS_DEVICE(alias_resolve)
+  FASTIS_DEVICE(draw_points)
 #endif
-  fastis::define_fast<struct Weigh>(m, "weigh", FASTIS_CPU(weigh));
-  fastis::define_fast<struct Search>(m, "search", FASTIS_CPU(search));
-  fastis::define_fast<struct AliasDraw>(m, "alias_draw", FASTIS_CPU(alias_draw));
-  fastis::define_fast<struct Update>(m, "update", FASTIS_CPU(update));
-  fastis::define_fast<struct Draw>(m, "draw", FASTIS_CPU(draw));
-  fastis::define_fast<struct CrossEntropy>(m, "cross_entropy", FASTIS_CPU(cross_entropy));
-  fastis::define_fast<struct LabelLoss>(m, "label_loss", FASTIS_CPU(label_loss));
-  fastis::define_fast<struct IsOne>(m, "is_one", &is_one);
 }

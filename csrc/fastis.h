@@ -6,6 +6,7 @@
 #include <string>
 
 #include "device/device_table.h"
+#include "format.h"
 #include "layout.h"
 
 namespace fastis {

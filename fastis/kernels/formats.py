@@ -1,4 +1,4 @@
-"""Formats of the losses: dtypes of results and gradients, and what a backend's loss returns."""
+"""Formats of numbers in memory: their codes, and the dtypes of a loss's results and gradient."""
 
 from __future__ import annotations
 
@@ -6,6 +6,15 @@ from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+# Codes of the formats that entry points of ``fastis._C`` take, as csrc/format.h has them.
+FORMAT_CODES = {
+    torch.float32: 0,
+    torch.float64: 1,
+    torch.bfloat16: 2,
+    torch.float16: 3,
+    torch.int64: 4,
+}
 
 Scored: TypeAlias = "tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]"
 

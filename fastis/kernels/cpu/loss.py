@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from fastis import _C
-from fastis.kernels.formats import Scored, compute_dtype, grad_dtype, raise_bad_label
+from fastis.kernels.formats import FORMAT_CODES, Scored, compute_dtype, grad_dtype, raise_bad_label
 from fastis.kernels.reference.loss import scale_grad as _multiply
 
 # Of the logits: code of the format, dtype of the results, dtype of the gradient.
 _FORMATS = {
     dtype: (code, compute_dtype(dtype), grad_dtype(dtype))
-    for code, dtype in enumerate((torch.float32, torch.float64, torch.bfloat16, torch.float16))
+    for dtype, code in FORMAT_CODES.items()
+    if dtype.is_floating_point
 }
 # Elements from which a second thread was measured to win.
 _PARALLEL_ELEMENTS = 1 << 18

@@ -7,14 +7,7 @@ from torch import Tensor
 
 from fastis.kernels.cuda.launch import launch
 from fastis.kernels.extension import _C
-
-# Codes of the formats, as csrc/device/scale.h lists them.
-_FORMATS = {
-    torch.float32: 0,
-    torch.float64: 1,
-    torch.bfloat16: 2,
-    torch.float16: 3,
-}
+from fastis.kernels.formats import FORMAT_CODES
 
 
 def scale(grad: Tensor, grad_output: Tensor, out: Tensor) -> Tensor:
@@ -33,8 +26,8 @@ def scale(grad: Tensor, grad_output: Tensor, out: Tensor) -> Tensor:
     launch(
         _C.cuda_scale_grad,
         grad.device,
-        _FORMATS[dtype],
-        _FORMATS[out.dtype],
+        FORMAT_CODES[dtype],
+        FORMAT_CODES[out.dtype],
         grad.data_ptr(),
         out.data_ptr(),
         grad_output.data_ptr(),
