@@ -22,6 +22,17 @@ struct Pointer {
   T* operator->() const { return address; }
 };
 
+// [B, C, S], or [B, S, C] in memory with channels_last.
+struct BatchNormShape {
+  int64_t B, C, S;
+  bool channels_last;
+};
+// Its running statistics, moved by `momentum` towards the mean and `correction` times the variance.
+struct Running {
+  Pointer<void> mean /* [C], or null: none */, var /* [C] */;
+  double momentum, correction;
+};
+
 }  // namespace fastis
 
 // The device's code run on the host, in an order that `stride` permutes: for tests of everything

@@ -5,6 +5,7 @@ import torch as _torch  # noqa: F401
 
 from fastis import estimators, methods
 from fastis.batch import Batch
+from fastis.batch_norm import batch_weights, weighted_batch_norm
 from fastis.config import show_config
 from fastis.kernels import backend
 from fastis.loss import (
@@ -28,6 +29,7 @@ __all__ = [
     "Sampler",
     "ScoredLoss",
     "backend",
+    "batch_weights",
     "binary_cross_entropy_with_logits",
     "cross_entropy",
     "estimators",
@@ -36,4 +38,5 @@ __all__ = [
     "sample",
     "scored_loss",
     "show_config",
+    "weighted_batch_norm",
 ]

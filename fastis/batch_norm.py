@@ -1,0 +1,438 @@
+"""BatchNorm whose statistics are those of the training set, not of what was drawn.
+
+Under importance sampling a minibatch holds more hard samples than the training set does, and so do
+the statistics that BatchNorm normalises with. Weighted by the coefficients r of the minibatch,
+they estimate those of the training set (the self-normalised estimate: consistent, its bias falls
+as 1/B). With R = sum_b r_b and S spatial positions
+
+    mean_c = sum_b r_b sum_s x_bcs / (R S)
+    var_c  = sum_b r_b sum_s (x_bcs - mean_c)^2 / (R S)
+
+:func:`weighted_batch_norm` converts a model's layers, :class:`batch_weights` gives them r.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import warnings
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastis import dense
+from fastis.kernels import kernels_for
+from fastis.kernels.formats import compute_dtype
+from fastis.kernels.reference.batch_norm import Running
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_is_compiling = torch.compiler.is_dynamo_compiling
+_backward_number = torch._C._current_graph_task_id  # of the backward pass that runs here; else -1
+
+
+class _Local(threading.local):
+    """The innermost context of each thread."""
+
+    active: batch_weights | None = None
+
+
+_local = _Local()
+
+
+class batch_weights:
+    """Give the coefficients of a minibatch to the model's weighted BatchNorm layers.
+
+    ::
+
+        batch = sampler.sample()
+        with fastis.batch_weights(batch.weights):
+            logits = model(x[batch.indices])
+
+    Layers in training mode take their statistics from the innermost context of their thread, and
+    raise an error without one: coefficients of an earlier step are never used. Activation
+    checkpointing runs a forward pass again within the backward pass, outside of the context: see
+    :meth:`for_checkpoint`.
+
+    Parameters
+    ----------
+    weights : Tensor or None
+        ``[B]``, float32 or float64, on the model's device: ``batch.weights``, not negative and not
+        all 0. None for a minibatch that was drawn uniformly: torch's own statistics, bit for bit.
+
+    Raises
+    ------
+    TypeError, ValueError
+        for anything else. From a layer: ValueError for as many samples as there are no
+        coefficients for, and for another device; RuntimeError without a context.
+
+    Warns
+    -----
+    UserWarning
+        where no layer saw the coefficients: the model was not converted, or its layers have been
+        replaced since.
+    """
+
+    def __init__(self, weights: Tensor | None) -> None:
+        self.weights = weights
+        self.used = False
+        if weights is None:
+            return
+        if not isinstance(weights, Tensor):
+            raise TypeError(f"weights must be a tensor or None, got {type(weights).__name__}")
+        if weights.dim() != 1:
+            raise ValueError(f"weights must have shape [B], got {list(weights.shape)}")
+        if weights.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"weights must be float32 or float64, got {weights.dtype}")
+        if weights.requires_grad:
+            raise ValueError("weights must be constants, got a tensor that requires grad")
+        self._parts: dict[tuple[torch.dtype, int], tuple[Tensor, Tensor]] = {}
+
+    def shares(self, dtype: torch.dtype, spatial: int) -> tuple[Tensor, Tensor]:
+        """``r / R`` and the correction of the variance over ``spatial`` positions of each sample.
+
+        Computed once for all layers of a kind.
+        """
+        found = None if _is_compiling() else self._parts.get((dtype, spatial))
+        if found is None:
+            assert self.weights is not None
+            weights = self.weights.to(dtype)
+            share = weights / weights.sum()
+            found = share, _correction(spatial / share.square().sum())
+            if not _is_compiling():
+                self._parts[dtype, spatial] = found
+        return found
+
+    def __enter__(self) -> batch_weights:
+        self._backward = -1 if _is_compiling() else _backward_number()
+        self._outer, _local.active = _local.active, self
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        _local.active = self._outer
+        if kind is None and self.weights is not None and not self.used and not _is_compiling():
+            warnings.warn(
+                "no weighted BatchNorm layer saw the coefficients of batch_weights: convert the "
+                "model by fastis.weighted_batch_norm (after convert_sync_batchnorm, not before)",
+                stacklevel=2,
+            )
+
+    @staticmethod
+    def for_checkpoint() -> tuple[Any, Any]:
+        """The ``context_fn`` of ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False)``.
+
+        What is computed again in the backward pass then has the coefficients of the minibatch that
+        it was computed with first, whichever context is open by then.
+        """
+        active = _local.active
+        again = contextlib.nullcontext() if active is None else batch_weights(active.weights)
+        return contextlib.nullcontext(), again
+
+
+def _correction(count: Tensor) -> Tensor:
+    """n / (n - 1), where n is ``count``, at least 2."""
+    count = count.clamp(min=2)
+    return count / (count - 1)
+
+
+def _formula(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    share: Tensor,
+    eps: float,
+    running: Running | None,
+) -> Tensor:
+    """The layer by differentiable operators, for whatever traces or transforms them."""
+    after = (1,) * (x.dim() - 2)
+    by_sample = share.view(-1, 1, *after) / x.shape[2:].numel()
+    others = (0, *range(2, x.dim()))
+    mean = (by_sample * x).sum(others, keepdim=True)
+    var = (by_sample * (x - mean).square()).sum(others, keepdim=True)
+    if running is not None:
+        running.move(mean.detach().flatten(), var.detach().flatten())
+    y = (x - mean) * torch.rsqrt(var + eps)
+    if weight is not None:
+        y = y * weight.view(-1, *after)
+    if bias is not None:
+        y = y + bias.view(-1, *after)
+    return y.to(x.dtype)
+
+
+class _Processes:
+    """What SyncBatchNorm's processes tell each other: their moments, then sums of gradients."""
+
+    def __init__(self, group: Any, weights: Tensor, spatial: int) -> None:
+        self.group = group
+        self._sizes = torch.stack([weights.sum(), weights.square().sum()]) * spatial
+
+    def moments(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """The moments of all; keeps this process's ``fraction`` of the weight."""
+        own = torch.cat([mean, var, self._sizes])
+        every = own.new_empty(dist.get_world_size(self.group), len(own))
+        dist.all_gather(list(every.unbind()), own, self.group)
+        means, variances, sizes = every.split([len(mean), len(var), 2], 1)
+        total, squares = sizes.sum(0)
+        self.fraction = self._sizes[0] / total
+        self.correction = _correction(total.square() / squares)
+        share = sizes[:, :1] / total
+        mean = (share * means).sum(0)
+        return mean, (share * (variances + (means - mean).square())).sum(0)
+
+    def sums(self, first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        both = torch.stack([first, second])
+        dist.all_reduce(both, group=self.group)
+        return both[0], both[1]
+
+
+class _Normalize(torch.autograd.Function):
+    """The layer by the kernels."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        share: Tensor,
+        eps: float,
+        running: Running | None,
+        processes: _Processes | None,
+    ) -> Tensor:
+        kernels = kernels_for("batch_norm", x.device.type)
+        gamma, beta = _as(weight, share.dtype), _as(bias, share.dtype)
+        y: Tensor
+        if processes is None:
+            y, mean, var = kernels.forward(x, share, gamma, beta, eps, running)
+        else:
+            y, mean, var = kernels.forward(x, share, gamma, beta, eps, None, processes.moments)
+            share = share * processes.fraction
+            if running is not None:
+                running._replace(correction=processes.correction).move(mean, var)
+        ctx.save_for_backward(x, share, weight, bias, mean, var)
+        ctx.run, ctx.eps, ctx.processes = kernels.backward, eps, processes
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None) -> Any:
+        if grad_output is None:
+            return (None,) * 7
+        x, share, weight, bias, mean, var = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            return *_differentiable(ctx, grad_output, (x, weight, bias), share), *(None,) * 4
+        merge = None if ctx.processes is None else ctx.processes.sums
+        gamma, with_input = _as(weight, share.dtype), ctx.needs_input_grad[0]
+        grad, grad_weight, grad_bias = ctx.run(
+            grad_output, x, share, gamma, mean, var, ctx.eps, with_input, merge
+        )
+        if weight is None:
+            grad_weight = None
+        if bias is None:
+            grad_bias = None
+        return grad, grad_weight, grad_bias, None, None, None, None
+
+
+def _differentiable(
+    ctx: Any, grad_output: Tensor, inputs: tuple[Any, ...], share: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients, with a graph of their own."""
+    if ctx.processes is not None:
+        raise RuntimeError("a weighted SyncBatchNorm has a first derivative only")
+    x, weight, bias = inputs
+    y = _formula(x, weight, bias, share, ctx.eps, None)
+    wanted = ctx.needs_input_grad[:3]
+    of = [tensor for tensor, want in zip(inputs, wanted, strict=True) if want]
+    found = iter(torch.autograd.grad(y, of, grad_output, create_graph=True))
+    return tuple(next(found) if want else None for want in wanted)
+
+
+def _as(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if parameter is None or parameter.dtype is dtype:
+        return parameter
+    return parameter.to(dtype)
+
+
+def _kernels_can_read(x: Tensor) -> bool:
+    """Nothing watches torch's dispatcher, which the kernels go past, and ``x`` is what it seems."""
+    return (
+        not _is_compiling()
+        and (type(x) is Tensor or type(x) is nn.Parameter)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
+        and dense.in_memory(x)
+        and not x.is_neg()
+    )
+
+
+class _Weighted(_BatchNorm):
+    """What the weighted layers share."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        active = _local.active
+        if active is not None and not active.used:
+            active.used = True
+        weights = self._checked(active).weights if self.training else None
+        if weights is None or active is None:
+            return self._unweighted(input)
+        self._check_input_dim(input)
+        self._check_matches(input, weights)
+        spatial = math.prod(input.shape[2:])
+        processes = self._processes(weights, spatial, input.dtype)
+        if processes is None and len(input) * spatial < 2:
+            return self._unweighted(input)  # an error, or an empty minibatch
+        share, correction = active.shares(compute_dtype(input.dtype), spatial)
+        running = self._running(correction)
+        arguments = input, self.weight, self.bias, share, self.eps, running
+        if processes is None and not _kernels_can_read(input):
+            return _formula(*arguments)
+        y: Tensor = _Normalize.apply(*arguments, processes)
+        return y
+
+    def _unweighted(self, input: Tensor) -> Tensor:
+        y: Tensor = super().forward(input)
+        return y
+
+    def _checked(self, active: batch_weights | None) -> batch_weights:
+        """The context, if it is one of this forward pass."""
+        name = type(self).__name__
+        if active is None:
+            raise RuntimeError(
+                f"{name} in training mode needs the minibatch's coefficients: run the model within "
+                "`with fastis.batch_weights(batch.weights):` (batch_weights(None) for a minibatch "
+                "drawn uniformly), in the same thread; under activation checkpointing pass "
+                "use_reentrant=False and context_fn=fastis.batch_weights.for_checkpoint"
+            )
+        if not _is_compiling() and active._backward != _backward_number():
+            raise RuntimeError(
+                f"{name} runs within a backward pass, in a context of batch_weights that was "
+                "opened outside of it and may be of another minibatch: pass use_reentrant=False "
+                "and context_fn=fastis.batch_weights.for_checkpoint to checkpoint"
+            )
+        return active
+
+    def _check_matches(self, input: Tensor, weights: Tensor) -> None:
+        if input.shape[1] != self.num_features:
+            raise ValueError(
+                f"expected {self.num_features} channels, got an input of {list(input.shape)}"
+            )
+        if len(weights) != len(input):
+            raise ValueError(
+                f"batch_weights must have one coefficient for each sample: expected [{len(input)}] "
+                f"for an input of {list(input.shape)}, got [{len(weights)}]"
+            )
+        if weights.device != input.device:
+            raise ValueError(f"batch_weights must be on {input.device}, got {weights.device}")
+
+    def _processes(self, weights: Tensor, spatial: int, dtype: torch.dtype) -> _Processes | None:
+        return None
+
+    def _running(self, correction: Tensor) -> Running | None:
+        """The running statistics that this forward pass moves; counts it."""
+        mean, var, batches = self.running_mean, self.running_var, self.num_batches_tracked
+        if not self.track_running_stats or mean is None or var is None:
+            return None
+        momentum: Any = self.momentum
+        if batches is not None:
+            batches.add_(1)
+            if momentum is None:  # the mean over all; a tensor: nothing waits for the device
+                momentum = batches.to(mean.dtype).reciprocal()
+        return Running(mean, var, 0.0 if momentum is None else momentum, correction)
+
+
+class WeightedBatchNorm1d(_Weighted, nn.BatchNorm1d):
+    """``torch.nn.BatchNorm1d`` with statistics weighted by :class:`batch_weights`."""
+
+
+class WeightedBatchNorm2d(_Weighted, nn.BatchNorm2d):
+    """``torch.nn.BatchNorm2d`` with statistics weighted by :class:`batch_weights`."""
+
+
+class WeightedBatchNorm3d(_Weighted, nn.BatchNorm3d):
+    """``torch.nn.BatchNorm3d`` with statistics weighted by :class:`batch_weights`."""
+
+
+class WeightedSyncBatchNorm(_Weighted, nn.SyncBatchNorm):
+    """``torch.nn.SyncBatchNorm`` with statistics weighted by :class:`batch_weights`.
+
+    The sums run over the minibatches of all processes, each with its own coefficients.
+    """
+
+    def _processes(self, weights: Tensor, spatial: int, dtype: torch.dtype) -> _Processes | None:
+        if not dist.is_available() or not dist.is_initialized():
+            return None
+        group = self.process_group or dist.group.WORLD
+        if dist.get_world_size(group) == 1:
+            return None
+        return _Processes(group, weights.to(compute_dtype(dtype)), spatial)
+
+
+_WEIGHTED: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: WeightedBatchNorm1d,
+    nn.BatchNorm2d: WeightedBatchNorm2d,
+    nn.BatchNorm3d: WeightedBatchNorm3d,
+    nn.SyncBatchNorm: WeightedSyncBatchNorm,
+}
+
+
+def weighted_batch_norm(model: Model, weighted: bool = True) -> Model:
+    """Make a model's BatchNorm layers take statistics weighted by the minibatch's coefficients.
+
+    ::
+
+        model = fastis.weighted_batch_norm(model)
+        with fastis.batch_weights(batch.weights):
+            logits = model(x[batch.indices])
+
+    The layers are converted in place: parameters, buffers, hooks and the keys of ``state_dict``
+    stay, ``isinstance(layer, torch.nn.BatchNorm2d)`` too, and evaluation is unchanged. With equal
+    coefficients they compute what torch's layers do. Training without :class:`batch_weights` is an
+    error. Converted twice is converted once.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        with BatchNorm1d, BatchNorm2d, BatchNorm3d or SyncBatchNorm layers, or one itself. Call
+        ``convert_sync_batchnorm`` before, not after: it makes plain layers of all.
+    weighted : bool
+        False converts back, to torch's layers.
+
+    Returns
+    -------
+    torch.nn.Module
+        ``model``.
+
+    Raises
+    ------
+    TypeError
+        for a layer that is derived from torch's BatchNorm classes and may compute otherwise. Then
+        nothing was converted.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    classes = _WEIGHTED if weighted else {new: old for old, new in _WEIGHTED.items()}
+    layers = []
+    for name, layer in model.named_modules():
+        if type(layer) in classes:
+            layers.append(layer)
+        elif weighted and isinstance(layer, _BatchNorm) and not isinstance(layer, _Weighted):
+            raise TypeError(
+                f"model must have BatchNorm layers of torch's own classes, got "
+                f"{type(layer).__name__} at {name or 'its root'!r} (a lazy layer becomes one by "
+                "its first forward pass)"
+            )
+    for layer in layers:
+        layer.__class__ = classes[type(layer)]
+    return model
