@@ -18,7 +18,7 @@ import math
 import threading
 import warnings
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastis import dense
 from fastis.kernels import kernels_for
 from fastis.kernels.formats import compute_dtype
 from fastis.kernels.reference.batch_norm import Running
@@ -35,6 +34,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 _is_compiling = torch.compiler.is_dynamo_compiling
 _backward_number = torch._C._current_graph_task_id  # of the backward pass that runs here; else -1
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_functorch_active = torch._C._are_functorch_transforms_active
 
 
 class _Local(threading.local):
@@ -110,7 +111,7 @@ class batch_weights:
         return found
 
     def __enter__(self) -> batch_weights:
-        self._backward = -1 if _is_compiling() else _backward_number()
+        self.backward = -1 if _is_compiling() else _backward_number()
         self._outer, _local.active = _local.active, self
         return self
 
@@ -266,15 +267,18 @@ def _as(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _kernels_can_read(x: Tensor) -> bool:
     """Nothing watches torch's dispatcher, which the kernels go past, and ``x`` is what it seems."""
-    return (
-        not _is_compiling()
-        and (type(x) is Tensor or type(x) is nn.Parameter)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and forward_ad._current_level < 0
-        and not torch._C._are_functorch_transforms_active()
-        and dense.in_memory(x)
-        and not x.is_neg()
-    )
+    if (
+        _is_compiling()
+        or (type(x) is not Tensor and type(x) is not nn.Parameter)
+        or _dispatch_modes() != 0
+        or forward_ad._current_level >= 0
+        or _functorch_active()
+    ):
+        return False
+    try:
+        return x.data_ptr() != 0 and not x.is_neg()
+    except RuntimeError:  # of a tensor without memory
+        return False
 
 
 class _Weighted(_BatchNorm):
@@ -284,14 +288,21 @@ class _Weighted(_BatchNorm):
         active = _local.active
         if active is not None and not active.used:
             active.used = True
-        weights = self._checked(active).weights if self.training else None
-        if weights is None or active is None:
+        if not self.training:
+            return self._unweighted(input)
+        if active is None or not (_is_compiling() or active.backward == _backward_number()):
+            self._refuse_context(active)
+        weights = active.weights
+        if weights is None:
             return self._unweighted(input)
         self._check_input_dim(input)
-        self._check_matches(input, weights)
+        batch, channels = input.shape[:2]
+        same = len(weights) == batch and weights.device == input.device
+        if not same or channels != self.num_features:
+            self._refuse_input(input, weights)
         spatial = math.prod(input.shape[2:])
         processes = self._processes(weights, spatial, input.dtype)
-        if processes is None and len(input) * spatial < 2:
+        if processes is None and batch * spatial < 2:
             return self._unweighted(input)  # an error, or an empty minibatch
         share, correction = active.shares(compute_dtype(input.dtype), spatial)
         running = self._running(correction)
@@ -305,36 +316,32 @@ class _Weighted(_BatchNorm):
         y: Tensor = super().forward(input)
         return y
 
-    def _checked(self, active: batch_weights | None) -> batch_weights:
-        """The context, if it is one of this forward pass."""
+    def _refuse_context(self, active: batch_weights | None) -> NoReturn:
         name = type(self).__name__
+        keywords = "use_reentrant=False and context_fn=fastis.batch_weights.for_checkpoint"
         if active is None:
             raise RuntimeError(
                 f"{name} in training mode needs the minibatch's coefficients: run the model within "
                 "`with fastis.batch_weights(batch.weights):` (batch_weights(None) for a minibatch "
                 "drawn uniformly), in the same thread; under activation checkpointing pass "
-                "use_reentrant=False and context_fn=fastis.batch_weights.for_checkpoint"
+                + keywords
             )
-        if not _is_compiling() and active._backward != _backward_number():
-            raise RuntimeError(
-                f"{name} runs within a backward pass, in a context of batch_weights that was "
-                "opened outside of it and may be of another minibatch: pass use_reentrant=False "
-                "and context_fn=fastis.batch_weights.for_checkpoint to checkpoint"
-            )
-        return active
+        raise RuntimeError(
+            f"{name} runs within a backward pass, in a context of batch_weights that was opened "
+            "outside of it and may be of another minibatch: under activation checkpointing pass "
+            + keywords
+        )
 
-    def _check_matches(self, input: Tensor, weights: Tensor) -> None:
-        if input.shape[1] != self.num_features:
+    def _refuse_input(self, input: Tensor, weights: Tensor) -> NoReturn:
+        shape = list(input.shape)
+        if shape[1] != self.num_features:
+            raise ValueError(f"expected {self.num_features} channels, got an input of {shape}")
+        if len(weights) != shape[0]:
             raise ValueError(
-                f"expected {self.num_features} channels, got an input of {list(input.shape)}"
+                f"batch_weights must have one coefficient for each sample: expected [{shape[0]}] "
+                f"for an input of {shape}, got [{len(weights)}]"
             )
-        if len(weights) != len(input):
-            raise ValueError(
-                f"batch_weights must have one coefficient for each sample: expected [{len(input)}] "
-                f"for an input of {list(input.shape)}, got [{len(weights)}]"
-            )
-        if weights.device != input.device:
-            raise ValueError(f"batch_weights must be on {input.device}, got {weights.device}")
+        raise ValueError(f"batch_weights must be on {input.device}, got {weights.device}")
 
     def _processes(self, weights: Tensor, spatial: int, dtype: torch.dtype) -> _Processes | None:
         return None

@@ -22,7 +22,7 @@ ORDER = [
     *("kernels.code", "kernels.flatten", "kernels.quantize", "kernels.alias"),
     *("kernels.state", "kernels.variance"),
     *("kernels.reference", "kernels.cpu", "kernels.cuda", "kernels.triton"),
-    *("loss_arguments", "operators", "scored", "loss", "sampling", "saved", "methods"),
+    *("batch_norm", "loss_arguments", "operators", "scored", "loss", "sampling", "saved", "methods"),
     *("variance", "sampler", "lr", "gradients", "estimators", "config"),
 ]
 

@@ -49,12 +49,16 @@ struct Block {
   template <class Body>
   void run(int64_t b, int64_t offset, int64_t count, const Body& body) const {
     constexpr int V = kLanes<F>;
+    // Unrolled, so that the sums of a run stay in registers.
     if (count == kRun<F>) {
+#pragma GCC unroll 4
       for (int u = 0; u < kVectors; ++u) body(At{b, offset + u * V, u, u * V, V});
       return;
     }
-    for (int u = 0; u * V < count; ++u) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kVectors; ++u) {
       const int rest = static_cast<int>(count) - u * V;
+      if (rest <= 0) break;
       body(At{b, offset + u * V, u, u * V, rest < V ? rest : V});
     }
   }
@@ -84,8 +88,12 @@ struct Block {
     for (int64_t b = 0; b < shape.B; b += step) {
       Vec<F> sum[N][kVectors] = {};
       samples(b, b + step < shape.B ? b + step : shape.B, [&](const At& at) { body(at, sum); });
+#pragma GCC unroll 2
       for (int n = 0; n < N; ++n) {
-        for (int i = 0; i < kRun<F>; ++i) total[n][i] += sum[n][i / kLanes<F>][i % kLanes<F>];
+        alignas(64) F lanes[kRun<F>];
+#pragma GCC unroll 4
+        for (int u = 0; u < kVectors; ++u) store(lanes + u * kLanes<F>, sum[n][u]);
+        for (int i = 0; i < kRun<F>; ++i) total[n][i] += lanes[i];
       }
     }
     if (shape.channels_last) return;
