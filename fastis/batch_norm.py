@@ -83,6 +83,7 @@ class batch_weights:
     def __init__(self, weights: Tensor | None) -> None:
         self.weights = weights
         self.used = False
+        self._outer: list[batch_weights | None] = []  # of each time that this one is entered
         if weights is None:
             return
         if not isinstance(weights, Tensor):
@@ -112,7 +113,8 @@ class batch_weights:
 
     def __enter__(self) -> batch_weights:
         self.backward = -1 if _is_compiling() else _backward_number()
-        self._outer, _local.active = _local.active, self
+        self._outer.append(_local.active)
+        _local.active = self
         return self
 
     def __exit__(
@@ -121,7 +123,7 @@ class batch_weights:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        _local.active = self._outer
+        _local.active = self._outer.pop()
         if kind is None and self.weights is not None and not self.used and not _is_compiling():
             warnings.warn(
                 "no weighted BatchNorm layer saw the coefficients of batch_weights: convert the "

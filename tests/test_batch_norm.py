@@ -207,6 +207,21 @@ def test_odd_gradients_and_inputs(any_backend):
         assert (F.relu_(layer(x)) == F.relu(y)).all()
 
 
+def test_odd_parameters_and_buffers(any_backend):
+    """Every second element of their memory."""
+    layer, x, grad_output = layer_and_input((6, 5, 3, 4))
+    layer = fastis.weighted_batch_norm(layer)
+    odd = copy.deepcopy(layer)
+    for name, tensor in layer.state_dict().items():
+        if tensor.dim():
+            strided = torch.stack([tensor, tensor - 100], 1)[:, 0]
+            is_parameter = name in ("weight", "bias")
+            setattr(odd, name, nn.Parameter(strided) if is_parameter else strided)
+    r = coefficients(6)
+    found, expected = step(odd, x, grad_output, r), step(layer, x, grad_output, r)
+    assert_same(found, expected, torch.float32)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_threads_divide_the_work(threads, threads_and_data):
     torch.set_num_threads(threads)
@@ -446,6 +461,8 @@ def test_contexts_nest_and_end():
         layer(a)
         with pytest.raises(KeyError), fastis.batch_weights(torch.ones(5)):
             raise KeyError
+        layer(a)
+    with (twice := fastis.batch_weights(torch.ones(4))), twice:
         layer(a)
     with pytest.raises(RuntimeError, match="needs the minibatch's coefficients"):
         layer(a)

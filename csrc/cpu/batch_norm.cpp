@@ -227,7 +227,7 @@ void batch_norm_forward(fastis::Format format, BatchNormShape shape, Pointer<con
                         Pointer<void> var, Pointer<void> y, int threads) {
   const auto run = format == fastis::Format::float32   ? forward_as<float>
                    : format == fastis::Format::float64 ? forward_as<double>
-                                               : forward_as<BFloat16>;
+                                                       : forward_as<BFloat16>;
   run(shape, x, share, weight, bias, eps, running, mean, var, y, threads);
 }
 
@@ -238,7 +238,7 @@ void batch_norm_backward(fastis::Format format, BatchNormShape shape, Pointer<co
                          Pointer<void> grad_weight, Pointer<void> grad_bias, int threads) {
   const auto run = format == fastis::Format::float32   ? backward_as<float>
                    : format == fastis::Format::float64 ? backward_as<double>
-                                               : backward_as<BFloat16>;
+                                                       : backward_as<BFloat16>;
   run(shape, dy, x, share, weight, mean, var, eps, dx, grad_weight, grad_bias, threads);
 }
 

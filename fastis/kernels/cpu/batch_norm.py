@@ -10,6 +10,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import Parameter
 
 from fastis import _C
 from fastis.dense import readable
@@ -37,7 +38,8 @@ def forward(
     code = _CODES.get(x.dtype)
     if code is None or merge is not None:
         return reference.forward(x, share, weight, bias, eps, running, merge)
-    moved = running is not None and running.mean.dtype is running.var.dtype is share.dtype
+    weight, bias = _readable("weight", weight), _readable("bias", bias)
+    moved = running is not None and _is_moved(running, share.dtype)
     x, last = _laid_out(x)
     y = torch.empty_like(x)
     mean = share.new_empty(x.shape[1])
@@ -76,8 +78,9 @@ def backward(
     code = _CODES.get(x.dtype)
     if code is None or merge is not None:
         return reference.backward(grad_output, x, share, weight, mean, var, eps, with_input, merge)
+    weight = _readable("weight", weight)
     x, last = _laid_out(x)
-    if type(grad_output) is not Tensor or grad_output.is_neg() or grad_output.data_ptr() == 0:
+    if not _is_plain(grad_output):
         grad_output = readable("grad_output", grad_output)
     grad_output = grad_output.contiguous(
         memory_format=_LAST[x.dim()] if last else torch.contiguous_format
@@ -100,6 +103,27 @@ def backward(
         _threads(x),
     )
     return grad, grad_weight, grad_bias
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    kind = type(tensor)
+    if kind is not Tensor and kind is not Parameter:
+        return False
+    return tensor.data_ptr() != 0 and not tensor.is_neg()
+
+
+def _readable(name: str, parameter: Tensor | None) -> Tensor | None:
+    """A parameter whose elements follow each other in memory."""
+    if parameter is None or (_is_plain(parameter) and parameter.is_contiguous()):
+        return parameter
+    return readable(name, parameter).contiguous()
+
+
+def _is_moved(running: Running, dtype: torch.dtype) -> bool:
+    """Whether the kernel can move the running statistics."""
+    mean, var = running.mean, running.var
+    plain = _is_plain(mean) and _is_plain(var) and mean.is_contiguous() and var.is_contiguous()
+    return plain and mean.dtype is dtype and var.dtype is dtype
 
 
 def _moving(running: Running) -> tuple[int, int, float, float]:
