@@ -30,7 +30,8 @@ struct BatchNormShape {
 // Its running statistics, moved by `momentum` towards the mean and `correction` times the variance.
 struct Running {
   Pointer<void> mean /* [C], or null: none */, var /* [C] */;
-  double momentum, correction;
+  Pointer<const void> correction;
+  double momentum;
 };
 
 }  // namespace fastis

@@ -223,7 +223,9 @@ class _Normalize(torch.autograd.Function):
             share = share * processes.fraction
             if running is not None:
                 running._replace(correction=processes.correction).move(mean, var)
-        ctx.save_for_backward(x, share, weight, bias, mean, var)
+        ctx.save_for_backward(x, weight, bias)
+        # Of this call's own, which nothing else can write: saving them would only take time.
+        ctx.kept = share, mean, var
         ctx.run, ctx.eps, ctx.processes = kernels.backward, eps, processes
         ctx.set_materialize_grads(False)
         return y
@@ -232,7 +234,8 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None) -> Any:
         if grad_output is None:
             return (None,) * 7
-        x, share, weight, bias, mean, var = ctx.saved_tensors
+        x, weight, bias = ctx.saved_tensors
+        share, mean, var = ctx.kept
         if torch.is_grad_enabled():  # create_graph=True
             return *_differentiable(ctx, grad_output, (x, weight, bias), share), *(None,) * 4
         merge = None if ctx.processes is None else ctx.processes.sums

@@ -55,6 +55,11 @@ struct Block {
       for (int u = 0; u < kVectors; ++u) body(At{b, offset + u * V, u, u * V, V});
       return;
     }
+    if (count == kRun<F> / 2) {
+#pragma GCC unroll 2
+      for (int u = 0; u < kVectors / 2; ++u) body(At{b, offset + u * V, u, u * V, V});
+      return;
+    }
 #pragma GCC unroll 4
     for (int u = 0; u < kVectors; ++u) {
       const int rest = static_cast<int>(count) - u * V;
@@ -145,7 +150,8 @@ void forward_as(const BatchNormShape& shape, const void* input, const void* shar
   F* const running_mean = static_cast<F*>(running.mean.address);
   F* const running_var = static_cast<F*>(running.var.address);
   const F momentum = static_cast<F>(running.momentum);
-  const F correction = static_cast<F>(running.correction);
+  const F correction =
+      running_mean != nullptr ? *static_cast<const F*>(running.correction.address) : F(1);
   S* const y = static_cast<S*>(output);
   const double inverse = 1.0 / static_cast<double>(shape.S);
   for_blocks<F>(shape, threads, [&](const Block<F>& block) {

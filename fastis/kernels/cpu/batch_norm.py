@@ -20,9 +20,10 @@ from fastis.kernels.reference.batch_norm import Merge, Running
 
 _CODES = {d: FORMAT_CODES[d] for d in (torch.float32, torch.float64, torch.bfloat16)}
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_PLAIN = (Tensor, Parameter)
 # Elements from which a second thread was measured to win.
 _PARALLEL_ELEMENTS = 1 << 18
-_STILL = (0, 0, 0.0, 0.0)
+_STILL = (0, 0, 0, 0.0)
 
 
 def forward(
@@ -80,11 +81,9 @@ def backward(
         return reference.backward(grad_output, x, share, weight, mean, var, eps, with_input, merge)
     weight = _readable("weight", weight)
     x, last = _laid_out(x)
-    if not _is_plain(grad_output):
-        grad_output = readable("grad_output", grad_output)
-    grad_output = grad_output.contiguous(
-        memory_format=_LAST[x.dim()] if last else torch.contiguous_format
-    )
+    if last or not _is_plain(grad_output):
+        memory_format = _LAST[x.dim()] if last else torch.contiguous_format
+        grad_output = readable("grad_output", grad_output).contiguous(memory_format=memory_format)
     grad = torch.empty_like(x) if with_input else None
     grad_weight, grad_bias = torch.empty_like(mean), torch.empty_like(mean)
     _C.batch_norm_backward(
@@ -106,15 +105,14 @@ def backward(
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    kind = type(tensor)
-    if kind is not Tensor and kind is not Parameter:
+    """Whether its elements follow each other in memory."""
+    if type(tensor) not in _PLAIN or not tensor.is_contiguous():
         return False
     return tensor.data_ptr() != 0 and not tensor.is_neg()
 
 
 def _readable(name: str, parameter: Tensor | None) -> Tensor | None:
-    """A parameter whose elements follow each other in memory."""
-    if parameter is None or (_is_plain(parameter) and parameter.is_contiguous()):
+    if parameter is None or _is_plain(parameter):
         return parameter
     return readable(name, parameter).contiguous()
 
@@ -122,17 +120,14 @@ def _readable(name: str, parameter: Tensor | None) -> Tensor | None:
 def _is_moved(running: Running, dtype: torch.dtype) -> bool:
     """Whether the kernel can move the running statistics."""
     mean, var = running.mean, running.var
-    plain = _is_plain(mean) and _is_plain(var) and mean.is_contiguous() and var.is_contiguous()
-    return plain and mean.dtype is dtype and var.dtype is dtype
+    if not (mean.dtype is var.dtype is running.correction.dtype is dtype):
+        return False
+    return _is_plain(mean) and _is_plain(var)
 
 
-def _moving(running: Running) -> tuple[int, int, float, float]:
-    return (
-        running.mean.data_ptr(),
-        running.var.data_ptr(),
-        float(running.momentum),
-        float(running.correction),
-    )
+def _moving(running: Running) -> tuple[int, int, int, float]:
+    mean, var, momentum, correction = running
+    return mean.data_ptr(), var.data_ptr(), correction.data_ptr(), float(momentum)
 
 
 def _laid_out(x: Tensor) -> tuple[Tensor, bool]:
