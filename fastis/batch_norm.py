@@ -94,21 +94,22 @@ class batch_weights:
             raise TypeError(f"weights must be float32 or float64, got {weights.dtype}")
         if weights.requires_grad:
             raise ValueError("weights must be constants, got a tensor that requires grad")
-        self._parts: dict[tuple[torch.dtype, int], tuple[Tensor, Tensor]] = {}
+        self._parts: dict[tuple[torch.dtype, int, int], tuple[Tensor, Tensor]] = {}
 
     def shares(self, dtype: torch.dtype, spatial: int) -> tuple[Tensor, Tensor]:
         """``r / R`` and the correction of the variance over ``spatial`` positions of each sample.
 
-        Computed once for all layers of a kind.
+        Computed once for all layers of a kind, but in a graph that is to see other coefficients.
         """
-        found = None if _is_compiling() else self._parts.get((dtype, spatial))
+        weights = self.weights
+        assert weights is not None
+        if _is_compiling() or (weights.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return _shares(weights.to(dtype), spatial)
+        version = 0 if weights.is_inference() else weights._version
+        key = dtype, spatial, version
+        found = self._parts.get(key)
         if found is None:
-            assert self.weights is not None
-            weights = self.weights.to(dtype)
-            share = weights / weights.sum()
-            found = share, _correction(spatial / share.square().sum())
-            if not _is_compiling():
-                self._parts[dtype, spatial] = found
+            found = self._parts[key] = _shares(weights.to(dtype), spatial)
         return found
 
     def __enter__(self) -> batch_weights:
@@ -141,6 +142,11 @@ class batch_weights:
         active = _local.active
         again = contextlib.nullcontext() if active is None else batch_weights(active.weights)
         return contextlib.nullcontext(), again
+
+
+def _shares(weights: Tensor, spatial: int) -> tuple[Tensor, Tensor]:
+    share = weights / weights.sum()
+    return share, _correction(spatial / share.square().sum())
 
 
 def _correction(count: Tensor) -> Tensor:

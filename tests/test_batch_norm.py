@@ -11,10 +11,12 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from no_host_reads import META, no_host_reads
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fastis
+from fastis import batch_norm
 from fastis.batch_norm import WeightedBatchNorm2d, _Weighted
 
 LAYERS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
@@ -467,6 +469,16 @@ def test_contexts_nest_and_end():
         layer(a)
 
 
+def test_coefficients_may_be_written_anew():
+    layer = fastis.weighted_batch_norm(nn.BatchNorm1d(3, momentum=1.0))
+    x, r = torch.randn(4, 3), torch.ones(4)
+    with fastis.batch_weights(r):
+        layer(x)
+        r.copy_(torch.tensor([0.0, 0, 1, 1]))
+        layer(x)
+    torch.testing.assert_close(layer.running_mean, x[2:].mean(0))
+
+
 def test_threads_have_contexts_of_their_own():
     """As the replicas of DataParallel, whose minibatch is a part of the one with coefficients."""
     layer = fastis.weighted_batch_norm(nn.BatchNorm1d(3))
@@ -578,6 +590,20 @@ def test_compiles_whole_and_sees_every_minibatch(inside):
         (grad,), (truth,) = (torch.autograd.grad(t, x, grad_output) for t in (y, expected))
         assert_same([y, grad], [expected, truth], torch.float32)
         assert_same([*model[0].buffers()], [*eager[0].buffers()], torch.float32)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_nothing_waits_for_a_device(monkeypatch, momentum):
+    """torch's operators on tensors without data: reading a number on the host raises."""
+    monkeypatch.setattr(batch_norm, "_kernels_can_read", lambda x: True)
+    layer = fastis.weighted_batch_norm(nn.BatchNorm2d(5, momentum=momentum, device=META))
+    x = torch.empty(6, 5, 4, 4, device=META, requires_grad=True)
+    r = torch.empty(6, device=META)
+    with no_host_reads():
+        with fastis.batch_weights(r):
+            y = layer(x)
+        y.backward(torch.empty_like(y))
+    assert x.grad.shape == x.shape
 
 
 # ---- several processes

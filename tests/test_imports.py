@@ -22,8 +22,8 @@ ORDER = [
     *("kernels.code", "kernels.flatten", "kernels.quantize", "kernels.alias"),
     *("kernels.state", "kernels.variance"),
     *("kernels.reference", "kernels.cpu", "kernels.cuda", "kernels.triton"),
-    *("batch_norm", "loss_arguments", "operators", "scored", "loss", "sampling", "saved", "methods"),
-    *("variance", "sampler", "lr", "gradients", "estimators", "config"),
+    *("loss_arguments", "operators", "scored", "loss", "sampling", "saved", "methods"),
+    *("batch_norm", "variance", "sampler", "lr", "gradients", "estimators", "config"),
 ]
 
 

@@ -24,6 +24,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
@@ -37,6 +38,7 @@ ROWS = Path(__file__).parents[1] / "results" / "batch_norm.jsonl"
 METHODS = ("scan", "emais", "emais weighted")
 RATES = (0.03, 0.1, 0.3)
 BATCH = 128
+TIMES = ("trained", "renewed")
 CONFIG = ("method", "lr", "seed", "iterations", "data")
 
 
@@ -77,21 +79,28 @@ def train(dataset: Dataset, method: str, lr: float, seed: int, iterations: int) 
 
 
 @torch.no_grad()
-def test_error(model: nn.Module, dataset: Dataset) -> float:
-    """In percent."""
-    predicted = model.eval()(dataset.x_test).argmax(1)
-    return 100 * float((predicted != dataset.y_test).float().mean())
+def evaluate(model: nn.Module, dataset: Dataset) -> dict[str, float]:
+    """The train loss, and the test error in percent."""
+    model.eval()
+    logits = torch.cat([model(x) for x in dataset.x_train.split(1000)])
+    wrong = model(dataset.x_test).argmax(1) != dataset.y_test
+    train_loss = float(F.cross_entropy(logits, dataset.y_train))
+    return {"train_loss": train_loss, "test_error": 100 * float(wrong.float().mean())}
 
 
 def run(dataset: Dataset, config: dict[str, Any]) -> Row:
     start = time.perf_counter()
     keys = ("method", "lr", "seed", "iterations")
     model = train(dataset, *(config[key] for key in keys))
-    seconds, trained = time.perf_counter() - start, test_error(model, dataset)
+    seconds, trained = time.perf_counter() - start, evaluate(model, dataset)
     with fastis.batch_weights(None):
         update_bn(dataset.x_train.split(1000), model)
-    found = {"test_error": trained, "renewed": test_error(model, dataset), "seconds": seconds}
+    found = {"seconds": seconds, "trained": trained, "renewed": evaluate(model, dataset)}
     return {"benchmark": "batch_norm", **config, **found, **provenance(torch.device("cpu"))}
+
+
+def figure(row: Row, when: str, name: str = "test_error") -> float:
+    return row[when][name]
 
 
 def key_of(row: Row) -> tuple[Any, ...]:
@@ -100,21 +109,23 @@ def key_of(row: Row) -> tuple[Any, ...]:
 
 def best_rate(rows: Iterable[Row], method: str) -> float:
     first = [row for row in rows if row["method"] == method and row["seed"] == 0]
-    return min(first, key=lambda row: row["test_error"])["lr"]
+    return min(first, key=lambda row: figure(row, "trained"))["lr"]
 
 
 def report(rows: list[Row]) -> str:
     """Means over seeds at each method's rate, and the standard deviation of the changes."""
-    lines = [("method", "rate", "seeds", "test error (%)", "renewed (%)", "change")]
+    head = ("train loss", "renewed", "test error (%)", "renewed (%)", "change")
+    lines = [("method", "rate", "seeds", *head)]
     for method in METHODS:
         rate = best_rate(rows, method)
         runs = [row for row in rows if row["method"] == method and row["lr"] == rate]
-        changes = [row["renewed"] - row["test_error"] for row in runs]
-        means = (f"{fmean(row[name] for row in runs):.2f}" for name in ("test_error", "renewed"))
+        losses = [fmean(figure(row, when, "train_loss") for row in runs) for when in TIMES]
+        errors = [fmean(figure(row, when) for row in runs) for when in TIMES]
+        changes = [figure(row, "renewed") - figure(row, "trained") for row in runs]
+        cells = [f"{rate:g}", str(len(runs)), *(f"{loss:.4f}" for loss in losses)]
+        cells += [f"{error:.2f}" for error in errors]
         spread = f" ± {stdev(changes):.2f}" if len(changes) > 1 else ""
-        lines.append(
-            (method, f"{rate:g}", str(len(runs)), *means, f"{fmean(changes):+.2f}{spread}")
-        )
+        lines.append((method, *cells, f"{fmean(changes):+.2f}{spread}"))
     return markdown_table(lines)
 
 

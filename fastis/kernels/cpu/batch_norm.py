@@ -21,7 +21,7 @@ from fastis.kernels.reference.batch_norm import Merge, Running
 _CODES = {d: FORMAT_CODES[d] for d in (torch.float32, torch.float64, torch.bfloat16)}
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _PLAIN = (Tensor, Parameter)
-# Elements from which a second thread was measured to win.
+# Elements from which several threads are used, as by the losses.
 _PARALLEL_ELEMENTS = 1 << 18
 _STILL = (0, 0, 0, 0.0)
 
@@ -81,7 +81,7 @@ def backward(
         return reference.backward(grad_output, x, share, weight, mean, var, eps, with_input, merge)
     weight = _readable("weight", weight)
     x, last = _laid_out(x)
-    if last or not _is_plain(grad_output):
+    if last or not _is_flat(grad_output):
         memory_format = _LAST[x.dim()] if last else torch.contiguous_format
         grad_output = readable("grad_output", grad_output).contiguous(memory_format=memory_format)
     grad = torch.empty_like(x) if with_input else None
@@ -104,7 +104,7 @@ def backward(
     return grad, grad_weight, grad_bias
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def _is_flat(tensor: Tensor) -> bool:
     """Whether its elements follow each other in memory."""
     if type(tensor) not in _PLAIN or not tensor.is_contiguous():
         return False
@@ -112,7 +112,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _readable(name: str, parameter: Tensor | None) -> Tensor | None:
-    if parameter is None or _is_plain(parameter):
+    if parameter is None or _is_flat(parameter):
         return parameter
     return readable(name, parameter).contiguous()
 
@@ -122,7 +122,7 @@ def _is_moved(running: Running, dtype: torch.dtype) -> bool:
     mean, var = running.mean, running.var
     if not (mean.dtype is var.dtype is running.correction.dtype is dtype):
         return False
-    return _is_plain(mean) and _is_plain(var)
+    return _is_flat(mean) and _is_flat(var)
 
 
 def _moving(running: Running) -> tuple[int, int, int, float]:
