@@ -225,8 +225,9 @@ def test_odd_parameters_and_buffers(any_backend):
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["channels_first", "channels_last"])
-def test_threads_divide_the_work_and_change_no_bit(channels_last, threads_and_data):
-    layer, x, grad_output = layer_and_input((70, 40, 12, 13), channels_last=channels_last)
+@pytest.mark.parametrize("shape", [(70, 70, 8, 9), (70, 140, 5, 6)], ids=str)  # sliced, and not
+def test_threads_divide_the_work_and_change_no_bit(shape, channels_last, threads_and_data):
+    layer, x, grad_output = layer_and_input(shape, channels_last=channels_last)
     r, found = coefficients(70), []
     for threads, backend in ((1, "cpu"), (3, "cpu"), (1, "reference")):
         torch.set_num_threads(threads)

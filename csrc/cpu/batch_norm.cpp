@@ -206,9 +206,12 @@ Map<F, Apply> map(const Apply& apply) {
   return {apply};
 }
 
+// Rows of images with channels last that are worth slices.
+constexpr int64_t kSlicedRows = 4096;
+
 template <class F, class... Steps>
 void run(const BatchNormShape& shape, int threads, const Steps&... steps) {
-  if (shape.channels_last && shape.S > 1) {
+  if (shape.channels_last && shape.S > 1 && shape.B * shape.S >= kSlicedRows) {
     (steps.in_slices(shape, threads), ...);
     return;
   }
