@@ -3,8 +3,8 @@
     python bench/bench_batch_norm.py [--json FILE] [--seconds 5] [--threads 1]
 
 Checks values and gradients first, with equal coefficients; then ours and torch's layer take turns,
-call by call, so that neither finds its code and data in the nearest caches. Bytes moved by ours: 2 of
-the input's size forward and 3 backward where a channel fits the second-level cache; images with
+call by call, so that neither finds its code and data in the nearest caches. Bytes moved by ours: 2
+of the input's size forward and 3 backward where a channel fits the second-level cache; images with
 channels last are read twice more forward and twice more backward.
 """
 
