@@ -5,7 +5,8 @@ import torch as _torch  # noqa: F401
 
 from fastis import estimators, methods
 from fastis.batch import Batch
-from fastis.batch_norm import batch_weights, weighted_batch_norm
+from fastis.batch_norm import weighted_batch_norm
+from fastis.coefficients import batch_weights
 from fastis.config import show_config
 from fastis.kernels import backend
 from fastis.loss import (

@@ -13,11 +13,7 @@ as 1/B). With R = sum_b r_b and S spatial positions
 
 from __future__ import annotations
 
-import contextlib
 import math
-import threading
-import warnings
-from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -26,133 +22,15 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastis.coefficients import backward_number, batch_weights, correction, is_compiling, local
 from fastis.kernels import kernels_for
 from fastis.kernels.formats import compute_dtype
 from fastis.kernels.reference.batch_norm import Running
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_is_compiling = torch.compiler.is_dynamo_compiling
-_backward_number = torch._C._current_graph_task_id  # of the backward pass that runs here; else -1
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _functorch_active = torch._C._are_functorch_transforms_active
-
-
-class _Local(threading.local):
-    """The innermost context of each thread."""
-
-    active: batch_weights | None = None
-
-
-_local = _Local()
-
-
-class batch_weights:
-    """Give the coefficients of a minibatch to the model's weighted BatchNorm layers.
-
-    ::
-
-        batch = sampler.sample()
-        with fastis.batch_weights(batch.weights):
-            logits = model(x[batch.indices])
-
-    Layers in training mode take their statistics from the innermost context of their thread, and
-    raise an error without one: coefficients of an earlier step are never used. Activation
-    checkpointing runs a forward pass again within the backward pass, outside of the context: see
-    :meth:`for_checkpoint`.
-
-    Parameters
-    ----------
-    weights : Tensor or None
-        ``[B]``, float32 or float64, on the model's device: ``batch.weights``, not negative and not
-        all 0. None for a minibatch that was drawn uniformly: torch's own statistics, bit for bit.
-
-    Raises
-    ------
-    TypeError, ValueError
-        for anything else. From a layer: ValueError for as many samples as there are no
-        coefficients for, and for another device; RuntimeError without a context.
-
-    Warns
-    -----
-    UserWarning
-        where no layer saw the coefficients: the model was not converted, or its layers have been
-        replaced since.
-    """
-
-    def __init__(self, weights: Tensor | None) -> None:
-        self.weights = weights
-        self.used = False
-        self._outer: list[batch_weights | None] = []  # of each time that this one is entered
-        if weights is None:
-            return
-        if not isinstance(weights, Tensor):
-            raise TypeError(f"weights must be a tensor or None, got {type(weights).__name__}")
-        if weights.dim() != 1:
-            raise ValueError(f"weights must have shape [B], got {list(weights.shape)}")
-        if weights.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"weights must be float32 or float64, got {weights.dtype}")
-        if weights.requires_grad:
-            raise ValueError("weights must be constants, got a tensor that requires grad")
-        self._parts: dict[tuple[torch.dtype, int, int], tuple[Tensor, Tensor]] = {}
-
-    def shares(self, dtype: torch.dtype, spatial: int) -> tuple[Tensor, Tensor]:
-        """``r / R`` and the correction of the variance over ``spatial`` positions of each sample.
-
-        Computed once for all layers of a kind, but in a graph that is to see other coefficients.
-        """
-        weights = self.weights
-        assert weights is not None
-        if _is_compiling() or (weights.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return _shares(weights.to(dtype), spatial)
-        version = 0 if weights.is_inference() else weights._version
-        key = dtype, spatial, version
-        found = self._parts.get(key)
-        if found is None:
-            found = self._parts[key] = _shares(weights.to(dtype), spatial)
-        return found
-
-    def __enter__(self) -> batch_weights:
-        self.backward = -1 if _is_compiling() else _backward_number()
-        self._outer.append(_local.active)
-        _local.active = self
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        _local.active = self._outer.pop()
-        if kind is None and self.weights is not None and not self.used and not _is_compiling():
-            warnings.warn(
-                "no weighted BatchNorm layer saw the coefficients of batch_weights: convert the "
-                "model by fastis.weighted_batch_norm (after convert_sync_batchnorm, not before)",
-                stacklevel=2,
-            )
-
-    @staticmethod
-    def for_checkpoint() -> tuple[Any, Any]:
-        """The ``context_fn`` of ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False)``.
-
-        What is computed again in the backward pass then has the coefficients of the minibatch that
-        it was computed with first, whichever context is open by then.
-        """
-        active = _local.active
-        again = contextlib.nullcontext() if active is None else batch_weights(active.weights)
-        return contextlib.nullcontext(), again
-
-
-def _shares(weights: Tensor, spatial: int) -> tuple[Tensor, Tensor]:
-    share = weights / weights.sum()
-    return share, _correction(spatial / share.square().sum())
-
-
-def _correction(count: Tensor) -> Tensor:
-    """n / (n - 1), where n is ``count``, at least 2."""
-    count = count.clamp(min=2)
-    return count / (count - 1)
 
 
 def _formula(
@@ -194,7 +72,7 @@ class _Processes:
         means, variances, sizes = every.split([len(mean), len(var), 2], 1)
         total, squares = sizes.sum(0)
         self.fraction = self._sizes[0] / total
-        self.correction = _correction(total.square() / squares)
+        self.correction = correction(total.square() / squares)
         share = sizes[:, :1] / total
         mean = (share * means).sum(0)
         return mean, (share * (variances + (means - mean).square())).sum(0)
@@ -279,7 +157,7 @@ def _as(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def _kernels_can_read(x: Tensor) -> bool:
     """Nothing watches torch's dispatcher, which the kernels go past, and ``x`` is what it seems."""
     if (
-        _is_compiling()
+        is_compiling()
         or (type(x) is not Tensor and type(x) is not nn.Parameter)
         or _dispatch_modes() != 0
         or forward_ad._current_level >= 0
@@ -296,12 +174,12 @@ class _Weighted(_BatchNorm):
     """What the weighted layers share."""
 
     def forward(self, input: Tensor) -> Tensor:
-        active = _local.active
+        active = local.active
         if active is not None and not active.used:
             active.used = True
         if not self.training:
             return self._unweighted(input)
-        if active is None or not (_is_compiling() or active.backward == _backward_number()):
+        if active is None or not (is_compiling() or active.backward == backward_number()):
             self._refuse_context(active)
         weights = active.weights
         if weights is None:
@@ -315,8 +193,8 @@ class _Weighted(_BatchNorm):
         processes = self._processes(weights, spatial, input.dtype)
         if processes is None and batch * spatial < 2:
             return self._unweighted(input)  # an error, or an empty minibatch
-        share, correction = active.shares(compute_dtype(input.dtype), spatial)
-        running = self._running(correction)
+        share, unbiasing = active.shares(compute_dtype(input.dtype), spatial)
+        running = self._running(unbiasing)
         arguments = input, self.weight, self.bias, share, self.eps, running
         if processes is None and not _kernels_can_read(input):
             return _formula(*arguments)

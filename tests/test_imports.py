@@ -23,7 +23,16 @@ ORDER = [
     *("kernels.state", "kernels.variance"),
     *("kernels.reference", "kernels.cpu", "kernels.cuda", "kernels.triton"),
     *("loss_arguments", "operators", "scored", "loss", "sampling", "saved", "methods"),
-    *("batch_norm", "variance", "sampler", "lr", "gradients", "estimators", "config"),
+    *(
+        "coefficients",
+        "batch_norm",
+        "variance",
+        "sampler",
+        "lr",
+        "gradients",
+        "estimators",
+        "config",
+    ),
 ]
 
 
