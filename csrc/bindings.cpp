@@ -190,6 +190,8 @@ PYBIND11_MODULE(_C, m) {
   FASTIS_CPU(cross_entropy)
   FASTIS_CPU(elementwise_loss)
   FASTIS_DEFINE(m, "is_one", &is_one)
+  FASTIS_CPU(batch_norm_forward)
+  FASTIS_CPU(batch_norm_backward)
 
   FASTIS_CPU(update)
   FASTIS_CPU(draw)

@@ -69,6 +69,18 @@ struct ScaleGrad {
   int64_t rows, columns, scale_stride;
 };
 
+// [B, C, S], or [B, S, C] in memory with channels_last.
+struct BatchNormShape {
+  int64_t B, C, S;
+  bool channels_last;
+};
+// Its running statistics, moved by `momentum` towards the mean and `correction` times the variance.
+struct Running {
+  Pointer<void> mean /* [C], or null: none */, var /* [C] */;
+  Pointer<const void> correction;
+  double momentum;
+};
+
 }  // namespace fastis
 
 #ifdef FASTIS_CUDA

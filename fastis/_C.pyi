@@ -159,3 +159,43 @@ def random_below(total: int, seed: int, first: int, count: int, out: int, /) -> 
 def cross_entropy(*call: float) -> int: ...
 def elementwise_loss(*call: float) -> None: ...
 def is_one(x: int, /) -> bool: ...
+def batch_norm_forward(
+    format: int,
+    batch: int,
+    channels: int,
+    spatial: int,
+    channels_last: bool,
+    x: int,
+    share: int,
+    weight: int,
+    bias: int,
+    eps: float,
+    running_mean: int,
+    running_var: int,
+    correction: int,
+    momentum: float,
+    mean: int,
+    var: int,
+    y: int,
+    threads: int,
+    /,
+) -> None: ...
+def batch_norm_backward(
+    format: int,
+    batch: int,
+    channels: int,
+    spatial: int,
+    channels_last: bool,
+    dy: int,
+    x: int,
+    share: int,
+    weight: int,
+    mean: int,
+    var: int,
+    eps: float,
+    dx: int,
+    grad_weight: int,
+    grad_bias: int,
+    threads: int,
+    /,
+) -> None: ...

@@ -4,7 +4,9 @@
 import torch as _torch  # noqa: F401
 
 from fastis import estimators, methods
+from fastis.batch_norm import weighted_batch_norm
 from fastis.categorical import AliasTable, sample
+from fastis.coefficients import batch_weights
 from fastis.config import show_config
 from fastis.kernels import backend
 from fastis.kernels.table import Batch
@@ -28,6 +30,7 @@ __all__ = [
     "Sampler",
     "ScoredLoss",
     "backend",
+    "batch_weights",
     "binary_cross_entropy_with_logits",
     "cross_entropy",
     "estimators",
@@ -36,4 +39,5 @@ __all__ = [
     "sample",
     "scored_loss",
     "show_config",
+    "weighted_batch_norm",
 ]

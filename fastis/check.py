@@ -62,11 +62,11 @@ def number(
     value: Any,
     least: float = float("-inf"),
     most: float = float("inf"),
-    ends: str = "[]",
+    interval: str = "[]",
 ) -> float:
     """``value`` as a float from ``least`` to ``most``; NaN is refused, numbers of numpy are not.
 
-    ``ends`` says which of the two belong to it: "[)" is [least, most).
+    ``interval`` says which of the two belong to it: "[)" is [least, most).
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
@@ -74,10 +74,10 @@ def number(
         found = float(value)
     except OverflowError:  # an int that no float holds
         found = float("nan")
-    above = found >= least if ends[0] == "[" else found > least
-    if not (above and (found <= most if ends[1] == "]" else found < most)):
-        interval = f"{ends[0]}{least:g}, {most:g}{ends[1]}"
-        raise ValueError(f"{name} must be in {interval}, got {_short(value)}")
+    above = found >= least if interval[0] == "[" else found > least
+    if not (above and (found <= most if interval[1] == "]" else found < most)):
+        span = f"{interval[0]}{least:g}, {most:g}{interval[1]}"
+        raise ValueError(f"{name} must be in {span}, got {_short(value)}")
     return found
 
 

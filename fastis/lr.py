@@ -102,7 +102,7 @@ class EffectiveBatchLR:
             self._family = check.choice("optimizer", optimizer, OPTIMIZERS)
         for name, limit in (("max_factor", max_factor), ("max_lr", max_lr)):
             if limit is not None:
-                check.number(name, limit, 0.0, ends="(]")
+                check.number(name, limit, 0.0, interval="(]")
         self.max_factor, self.max_lr = max_factor, max_lr
         self._unscaled = [_kept(group["lr"]) for group in self.optimizer.param_groups]
 
@@ -219,7 +219,7 @@ class EffectiveIterationsLR(EffectiveBatchLR):
         if not hasattr(sampler, "effective_iterations"):
             raise TypeError(f"sampler must be a fastis.Sampler, got {type(sampler).__name__}")
         if total_iterations is not None:
-            check.number("total_iterations", total_iterations, 0.0, ends="(]")
+            check.number("total_iterations", total_iterations, 0.0, interval="(]")
         limits = {"max_factor": max_factor, "max_lr": max_lr}
         super().__init__(scheduler, sampler, rule, optimizer=optimizer, **limits)
         self._progress = sampler

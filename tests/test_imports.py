@@ -22,7 +22,16 @@ ORDER = [
     *("kernels.state", "kernels.variance", "kernels.table", "kernels.loss"),
     *("kernels.reference", "kernels.cpu", "kernels.cuda", "kernels.triton"),
     *("check", "batch", "autograd", "operators", "loss", "categorical", "saved", "methods"),
-    *("variance", "sampler", "lr", "gradients", "estimators", "config"),
+    *(
+        "coefficients",
+        "batch_norm",
+        "variance",
+        "sampler",
+        "lr",
+        "gradients",
+        "estimators",
+        "config",
+    ),
 ]
 
 

@@ -47,4 +47,20 @@ void alias_inverse_cdf(const AliasTable& table, Pointer<const uint64_t> points /
 // Uniform in [0, total).
 void random_below(uint64_t total, const Draws& draws, Pointer<uint64_t> out /* [count] */);
 
+// Batch normalisation with statistics weighted by `share`, which sums to 1. format: 0 float,
+// 1 double, 2 bfloat16 of x, y and their gradients; other tensors are float (double for double).
+void batch_norm_forward(Format format, BatchNormShape shape, Pointer<const void> x,
+                        Pointer<const void> share /* [B] */,
+                        Pointer<const void> weight /* [C], or null */,
+                        Pointer<const void> bias /* [C], or null */, double eps, Running running,
+                        Pointer<void> mean /* [C] */, Pointer<void> var /* [C] */, Pointer<void> y,
+                        int threads);
+void batch_norm_backward(Format format, BatchNormShape shape, Pointer<const void> dy,
+                         Pointer<const void> x, Pointer<const void> share /* [B] */,
+                         Pointer<const void> weight /* [C], or null */,
+                         Pointer<const void> mean /* [C] */, Pointer<const void> var /* [C] */,
+                         double eps, Pointer<void> dx /* or null */,
+                         Pointer<void> grad_weight /* [C] */, Pointer<void> grad_bias /* [C] */,
+                         int threads);
+
 }  // namespace fastis::FASTIS_NAMESPACE

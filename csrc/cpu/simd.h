@@ -267,6 +267,23 @@ inline void store_some(S* p, V x, int count) {
   for (int i = 0; i < count; ++i) p[i] = buffer[i];
 }
 
+#if defined(__AVX512F__) && FASTIS_VECTOR_BYTES == 64
+inline Vec<float> load_some(const float* p, int count, float fill) {
+  return _mm512_mask_loadu_ps(splat(fill), static_cast<__mmask16>((1u << count) - 1), p);
+}
+inline void store_some(float* p, Vec<float> x, int count) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1), x);
+}
+#elif defined(__AVX2__) && FASTIS_VECTOR_BYTES == 32
+inline Vec<float> load_some(const float* p, int count, float fill) {
+  const auto mask = iota<float>() < count;
+  return select<float>(mask, _mm256_maskload_ps(p, (__m256i)mask), splat(fill));
+}
+inline void store_some(float* p, Vec<float> x, int count) {
+  _mm256_maskstore_ps(p, (__m256i)(iota<float>() < count), x);
+}
+#endif
+
 // Memory of a call, freed when it returns; null for a count of 0. Must be made before a parallel
 // region, not in it: an exception can't leave one.
 template <class F>

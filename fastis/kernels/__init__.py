@@ -1,18 +1,19 @@
 """The contract between operations and backends, and the choice between them.
 
 The step's data flow is ``loss -> table``: a scored loss, what the table learns of it, and the next
-draw. Draws from a caller's own weights are a third column, which a training step does not enter.
+draw. Draws from a caller's own weights are a third column, which a training step does not enter;
+weighted BatchNorm is a fourth, which knows nothing of the others.
 ``fastis/kernels/{backend}/{operation}.py`` is a cell of the matrix, and all cells of a column have
 the same functions with the same signatures:
 
-==========  ====  =====  ===========
-backend     loss  table  categorical
-==========  ====  =====  ===========
-reference   yes   yes    yes
-cpu         yes   yes    yes
+==========  ====  =====  ===========  ==========
+backend     loss  table  categorical  batch_norm
+==========  ====  =====  ===========  ==========
+reference   yes   yes    yes          yes
+cpu         yes   yes    yes          yes
 triton      yes
 cuda              yes    yes
-==========  ====  =====  ===========
+==========  ====  =====  ===========  ==========
 
 ``reference`` is plain PyTorch and runs on every device: the oracle of the tests and the fall-back
 where nothing faster was built. ``triton`` serves CUDA tensors, and CPU tensors only for tests: in
@@ -39,11 +40,11 @@ from fastis.kernels import extension
 from fastis.kernels.extension import _C
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-OPERATIONS = ("loss", "table", "categorical")
+OPERATIONS = ("loss", "table", "categorical", "batch_norm")
 # Backends in order of speed, by the device of the tensors and the operation.
-FASTEST_FIRST = {
-    "cpu": {"loss": ("cpu",), "table": ("cpu",), "categorical": ("cpu",)},
-    "cuda": {"loss": ("triton",), "table": ("cuda",), "categorical": ("cuda",)},
+FASTEST_FIRST: dict[str, dict[str, tuple[str, ...]]] = {
+    "cpu": dict.fromkeys(OPERATIONS, ("cpu",)),
+    "cuda": {"loss": ("triton",), "table": ("cuda",), "categorical": ("cuda",), "batch_norm": ()},
 }
 # (backend, device, operation) that serves only when it is forced.
 _ON_REQUEST = {("triton", "cpu", "loss")}

@@ -58,7 +58,7 @@ class SelfPaced(Learning):
     def __post_init__(self) -> None:
         super().__post_init__()
         check.number("quantile", self.quantile, 0.0, 1.0, "(]")
-        check.number("growth", self.growth, 1.0, ends="(]")
+        check.number("growth", self.growth, 1.0, interval="(]")
 
     def warmup_draws(self, batches_per_epoch: int) -> int:
         return FOREVER
