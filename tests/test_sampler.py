@@ -205,7 +205,7 @@ good = fastis.Batch(torch.tensor([1, 2]), torch.ones(2))
     [
         (good, observe(torch.ones(3)), ValueError, r"out.score must have shape \[2\], got \[3\]"),
         (good, observe(torch.ones(2, 1)), ValueError, r"out.score must have shape \[2\]"),
-        (good, torch.ones(2), TypeError, "out must be a ScoredLoss"),
+        (good, 3.0, TypeError, "out must be a ScoredLoss"),
         (good, [], ValueError, "out must have at least one part"),
         (good, [torch.ones(2)], TypeError, "out must be a ScoredLoss"),
         (
