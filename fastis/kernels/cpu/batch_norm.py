@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
-from fastis import _C
+from fastis.kernels.extension import _C
 from fastis.kernels.formats import FORMAT_CODES
 from fastis.kernels.reference import batch_norm as reference
 from fastis.kernels.reference.batch_norm import Merge, Running

@@ -11,7 +11,7 @@ from math import nan
 import torch
 from torch import Tensor
 
-from fastis import _C
+from fastis.kernels.extension import _C
 from fastis.kernels.formats import FORMAT_CODES, compute_dtype, grad_dtype
 from fastis.kernels.loss import (
     CrossEntropyOptions,
