@@ -24,8 +24,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastis.coefficients import backward_number, batch_weights, correction, is_compiling, local
 from fastis.kernels import kernels_for
+from fastis.kernels.batch_norm import Running
 from fastis.kernels.formats import compute_dtype
-from fastis.kernels.reference.batch_norm import Running
 
 Model = TypeVar("Model", bound=nn.Module)
 

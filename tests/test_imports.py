@@ -20,6 +20,7 @@ ORDER = [
     *("kernels.extension", "kernels", "kernels.memory", "kernels.layout", "kernels.formats"),
     *("kernels.code", "kernels.flatten", "kernels.quantize", "kernels.alias"),
     *("kernels.state", "kernels.variance", "kernels.table", "kernels.loss"),
+    "kernels.batch_norm",
     *("kernels.reference", "kernels.cpu", "kernels.cuda", "kernels.triton"),
     *("check", "batch", "autograd", "operators", "loss", "categorical", "saved", "methods"),
     *(

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import Parameter
 
+from fastis.kernels.batch_norm import Merge, Running
 from fastis.kernels.extension import _C
 from fastis.kernels.formats import FORMAT_CODES
 from fastis.kernels.reference import batch_norm as reference
-from fastis.kernels.reference.batch_norm import Merge, Running
 
 _CODES = {d: FORMAT_CODES[d] for d in (torch.float32, torch.float64, torch.bfloat16)}
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}

@@ -7,29 +7,11 @@ and backward passes consist of, with the coefficients between them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Two [C] of this process's samples into those of all processes'.
-Merge: TypeAlias = "Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]"
-
-
-class Running(NamedTuple):
-    """Running statistics and how they move."""
-
-    mean: Tensor  # [C]
-    var: Tensor  # [C]
-    momentum: float | Tensor
-    correction: Tensor  # n / (n - 1)
-
-    def move(self, mean: Tensor, var: Tensor) -> None:
-        """Towards a minibatch's mean and (biased) variance."""
-        self.mean.lerp_(mean.to(self.mean.dtype), self.momentum)
-        self.var.lerp_((var * self.correction).to(self.var.dtype), self.momentum)
+from fastis.kernels.batch_norm import Merge, Running
 
 
 def forward(
