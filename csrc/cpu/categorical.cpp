@@ -85,7 +85,7 @@ Chunk reduce(const S* weights, int count, double* sums) {
     const bool full = count - begin >= kGroup;
     sums[begin / kGroup] =
         full ? sum_group(weights + begin, extremes)
-              : sum_group(Padded<S>(weights + begin, count - begin).weights, extremes);
+             : sum_group(Padded<S>(weights + begin, count - begin).weights, extremes);
     chunk.sum += sums[begin / kGroup];
   }
   chunk.least = reduce_min<F>(extremes.least);
