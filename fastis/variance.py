@@ -143,8 +143,8 @@ def estimate_traces(
     """Variance traces under sampling, uniform and optimal probabilities from minibatches alone.
 
     Holds for gradients of any kind: at the logits (``out.score``, ``out.mean_grad`` of a
-    :class:`fastis.ScoredLoss`) or of all parameters (:func:`gradient_norms`, with the ``.grad``
-    of the weighted mean loss as ``mean_grad``). Equal, for one minibatch::
+    :class:`fastis.ScoredLoss`) or of all parameters (:func:`fastis.estimators.gradient_norms`, with
+    the ``.grad`` of the weighted mean loss as ``mean_grad``). Equal, for one minibatch::
 
         A = (r * x).square().mean()
         U = (r * x * x).mean()
