@@ -66,6 +66,8 @@ def _build(isa: str, folder: Path) -> None:
 
 
 def main(isa: str, *arguments: str) -> None:
+    from setuptools import Distribution
+
     package = runpy.run_path("setup.py")
     sources = [*DRAW, *package["relative"]("tests/csrc/*.cpp")]
 
@@ -74,7 +76,12 @@ def main(isa: str, *arguments: str) -> None:
             flags = package["ISA_FLAGS"][isa]
             self.link(ext, self.compile_cpp(sources, "temp", [("FASTIS_ISA", isa)], flags))
 
+    class WithoutProject(Distribution):
+        def parse_config_files(self, *_, **__):
+            """pyproject.toml is fastis's; a setuptools of before its time can't read it."""
+
     package["setup"](
+        distclass=WithoutProject,
         name="native",
         packages=[],
         ext_modules=[package["Extension"]("native", sources, language="c++")],
