@@ -266,6 +266,7 @@ def test_draws_follow_the_probabilities(power):
 
 
 @pytest.mark.skipif(_C.isa() == "baseline", reason="this is the baseline")
+@pytest.mark.slow
 def test_the_baseline_passes_too():
     env = {**os.environ, "FASTIS_CPU_ISA": "baseline"}
     chosen = "equal_the_reference or every_point or magnitude or bad_weights"

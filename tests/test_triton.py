@@ -45,7 +45,10 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is this process")
-@pytest.mark.parametrize("name", ["triton", "triton_loss", "loss_kernels", "loss"])
+@pytest.mark.parametrize(
+    "name",
+    ["triton", "triton_loss", pytest.param("loss_kernels", marks=pytest.mark.slow), "loss"],
+)
 def test_in_the_interpreter(name):
     options = ["-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning"]
     done = python("-m", "pytest", *options, str(HERE / f"test_{name}.py"), TRITON_INTERPRET="1")
