@@ -52,7 +52,7 @@ DURABLE_SCALARS = VALID  # the rest describes the structure and is rebuilt
 # Columns of `states`.
 MEAN, VAR, LAST, CODE = range(4)
 
-LEAF = 4  # states below a node of the sampling structure (kLeaf in csrc/layout.h)
+LEAF = 4  # states below a node of the sampling tree (kLeaf in csrc/layout.h)
 LATEST = 2**31 - 1  # the iteration in a state is modulo one more
 LATE = 1 << 20  # by so much a state may be ahead of an update that comes late
 NO_EXPONENT = -1000  # e0 of a table that has seen nothing
