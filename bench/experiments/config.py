@@ -21,6 +21,8 @@ LATER = (
     "score",
     "max_lr",
     "lr_rule",
+    "class_weights",
+    "weighted_norm",
 )
 
 
@@ -54,6 +56,9 @@ class RunConfig:
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     lr_adjust: bool = True  # False: the learning rate does not follow the sampler's factor
     lr_rule: str = "linear"  # how it does: "linear" or "gain"
+    # Each class counts alike in the loss: weights N / (C n_c), whose mean over the data is 1.
+    class_weights: bool = False
+    weighted_norm: bool = False  # BatchNorm's statistics are weighted by the coefficients
     max_lr: float = 0.0  # upper bound on the scaled rate; 0: none
     scheme: str = "multinomial"
     # A method's name: minibatches as large as the N_ems of that method's run (dynamic_batch.py).
@@ -75,6 +80,8 @@ class RunConfig:
         extras = [f"{name} {value}" for name, value in sorted(self.options.items())]
         extras += [] if self.lr_adjust else ["lr not adjusted"]
         extras += [] if self.lr_rule == "linear" else [self.lr_rule]
+        extras += ["class weights"] if self.class_weights else []
+        extras += ["weighted BatchNorm"] if self.weighted_norm else []
         extras += [] if self.scheme == "multinomial" else [self.scheme]
         extras += [f"rate at most {self.max_lr:g}"] if self.max_lr else []
         extras += [] if self.score == "logits" else [f"score {self.score}"]

@@ -98,3 +98,17 @@ class Experiment:
         """Whether there is a row of this run with all that the experiment needs."""
         row = rows.get(config.key)
         return row is not None and all(name in row["curves"] for name in self.curves)
+
+
+def collector(into: dict[str, Experiment]) -> Callable[..., Callable[[Plan], Plan]]:
+    """A decorator that makes a plan the experiment of its name, kept in ``into``; it takes
+    :class:`Experiment`'s attributes."""
+
+    def experiment(title: str, **about: Any) -> Callable[[Plan], Plan]:
+        def register(plan: Plan) -> Plan:
+            into[plan.__name__] = Experiment(title, plan, **about)
+            return plan
+
+        return register
+
+    return experiment

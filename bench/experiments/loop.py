@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from statistics import fmean
 
 import torch
 from tqdm import tqdm
 
 import fastis
+from bench.experiments import peers
 from bench.experiments.config import RunConfig
 from bench.experiments.datasets import Dataset
 from bench.experiments.dynamic_batch import FollowingSampler
@@ -26,7 +29,7 @@ from bench.experiments.tasks import TASKS
 from bench.provenance import provenance
 
 STEPS_PER_READING = 50
-CURVE_POINTS = 50
+CURVE_POINTS = 25
 # The curves' train loss is taken on this many fixed images; the final one on the whole set.
 CURVE_SAMPLES = 1000
 TRACES = ("trace_is", "trace_uniform", "trace_optimal")
@@ -48,6 +51,13 @@ class Run:
         # The seed fixes the initial network whatever the method: the methods are paired by seed.
         torch.manual_seed(config.seed)
         model = build_model(config.model, dataset.image_shape, dataset.num_classes)
+        if config.weighted_norm:
+            model = fastis.weighted_batch_norm(model)
+        self.loss = self.task.loss
+        if config.class_weights:  # their mean is 1: the constant denominator is the mean's
+            counts = dataset.y_train.bincount(minlength=dataset.num_classes)
+            weights = len(dataset.y_train) / (dataset.num_classes * counts.float())
+            self.loss = partial(self.task.loss, class_weights=weights.to(self.device))
         self.model = model.to(self.device)
         self.last_layer = LastLayer(self.model) if config.score == "last_layer" else None
         self.optimizer = make_optimizer(config, self.model)
@@ -56,10 +66,12 @@ class Run:
         self.ends_by_effective_iterations = config.lr_adjust and self._counts_iterations()
         self.scheduler = self._make_scheduler()
 
-    def _make_sampler(self) -> fastis.Sampler | FollowingSampler:
+    def _make_sampler(self) -> fastis.Sampler | FollowingSampler | peers.Peer:
         config, num_samples = self.config, len(self.dataset.y_train)
         if self.leader is not None:
             return FollowingSampler(num_samples, config.batch_size, config.seed, self.device)
+        if config.method in peers.SAMPLERS:
+            return peers.SAMPLERS[config.method](config, self.dataset.y_train)
         return fastis.Sampler(
             num_samples=num_samples,
             batch_size=config.batch_size,
@@ -71,7 +83,7 @@ class Run:
 
     def _counts_iterations(self) -> bool:
         """Whether the method has its own count of iterations, as RAIS has: its gains' sum."""
-        if self.leader is not None:
+        if not isinstance(self.sampler, fastis.Sampler):
             return False
         theirs = type(self.sampler.method).effective_iterations
         return theirs is not fastis.methods.Method.effective_iterations
@@ -129,13 +141,16 @@ class Run:
     def train(self, steps: int) -> torch.Tensor:
         """Takes ``steps`` steps; the last minibatch's loss, 0-d, still on the device."""
         images, labels, augment = self.dataset.x_train, self.dataset.y_train, self.dataset.augment
-        loss_of, clip_norm = self.task.loss, self.config.clip_norm
+        loss_of, clip_norm = self.loss, self.config.clip_norm
+        weighted_norm = self.config.weighted_norm
         for _ in range(steps):
             batch = self.sampler.sample()
             x, y = images[batch.indices], labels[batch.indices]
             if augment is not None:
                 x = augment(x)
-            out = loss_of(self.model(x), y, batch.weights)
+            with fastis.batch_weights(batch.weights) if weighted_norm else nullcontext():
+                logits = self.model(x)
+            out = loss_of(logits, y, batch.weights)
             if self.last_layer is not None:
                 out = self.last_layer.scored(out)
             self.sampler.update(batch, out)
@@ -173,13 +188,13 @@ class Run:
         """What the sampler and the scheduler say now, and the training time so far."""
         return {
             **self._variance_reading(),
-            "lr_factor": float(self.sampler.lr_factor(self.config.optimizer)),
+            "lr_factor": float(self.sampler.lr_factor(self.config.optimizer, self.config.lr_rule)),
             "lr": float(self.optimizer.param_groups[0]["lr"]),
             "seconds": self.train_seconds,
         }
 
     def _variance_reading(self) -> dict[str, float]:
-        if self.leader is not None:
+        if not isinstance(self.sampler, fastis.Sampler):
             return self.sampler.reading()
         names = ("effective_batch_size", "efficiency", *TRACES)
         return {name: float(getattr(self.sampler.variance, name)) for name in names}

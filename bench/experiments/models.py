@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -78,13 +79,16 @@ def resnet18(image_shape: ImageShape = (3, 32, 32), num_classes: int = 10) -> nn
     return nn.Sequential(*layers)
 
 
-def cnn(image_shape: ImageShape = (1, 56, 56), num_classes: int = 10) -> nn.Module:
+def cnn(
+    image_shape: ImageShape = (1, 56, 56), num_classes: int = 10, batch_norm: bool = False
+) -> nn.Module:
     """Four 3 x 3 convolutions of stride 2 and the mean over positions: it does not matter where
     in the image something lies. 60,874 parameters for one channel."""
     layers: list[nn.Module] = []
     in_channels = image_shape[0]
     for channels in (16, 32, 64, 64):
-        layers += [nn.Conv2d(in_channels, channels, 3, stride=2, padding=1), nn.ReLU()]
+        layers.append(nn.Conv2d(in_channels, channels, 3, 2, 1, bias=not batch_norm))
+        layers += [nn.BatchNorm2d(channels), nn.ReLU()] if batch_norm else [nn.ReLU()]
         in_channels = channels
     layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(in_channels, num_classes)]
     return nn.Sequential(*layers)
@@ -113,6 +117,7 @@ MODELS: dict[str, Callable[[ImageShape, int], nn.Module]] = {
     "mlp": mlp,
     "resnet18": resnet18,
     "cnn": cnn,
+    "cnn_bn": partial(cnn, batch_norm=True),
     "lstm": lstm,
 }
 

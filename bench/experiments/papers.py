@@ -7,13 +7,12 @@ Equal configurations are the same run, whichever experiments want it. [K] is Kut
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain, product
 from typing import Any
 
 from bench.experiments.config import RunConfig
-from bench.experiments.experiment import Experiment, Plan, Rows, Settings
+from bench.experiments.experiment import Experiment, Rows, Settings, collector
 from bench.report import Row
 
 COMPARED = ("emais", "scan", "uniform", "rais", "presampling", "confidence", "confvar")
@@ -41,16 +40,7 @@ WITH_N_EMS = ("train_loss", "test_error", "effective_batch_size")
 
 
 EXPERIMENTS: dict[str, Experiment] = {}
-
-
-def experiment(title: str, **about: Any) -> Callable[[Plan], Plan]:
-    """Makes a plan the experiment of its name; ``about`` are :class:`Experiment`'s attributes."""
-
-    def register(plan: Plan) -> Plan:
-        EXPERIMENTS[plan.__name__] = Experiment(title, plan, **about)
-        return plan
-
-    return register
+experiment = collector(EXPERIMENTS)
 
 
 @experiment("Test error of every method at one learning rate ([K] Table 2)", longer=LONGER)

@@ -20,16 +20,16 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from bench.experiments import step_times
+from bench.experiments import papers, practice, step_times
 from bench.experiments.config import RunConfig, latest
 from bench.experiments.datasets import data_name
 from bench.experiments.experiment import Experiment, Settings
 from bench.experiments.methods import check_config
-from bench.experiments.papers import EXPERIMENTS
 from bench.experiments.workers import cached_dataset, run_all
 from bench.report import Row, append_row, make_parser, markdown_table, positive, read_rows
 
 RESULTS = Path(__file__).parents[1] / "results"
+EXPERIMENTS = papers.EXPERIMENTS | practice.EXPERIMENTS
 # Rows of before this script that are runs of its experiments too.
 EARLIER = "fashion_mnist_lenet5.jsonl"
 # No list of runs: all methods take turns in one process.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -150,6 +151,33 @@ def tiled(data: Dataset) -> Dataset:
     return replace(data, x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test)
 
 
+def long_tailed(data: Dataset, factor: float = 100.0) -> Dataset:
+    """Class c of C keeps the first factor^(-c / (C - 1)) of its training images (Cui et al. 2019).
+    The test set stays balanced: its error is the balanced error."""
+    kept = []
+    for c in range(data.num_classes):
+        of_class = (data.y_train == c).nonzero().flatten()
+        kept.append(of_class[: round(len(of_class) * factor ** (-c / (data.num_classes - 1)))])
+    order = torch.cat(kept).sort().values
+    return replace(data, x_train=data.x_train[order], y_train=data.y_train[order])
+
+
+def mislabelled(data: Dataset, share: float) -> Dataset:
+    """Exactly that share of the training labels is replaced by another class, each alike; the test
+    set is clean. Fixed, the same for all runs."""
+    generator = torch.Generator().manual_seed(0)
+    n = len(data.y_train)
+    wrong = torch.randperm(n, generator=generator)[: round(n * share)]
+    shift = torch.randint(1, data.num_classes, (len(wrong),), generator=generator)
+    labels = data.y_train.clone()
+    labels[wrong] = (labels[wrong] + shift) % data.num_classes
+    return replace(data, y_train=labels)
+
+
+def not_augmented(data: Dataset) -> Dataset:
+    return replace(data, augment=None)
+
+
 TASKS = {
     "fashion_mnist": Task("fashion_mnist", "lenet5"),
     "fashion_by_class": Task("fashion_mnist", "lenet5", prepare=sort_by_class),
@@ -165,7 +193,11 @@ TASKS = {
     ),
     "permuted_rows": Task("fashion_mnist", "lstm", prepare=permuted_rows),
     "permuted_pixels": Task("fashion_mnist", "lstm", prepare=permuted_pixels),
+    "fashion_long_tail": Task("fashion_mnist", "lenet5", prepare=long_tailed),
+    "fashion_noise20": Task("fashion_mnist", "lenet5", prepare=partial(mislabelled, share=0.2)),
+    "fashion_noise40": Task("fashion_mnist", "lenet5", prepare=partial(mislabelled, share=0.4)),
     "cifar10": Task("cifar10", "resnet18"),
+    "cifar10_plain": Task("cifar10", "cnn", prepare=not_augmented),
 }
 
 
