@@ -54,8 +54,8 @@ SETTINGS = {
     "long-tailed": Setting("fashion_long_tail", "lenet5", 3000, (0.03, 0.06, 0.1)),
     "20 % wrong labels": Setting("fashion_noise20", "lenet5", 10_000, (0.01, 0.03, 0.1)),
     "40 % wrong labels": Setting("fashion_noise40", "lenet5", 10_000, (0.01, 0.03, 0.1)),
-    "CIFAR-10": Setting("cifar10_plain", "cnn", 5000, (0.03, 0.1, 0.2), SMALL_CNN),
-    "CIFAR-10, augmented": Setting("cifar10", "cnn", 5000, (0.03, 0.1, 0.2), SMALL_CNN),
+    "CIFAR-10": Setting("cifar10_plain", "cnn", 5000, (0.03, 0.1, 0.2, 0.3), SMALL_CNN),
+    "CIFAR-10, augmented": Setting("cifar10", "cnn", 5000, (0.03, 0.1, 0.2, 0.3), SMALL_CNN),
     "CIFAR-10, BatchNorm": Setting("cifar10_plain", "cnn_bn", 5000, (0.03, 0.1, 0.3), SMALL_CNN),
     "CIFAR-10, BatchNorm, augmented": Setting(
         "cifar10", "cnn_bn", 5000, (0.03, 0.1, 0.3), SMALL_CNN
