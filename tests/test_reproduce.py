@@ -19,7 +19,8 @@ from bench.experiments.config import RunConfig, latest
 from bench.experiments.experiment import Experiment, Settings
 from bench.experiments.methods import check_config
 from bench.experiments.models import MODELS
-from bench.experiments.papers import COMPARED, EXPERIMENTS, GRID, VARIANTS
+from bench.experiments.papers import COMPARED, GRID, VARIANTS
+from bench.experiments.reproduce import EXPERIMENTS
 from bench.experiments.tasks import TASKS, load_task_data
 
 SETTINGS = Settings("small.npz", seeds=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +35,14 @@ class Settings:
         return RunConfig(method, lr, 0, **values)
 
 
-Plan = Callable[[Settings, Rows], list[RunConfig]]
+@dataclass(frozen=True)
+class Once:
+    """A run for seed 0 alone: one of a search, not chosen."""
+
+    config: RunConfig
+
+
+Plan = Callable[[Settings, Rows], Sequence[RunConfig | Once]]
 
 
 @dataclass(frozen=True)
@@ -47,15 +54,13 @@ class Experiment:
     title : str
         what it shows and where in which paper.
     plan : callable
-        (settings, rows) -> the runs of one length, of seed 0; asked again after each new row, so
-        that later runs may depend on the rows of earlier ones. Its docstring is the page's note:
-        choices of ours, what differs from the paper.
+        (settings, rows) -> the runs of one length, of seed 0 (:class:`Once`: of no other seed);
+        asked again after each new row, so that later runs may depend on the rows of earlier ones.
+        Its docstring is the page's note: choices of ours, what differs from the paper.
     iterations : int
         the default length of a run.
     longer : tuple of int
         the paper's other lengths: by ``--iterations``.
-    once : callable, optional
-        (config, rows) -> whether a run is not to be repeated with the other seeds.
     curves : tuple of str
         curves that its rows must have; a row without them is measured again.
     panels : tuple of str
@@ -70,7 +75,6 @@ class Experiment:
     plan: Plan
     iterations: int = 6250
     longer: tuple[int, ...] = ()
-    once: Callable[[RunConfig, Rows], bool] = lambda config, rows: False
     curves: tuple[str, ...] = ()
     panels: tuple[str, ...] = ("train_loss", "test_error")
     x: str = "step"
@@ -85,19 +89,25 @@ class Experiment:
         wanted: dict[str, RunConfig] = {}
         for length in settings.iterations or (self.iterations,):
             first = self.plan(replace(settings, iterations=(length,)), rows)
-            repeated = [config for config in first if not self.once(config, rows)]
+            repeated = [config for config in first if not isinstance(config, Once)]
             others = (
                 replace(config, seed=seed)
                 for seed in range(1, settings.seeds)
                 for config in repeated
             )
-            wanted |= {config.key: config for config in (*first, *others)}
+            all_first = (run.config if isinstance(run, Once) else run for run in first)
+            wanted |= {config.key: config for config in (*all_first, *others)}
         return list(wanted.values())
 
     def has(self, config: RunConfig, rows: Rows) -> bool:
         """Whether there is a row of this run with all that the experiment needs."""
         row = rows.get(config.key)
         return row is not None and all(name in row["curves"] for name in self.curves)
+
+
+def searched(grid: Sequence[RunConfig], best: RunConfig | None) -> list[RunConfig | Once]:
+    """The runs of a grid, all but the best one for seed 0 alone."""
+    return [config if config == best else Once(config) for config in grid]
 
 
 def collector(into: dict[str, Experiment]) -> Callable[..., Callable[[Plan], Plan]]:

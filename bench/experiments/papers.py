@@ -12,7 +12,7 @@ from itertools import chain, product
 from typing import Any
 
 from bench.experiments.config import RunConfig
-from bench.experiments.experiment import Experiment, Rows, Settings, collector
+from bench.experiments.experiment import Experiment, Once, Rows, Settings, collector, searched
 from bench.report import Row
 
 COMPARED = ("emais", "scan", "uniform", "rais", "presampling", "confidence", "confvar")
@@ -74,22 +74,15 @@ def grid_of(config: RunConfig) -> list[RunConfig]:
     return [replace(config, lr=lr) for lr in GRID]
 
 
-def not_the_best(config: RunConfig, rows: Rows) -> bool:
-    best = best_of_grid(grid_of(config), rows)
-    return config.lr in GRID and (best is None or config != best)
-
-
-@experiment(
-    "Every method at its own best learning rate (not in the papers)",
-    once=not_the_best,
-)
-def best_lr(settings: Settings, rows: Rows) -> list[RunConfig]:
+@experiment("Every method at its own best learning rate (not in the papers)")
+def best_lr(settings: Settings, rows: Rows) -> list[RunConfig | Once]:
     """Rule: of 0.01, 0.03, 0.1 the rate whose run of seed 0 has the least final train loss; then
     the other seeds at that rate. Seed 0 is among the seeds averaged. SGD-Scan runs also at EMAIS's
     best rate times its mean factor (two digits), the rate that EMAIS in effect had."""
     grids = [grid_of(settings.config(method, options=options)) for method, options in VARIANTS]
     emais = best_of_grid(grids[0], rows)
-    return [*chain(*grids), *([matched(emais, rows)] if emais else [])]
+    searches = (searched(grid, best_of_grid(grid, rows)) for grid in grids)
+    return [*chain(*searches), *([matched(emais, rows)] if emais else [])]
 
 
 @experiment("Time to SGD-Scan's final loss (not in the papers)", curves=("seconds",), x="seconds")
