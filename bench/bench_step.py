@@ -1,6 +1,8 @@
 """What a training step with EMAIS costs against one with uniform random draws.
 
     python bench/bench_step.py [--json FILE]
+    python bench/bench_step.py --data fashion_mnist.npz --model lenet5 --batch-size 32 64 128 256
+    python bench/bench_step.py --dataset cifar10 --data cifar10_jpeg.npz --model cnn cnn_bn
 
 Two loops with the same network, gather, optimizer and cosine schedule take turns in one process:
 ``fastis`` (sample, loss and score, update, scaled learning rate; past its warm-up) and ``torch``
@@ -15,6 +17,8 @@ sampler touches 128 entries of 16 bytes and the sums above them.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -23,8 +27,9 @@ import torch
 import torch.nn.functional as F
 
 import fastis
-from bench.experiments.datasets import load_dataset
-from bench.experiments.models import build_model
+from bench.experiments.datasets import Dataset
+from bench.experiments.models import MODELS, build_model
+from bench.experiments.tasks import TASKS, load_task_data
 from bench.report import Report, make_parser
 from bench.timing import Times, clock_of, interleaved
 
@@ -37,16 +42,21 @@ SCHEDULE = 1_000_000
 class Loop:
     """What both loops share: their own network from the same start, and the optimizer."""
 
-    def __init__(self, model: str, x: torch.Tensor, y: torch.Tensor, batch_size: int) -> None:
-        self.x, self.y, self.batch_size = x, y, batch_size
+    def __init__(self, model: str, data: Dataset, batch_size: int) -> None:
+        self.x, self.y, self.batch_size = data.x_train, data.y_train, batch_size
+        x = self.x
+        self.augment = data.augment or (lambda images: images)
         torch.manual_seed(0)
-        self.model = build_model(model, tuple(x.shape[1:]), int(y.max()) + 1).to(x.device)
+        self.model = build_model(model, data.image_shape, data.num_classes).to(x.device)
         # On CUDA: a learning rate on the device, for the scaled rate to get there without waiting.
         on_cuda = x.device.type == "cuda"
         lr = torch.tensor(LR, device=x.device) if on_cuda else LR
         options = {"momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY, "fused": on_cuda or None}
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr, **options)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, SCHEDULE)
+
+    def logits(self, indices: torch.Tensor) -> torch.Tensor:
+        return self.model(self.augment(self.x[indices]))
 
     def learn(self, loss: torch.Tensor) -> torch.Tensor:
         loss.backward()
@@ -59,14 +69,14 @@ class Loop:
 class UniformLoop(Loop):
     def step(self) -> torch.Tensor:
         indices = torch.randint(len(self.y), (self.batch_size,), device=self.x.device)
-        return self.learn(F.cross_entropy(self.model(self.x[indices]), self.y[indices]))
+        return self.learn(F.cross_entropy(self.logits(indices), self.y[indices]))
 
 
 class EmaisLoop(Loop):
-    def __init__(self, model: str, x: torch.Tensor, y: torch.Tensor, batch_size: int) -> None:
-        super().__init__(model, x, y, batch_size)
-        method = fastis.methods.EMAIS(warmup_epochs=0)
-        self.sampler = fastis.Sampler(len(y), batch_size, method=method, device=x.device, seed=0)
+    def __init__(self, model: str, data: Dataset, batch_size: int) -> None:
+        super().__init__(model, data, batch_size)
+        method, n = fastis.methods.EMAIS(warmup_epochs=0), len(self.y)
+        self.sampler = fastis.Sampler(n, batch_size, method=method, device=self.x.device, seed=0)
         self.scheduler = fastis.EffectiveBatchLR(self.scheduler, self.sampler)
         self.sweep()
 
@@ -82,16 +92,16 @@ class EmaisLoop(Loop):
 
     def step(self) -> torch.Tensor:
         batch = self.sampler.sample()
-        logits = self.model(self.x[batch.indices])
+        logits = self.logits(batch.indices)
         out = fastis.cross_entropy(logits, self.y[batch.indices], batch.weights)
         self.sampler.update(batch, out)
         return self.learn(out.loss)
 
 
-def tile(x: torch.Tensor, num_samples: int) -> torch.Tensor:
-    """``x`` repeated along its first dimension to ``num_samples`` entries."""
-    copies = -(-num_samples // len(x))
-    return x.repeat(copies, *[1] * (x.ndim - 1))[:num_samples].contiguous()
+def tile(data: Dataset, num_samples: int) -> Dataset:
+    """With the training set repeated to ``num_samples`` samples."""
+    which = torch.arange(num_samples) % len(data.y_train)
+    return replace(data, x_train=data.x_train[which], y_train=data.y_train[which])
 
 
 def validate(loop: EmaisLoop) -> None:
@@ -133,32 +143,34 @@ def figures(times: Times) -> dict[str, object]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__, "a model")
-    parser.add_argument("--data", help="Fashion-MNIST's .npz (default: the subset)")
-    parser.add_argument("--model", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--dataset", choices=TASKS, default="fashion_mnist")
+    parser.add_argument("--data", help="the data set's .npz (default: Fashion-MNIST's subset)")
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=list(TARGETS))
     parser.add_argument("--num-samples", type=int, default=60_000, help="the set is tiled to this")
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[128])
     parser.add_argument("--pairs", type=int, default=60, help="pairs of blocks")
     parser.add_argument("--seconds", type=float, default=0.3, help="length of a block")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    dataset = load_dataset("fashion_mnist", args.data)
-    x = tile(dataset.x_train, args.num_samples).to(args.device)
-    y = tile(dataset.y_train, args.num_samples).to(args.device)
-    head = ("model", "uniform us/step", "emais us/step", "ratio (quartiles)", "target")
+    data = tile(load_task_data(args.dataset, args.data), args.num_samples).to(args.device)
+    head = ("model", "batch", "uniform us/step", "emais us/step", "ratio (quartiles)", "target")
     report = Report("step", head, args.json)
-    for model in args.model:
+    for model, batch_size in product(args.model, args.batch_size):
         loops = {"uniform": UniformLoop, "emais": EmaisLoop}
-        made = {name: loop(model, x, y, args.batch_size) for name, loop in loops.items()}
+        made = {name: loop(model, data, batch_size) for name, loop in loops.items()}
         validate(made["emais"])
         cases = {name: loop.step for name, loop in made.items()}
-        blocks = {"rounds": args.pairs, "turn": args.seconds, "clock": clock_of(x.device)}
-        times = interleaved(cases, **blocks)
-        setting = {name: vars(args)[name] for name in ("num_samples", "batch_size", "device")}
-        report.store({"model": model, **setting, **figures(times)}, x.device)
+        clock = clock_of(data.x_train.device)
+        times = interleaved(cases, rounds=args.pairs, turn=args.seconds, clock=clock)
+        setting = {"num_samples": args.num_samples, "batch_size": batch_size, "device": args.device}
+        if args.dataset != "fashion_mnist":
+            setting["dataset"] = args.dataset
+        report.store({"model": model, **setting, **figures(times)}, data.x_train.device)
         cells = (f"{times.us(name):.1f}" for name in cases)
-        report.line(model, *cells, times.ratio("uniform", "emais").text(".4f"), TARGETS[model])
+        target = TARGETS.get(model, "-") if batch_size == 128 else "-"
+        report.line(model, batch_size, *cells, times.ratio("uniform", "emais").text(".4f"), target)
     report.show()
     return 0
 

@@ -19,6 +19,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 from bench import bench_step, report, timing
 from bench.experiments import datasets, gradient_variance, loop, make_subset, show, tables, train
 from bench.experiments.config import RunConfig, latest
+from bench.experiments.datasets import Dataset
 from bench.experiments.groups import best_rates, groups_of
 from bench.experiments.models import build_model
 
@@ -328,7 +329,9 @@ def test_step_benchmark_writes_a_row(tmp_path, capsys):
 
 
 def test_tile_repeats_in_order():
-    assert bench_step.tile(torch.arange(3), 7).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    x = torch.arange(3.0)
+    tiled = bench_step.tile(Dataset("three", x, x.long(), x, x.long(), 3), 7)
+    assert tiled.x_train.tolist() == tiled.y_train.tolist() == [0, 1, 2, 0, 1, 2, 0]
 
 
 def test_differences_are_to_the_runs_that_are_named(capsys):

@@ -105,7 +105,7 @@ def build_method(config: RunConfig, num_samples: int, scorer: Scorer) -> fastis.
     if _wants_scores(options, fields):
         scorer.exact = options.get("score") == "gradient_norm"
         options["score_fn"] = scorer
-    return kind(**options)
+    return getattr(kind, "published", kind)(**options)
 
 
 def check_config(config: RunConfig, num_samples: int) -> None:

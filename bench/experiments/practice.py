@@ -122,3 +122,129 @@ def imbalance(settings: Settings, rows: Rows) -> list[RunConfig | Once]:
         grid = [setting.config(settings, method, lr, **changes) for lr in setting.rates]
         runs += searched(grid, best_of(grid, rows))
     return runs
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Minibatch size and rate are searched for each method and each budget of time.
+
+    Attributes
+    ----------
+    step_ms : dict
+        minibatch size -> milliseconds of a step with uniform draws in plain torch, on one idle
+        core: what lengths are computed with, so that a run's outcome does not depend on the load of
+        the machine. ``bench_step.py`` measures them.
+    rates : tuple of float
+        ascending, each about twice the one before.
+    start : (int, float)
+        minibatch size and rate that every search starts from.
+    """
+
+    dataset: str
+    model: str
+    step_ms: dict[int, float]
+    rates: tuple[float, ...]
+    start: tuple[int, float]
+    seconds: tuple[int, ...]
+    others: dict[str, Any] = field(default_factory=dict)
+
+    def config(
+        self, settings: Settings, method: str, seconds: float, cell: tuple[int, float]
+    ) -> RunConfig:
+        batch_size, lr = cell
+        name, changes = COMPARED[method]
+        ms = self.step_ms[batch_size] + (0.0 if name == "scan" else FASTIS_MS)
+        values = {"dataset": self.dataset, "model": self.model, **self.others, **changes}
+        config = settings.config(name, lr, batch_size=batch_size, **values)
+        return replace(config, iterations=10 * round(100 * seconds / ms))
+
+    def neighbours(self, cell: tuple[int, float]) -> list[tuple[int, float]]:
+        """Sizes and rates next to it, one at a time and both in the same direction."""
+        sizes = sorted(self.step_ms)
+        i, j = sizes.index(cell[0]), self.rates.index(cell[1])
+        moves = ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, -1))
+        near = ((i + down, j + right) for down, right in moves)
+        return [
+            (sizes[a], self.rates[b])
+            for a, b in near
+            if 0 <= a < len(sizes) and 0 <= b < len(self.rates)
+        ]
+
+    def search(
+        self, settings: Settings, rows: Rows, method: str, seconds: float
+    ) -> tuple[list[RunConfig], RunConfig | None]:
+        """The runs so far, and the best one once all cells around it are there."""
+        visited = {self.start: self.config(settings, method, seconds, self.start)}
+        while True:
+            best = best_of(list(visited.values()), rows)
+            if best is None:
+                return list(visited.values()), None
+            around = self.neighbours((best.batch_size, best.lr))
+            if all(cell in visited for cell in around):
+                return list(visited.values()), best
+            for cell in around:
+                visited.setdefault(cell, self.config(settings, method, seconds, cell))
+
+
+# What the sampler adds to a step: sample, loss with scores and update, less the uniform draw and
+# torch's loss (bench_step.py).
+FASTIS_MS = 0.17
+COMPARED: dict[str, tuple[str, dict[str, Any]]] = {
+    "SGD-Scan": ("scan", {}),
+    "EMAIS": ("emais", GAIN),
+}
+RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+FASHION = Budgets(
+    "fashion_mnist",
+    "lenet5",
+    {32: 1.87, 64: 3.23, 128: 6.2, 256: 11.8, 512: 23.6},
+    RATES,
+    (64, 0.05),
+    (20, 60, 180),
+)
+CIFAR = Budgets(
+    "cifar10_plain",
+    "cnn",
+    {32: 2.36, 64: 4.3, 128: 8.2, 256: 15.7, 512: 31.5},
+    RATES,
+    (64, 0.1),
+    (60, 180),
+    SMALL_CNN,
+)
+AUGMENTED = replace(
+    CIFAR, dataset="cifar10", step_ms={32: 2.86, 64: 5.2, 128: 9.6, 256: 17.6, 512: 36.0}
+)
+
+
+BUDGETS = {
+    "budgets_fashion": FASHION,
+    "budgets_cifar": CIFAR,
+    "budgets_augmented": AUGMENTED,
+}
+
+
+def budget_runs(budgets: Budgets, settings: Settings, rows: Rows) -> list[RunConfig | Once]:
+    runs: list[RunConfig | Once] = []
+    for seconds in budgets.seconds:
+        for method in COMPARED:
+            runs += searched(*budgets.search(settings, rows, method, seconds))
+    return runs
+
+
+@experiment("The best within a time, minibatch size and rate tuned: LeNet-5 on Fashion-MNIST")
+def budgets_fashion(settings: Settings, rows: Rows) -> list[RunConfig | Once]:
+    """A search starts in the middle of a grid of minibatch sizes (powers of 2) and rates (1, 2, 5,
+    10), and goes to the cell of least test error of seed 0 until all cells around it are there.
+    Every schedule decays to the end of its own budget. Lengths come from the time of a step on an
+    idle core, EMAIS' own time included."""
+    return budget_runs(FASHION, settings, rows)
+
+
+@experiment("The same for a small network on CIFAR-10")
+def budgets_cifar(settings: Settings, rows: Rows) -> list[RunConfig | Once]:
+    return budget_runs(CIFAR, settings, rows)
+
+
+@experiment("The same with random crops and flips")
+def budgets_augmented(settings: Settings, rows: Rows) -> list[RunConfig | Once]:
+    return budget_runs(AUGMENTED, settings, rows)

@@ -156,10 +156,10 @@ def main(argv: list[str] | None = None) -> int:
             print(overview(settings, rows))
             return 0
         if args.report:
-            from bench.experiments import page  # matplotlib: for this alone
+            from bench.experiments import page, practice_page  # matplotlib: for this alone
 
             others = (read_rows(args.out / name) for name in (STEP_TIMES_FILE, STALE_SCORES))
-            print(page.write(args.out, rows, *others))
+            print(page.write(args.out, rows, *others), practice_page.write(args.out, rows))
             return 0
         unknown = [name for name in args.names if name not in NAMES]
         if unknown or not args.names:

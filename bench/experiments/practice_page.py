@@ -1,0 +1,204 @@
+"""The page for practitioners, from result rows alone: tables, figures, what is not yet measured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+from bench.experiments import practice
+from bench.experiments.config import RunConfig
+from bench.experiments.experiment import Once, Rows, Settings
+from bench.experiments.groups import Group, grouped
+from bench.experiments.practice import Budgets
+from bench.experiments.tables import NOT_YET, difference_cell, mean_sd
+from bench.experiments.tasks import TASKS
+from bench.provenance import provenance_line
+from bench.report import markdown_table
+
+PAGE = "PRACTICE.md"
+MOST_SEEDS = 5
+INTRODUCTION = f"""# Does it pay?
+
+Written by `python bench/experiments/reproduce.py --report` from the rows in this folder; nothing is
+typed in. Runs of equal seed start from the same network, whatever the method. ± after a mean is the
+standard deviation over seeds; a difference is paired by seed, with Student's 95 % interval. Of
+{MOST_SEEDS} seeds at most, those that are there. Test errors choose rates and minibatch sizes here,
+for all methods alike: read differences, not levels.
+"""
+
+
+def data_of(dataset: str, rows: Rows) -> str:
+    """The file that most rows of a task have, before the embedded subset."""
+    files = Counter(
+        row["config"]["data"] for row in rows.values() if row["config"]["dataset"] == dataset
+    )
+    files.pop("embedded", None)
+    return files.most_common(1)[0][0] if files else "embedded"
+
+
+def settings_for(dataset: str, rows: Rows) -> Settings:
+    return Settings(data_of(dataset, rows), seeds=MOST_SEEDS)
+
+
+def group_of(config: RunConfig, rows: Rows) -> Group:
+    """Its runs of all seeds that are there."""
+    runs = [replace(config, seed=seed) for seed in range(MOST_SEEDS)]
+    return grouped(runs, lambda run: rows.get(run.key))[0]
+
+
+def cell(group: Group, name: str, digits: int) -> str:
+    return mean_sd(group.finals(name), digits) if group.rows else "-"
+
+
+def command(name: str, groups: Sequence[Group]) -> str:
+    files = dict.fromkeys(f"{TASKS[group.config.dataset].source}.npz" for group in groups)
+    seeds = max((len(group.rows) for group in groups), default=1)
+    lines = [
+        f"python bench/experiments/reproduce.py {name} --data {file} --seeds {seeds}"
+        for file in files
+    ]
+    return "```sh\n" + "\n".join(lines) + "\n```"
+
+
+def section(name: str, groups: Sequence[Group], *parts: str) -> str:
+    experiment = practice.EXPERIMENTS[name]
+    found = [group for group in groups if group.rows]
+    there = [row for group in found for row in group.rows]
+    text = [f"## {name}: {experiment.title}", experiment.note, *(parts if there else (NOT_YET,))]
+    text.append(command(name, found or groups))
+    text += [provenance_line(there)] if there else []
+    return "\n\n".join(part for part in text if part)
+
+
+# ---- options at uniform sampling's best rate
+
+
+def defaults_section(rows: Rows, folder: Path) -> str:
+    tables = {
+        "Test error, %, and its difference to SGD-Scan": ("test_error", 2),
+        "Final train loss, and its difference to SGD-Scan": ("train_loss", 4),
+    }
+    found: list[Group] = []
+    compared: dict[str, dict[str, Group]] = {}
+    for task, setting in practice.SETTINGS.items():
+        settings = settings_for(setting.dataset, rows)
+        grid = [setting.config(settings, "scan", lr) for lr in setting.rates]
+        best = practice.best_of(grid, rows)
+        found += [group_of(config, rows) for config in grid]
+        if best is None:
+            continue
+        compared[task] = {"SGD-Scan": group_of(best, rows)}
+        for name, changes in practice.CANDIDATES.items():
+            config = setting.config(settings, "emais", best.lr, **changes)
+            compared[task][name] = group_of(config, rows)
+        found += compared[task].values()
+    parts = []
+    for title, (metric, digits) in tables.items():
+        lines = [["task", "best rate", "SGD-Scan", *practice.CANDIDATES]]
+        for task, groups in compared.items():
+            uniform, *others = groups.values()
+            line = [task, f"{uniform.config.lr:g}"]
+            line.append(f"{cell(uniform, metric, digits)} ({len(uniform.rows)})")
+            lines.append([*line, *(against(group, uniform, metric, digits) for group in others)])
+        parts.append(f"{title} (number of seeds):\n\n" + markdown_table(lines, aligned=False))
+    waiting = [task for task in practice.SETTINGS if task not in compared]
+    parts += [f"Not yet measured: {', '.join(waiting)}."] if waiting else []
+    return section("defaults", found, *parts)
+
+
+def against(group: Group, reference: Group, metric: str, digits: int) -> str:
+    """The difference where two seeds give one, else the value."""
+    if not group.rows:
+        return "-"
+    difference = difference_cell(group, reference, metric, digits)
+    value = cell(group, metric, digits)
+    return f"{value} (1)" if difference == "-" else f"{difference} ({len(group.rows)})"
+
+
+# ---- imbalance
+
+
+def own_best(
+    runs: Callable[[Settings, Rows], Sequence[RunConfig | Once]], dataset: str, rows: Rows
+):
+    """The groups of a search that were chosen, and all of them."""
+    planned = runs(settings_for(dataset, rows), rows)
+    everything = [run.config if isinstance(run, Once) else run for run in planned]
+    chosen = [run for run in planned if not isinstance(run, Once)]
+    return [group_of(c, rows) for c in chosen], [group_of(c, rows) for c in everything]
+
+
+def imbalance_section(rows: Rows, folder: Path) -> str:
+    dataset = practice.SETTINGS["long-tailed"].dataset
+    chosen, everything = own_best(practice.EXPERIMENTS["imbalance"].plan, dataset, rows)
+    lines = [["way", "rate", "seeds", "balanced test error, %", "train loss", "N_ems/B"]]
+    for group in chosen:
+        config = group.config
+        key = next(
+            name
+            for name, (method, changes) in practice.BALANCING.items()
+            if method == config.method
+            and changes.get("class_weights", False) == config.class_weights
+        )
+        line = [key, f"{config.lr:g}", str(len(group.rows)), cell(group, "test_error", 2)]
+        line += [cell(group, "train_loss", 4), cell(group, "relative_batch_size", 2)]
+        lines.append(line)
+    return section("imbalance", everything, markdown_table(lines, aligned=False))
+
+
+# ---- the best within a time
+
+
+def budget_table(budgets: Budgets, rows: Rows) -> tuple[str, list[Group], dict]:
+    """The table, every run's group, and method -> [(seconds, chosen group)]."""
+    settings = settings_for(budgets.dataset, rows)
+    lines = [["seconds", "method", "minibatch", "rate", "steps", "seeds"]]
+    lines[0] += ["test error, %", "train loss", "test error minus SGD-Scan's"]
+    everything: list[Group] = []
+    chosen: dict[str, list[tuple[int, Group]]] = {name: [] for name in practice.COMPARED}
+    for seconds in budgets.seconds:
+        uniform: Group | None = None
+        for method in practice.COMPARED:
+            visited, best = budgets.search(settings, rows, method, seconds)
+            everything += [group_of(config, rows) for config in visited]
+            if best is None:
+                continue
+            group = group_of(best, rows)
+            chosen[method].append((seconds, group))
+            line = [str(seconds), method, str(best.batch_size), f"{best.lr:g}"]
+            line += [str(best.iterations), str(len(group.rows)), cell(group, "test_error", 2)]
+            line.append(cell(group, "train_loss", 4))
+            line.append("-" if uniform is None else unpaired(group, uniform))
+            lines.append(line)
+            uniform = uniform or group
+    return markdown_table(lines, aligned=False), everything, chosen
+
+
+def unpaired(group: Group, reference: Group) -> str:
+    ours, theirs = group.finals("test_error"), reference.finals("test_error")
+    difference = f"{fmean(ours) - fmean(theirs):+.2f}"
+    paired = difference_cell(group, reference, "test_error", 2)
+    return difference if paired == "-" else paired
+
+
+def budget_section(name: str, budgets: Budgets, rows: Rows, folder: Path) -> str:
+    from bench.experiments import practice_plot  # matplotlib: for this alone
+
+    table, everything, chosen = budget_table(budgets, rows)
+    out = folder / f"{name}.png"
+    drawn = practice_plot.draw(chosen, out)
+    return section(name, everything, table, f"![{name}]({out.name})" if drawn else "")
+
+
+def write(folder: Path, rows: Rows) -> Path:
+    """Writes the page and its figures into ``folder``."""
+    parts = [INTRODUCTION.rstrip()]
+    for name, budgets in practice.BUDGETS.items():
+        parts.append(budget_section(name, budgets, rows, folder))
+    parts += [defaults_section(rows, folder), imbalance_section(rows, folder)]
+    out = folder / PAGE
+    out.write_text("\n\n".join(parts) + "\n")
+    return out
