@@ -25,6 +25,10 @@ LATER = (
     "weighted_norm",
 )
 
+# fastis' own settings of EMAIS and its kin; a configuration without options has the published ones.
+OURS: dict[str, Any] = {"floor": 0.1, "tau_scale": 0.25}
+OURS_WITH_GAIN: dict[str, Any] = {"options": OURS, "lr_rule": "gain"}
+
 
 def config_key(config: dict[str, Any]) -> str:
     """One string per configuration, for finding a run again."""
@@ -76,10 +80,13 @@ class RunConfig:
 
     @property
     def variant(self) -> str:
-        """The method with whatever sets it apart from its defaults, in words."""
-        extras = [f"{name} {value}" for name, value in sorted(self.options.items())]
+        """The method with whatever sets it apart from the published settings, in words."""
+        if self.options == OURS and self.lr_rule == "gain":
+            extras = ["default"]
+        else:
+            extras = [f"{name} {value}" for name, value in sorted(self.options.items())]
+            extras += [] if self.lr_rule == "linear" else [self.lr_rule]
         extras += [] if self.lr_adjust else ["lr not adjusted"]
-        extras += [] if self.lr_rule == "linear" else [self.lr_rule]
         extras += ["class weights"] if self.class_weights else []
         extras += ["weighted BatchNorm"] if self.weighted_norm else []
         extras += [] if self.scheme == "multinomial" else [self.scheme]

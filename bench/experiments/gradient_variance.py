@@ -13,7 +13,9 @@ of the covariance of the estimate (1/B) sum r g exactly, from the integer weight
   next item nothing changes, and the integral over them is a sum.
 
 g is the gradient at the logits, or that of all parameters (by torch.func; "systematic" is left out
-there, as it would take a gradient per pair of samples). Figures are relative to independent draws.
+there, as it would take a gradient per pair of samples). Figures are relative to independent draws;
+"gain" is (|G|^2 + uniform) / (|G|^2 + independent), what the learning rate's rule of that name
+estimates from minibatches.
 Slices follow the order of the data: ``--order label`` sorts the training set by its labels first.
 """
 
@@ -30,13 +32,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastis
-from bench.experiments.config import RunConfig
-from bench.experiments.datasets import Dataset, load_dataset
+from bench.experiments.config import OURS, RunConfig
+from bench.experiments.datasets import Dataset, data_name, load_dataset
 from bench.experiments.loop import Run
 from bench.experiments.tasks import sort_by_class
 from bench.report import Report, make_parser
 from fastis.estimators import gradient_norms
 from fastis.kernels.flatten import distribution
+from fastis.methods.base import RULES
 
 SCHEMES = ("multinomial", "stratified", "systematic", "uniform")
 
@@ -66,7 +69,7 @@ class Layout:
 
 
 def scheme_traces(layout: Layout, g: Tensor) -> dict[str, float]:
-    """Exact traces for gradients ``g`` [N, C]: all four schemes."""
+    """Exact traces for gradients ``g`` [N, C]: all four schemes, and |G|^2 as "mean"."""
     batch_size, n = layout.num_slices, len(g)
     rg = g[layout.order] / (n * layout.p)[:, None]
     mean = g.mean(0).square().sum()
@@ -91,6 +94,7 @@ def scheme_traces(layout: Layout, g: Tensor) -> dict[str, float]:
         "stratified": float((second - slice_means.square().sum(1).mean()) / batch_size),
         "systematic": float(shared - mean),
         "uniform": float((g.square().sum(1).mean() - mean) / batch_size),
+        "mean": float(mean),
     }
 
 
@@ -142,6 +146,7 @@ def parameter_traces(run: Run, layout: Layout) -> dict[str, float]:
         "multinomial": (second - squared_mean) / batch_size,
         "stratified": (second - slice_squares) / batch_size,
         "uniform": (float(squares.mean()) - squared_mean) / batch_size,
+        "mean": squared_mean,
     }
 
 
@@ -152,27 +157,40 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--order", choices=["file", "label"], default="file")
     parser.add_argument("--lr", type=float, default=0.03)
+    parser.add_argument("--rule", choices=RULES, default="linear", help="how the rate follows")
+    parser.add_argument(
+        "--published", action="store_true", help="with the paper's time constant and floor"
+    )
     parser.add_argument("--at", type=int, nargs="+", default=[1000, 3000, 6250])
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     dataset = load_dataset("fashion_mnist", args.data)
     if args.order == "label":
         dataset = sort_by_class(dataset)
-    run = Run(RunConfig("emais", args.lr, seed=0, iterations=max(args.at)), dataset)
-    report = Report("gradient_variance", ("iteration", "gradient of", *SCHEMES), args.json)
+    options = {} if args.published else OURS
+    config = RunConfig(
+        "emais", args.lr, 0, iterations=max(args.at), options=options, lr_rule=args.rule
+    )
+    run = Run(config, dataset)
+    head = ("iteration", "gradient of", *SCHEMES, "gain", "sampler's")
+    report = Report("gradient_variance", head, args.json)
     for iteration in sorted(args.at):
         run.train(iteration - run.sampler.step)
         layout = Layout(run.sampler)
+        estimate = float(run.sampler.lr_factor(rule="gain"))
         spaces = {
             "logits": scheme_traces(layout, logit_gradients(run.model, run.dataset)),
             "parameters": parameter_traces(run, layout),
         }
         for space, traces in spaces.items():
+            mean = traces.pop("mean")
             ratios = {name: value / traces["multinomial"] for name, value in traces.items()}
+            gain = (mean + traces["uniform"]) / (mean + traces["multinomial"])
             shown = (f"{ratios[name]:.3f}" if name in ratios else None for name in SCHEMES)
-            report.line(iteration, space, *shown)
+            report.line(iteration, space, *shown, f"{gain:.3f}", f"{estimate:.3f}")
             row = {"order": args.order, "lr": args.lr, "iteration": iteration, "space": space}
-            row["data"] = Path(args.data).name if args.data else "default"
+            row |= {"data": data_name(args.data), "options": options, "rule": args.rule}
+            row |= {"gain": gain, "estimated_gain": estimate}
             report.store({**row, "trace": traces, "ratio": ratios})
     report.show()
     return 0

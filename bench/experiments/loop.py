@@ -54,10 +54,8 @@ class Run:
         if config.weighted_norm:
             model = fastis.weighted_batch_norm(model)
         self.loss = self.task.loss
-        if config.class_weights:  # their mean is 1: the constant denominator is the mean's
-            counts = dataset.y_train.bincount(minlength=dataset.num_classes)
-            weights = len(dataset.y_train) / (dataset.num_classes * counts.float())
-            self.loss = partial(self.task.loss, class_weights=weights.to(self.device))
+        if config.class_weights:
+            self.loss = partial(self.task.loss, class_weights=class_weights_of(dataset))
         self.model = model.to(self.device)
         self.last_layer = LastLayer(self.model) if config.score == "last_layer" else None
         self.optimizer = make_optimizer(config, self.model)
@@ -189,6 +187,7 @@ class Run:
         return {
             **self._variance_reading(),
             "lr_factor": float(self.sampler.lr_factor(self.config.optimizer, self.config.lr_rule)),
+            "gain": float(self.sampler.lr_factor("sgd", "gain")),  # the predicted speed-up
             "lr": float(self.optimizer.param_groups[0]["lr"]),
             "seconds": self.train_seconds,
         }
@@ -198,6 +197,13 @@ class Run:
             return self.sampler.reading()
         names = ("effective_batch_size", "efficiency", *TRACES)
         return {name: float(getattr(self.sampler.variance, name)) for name in names}
+
+
+def class_weights_of(dataset: Dataset) -> torch.Tensor:
+    """float32 ``[C]``: N / (C n_c), with a mean of 1 over the training set, so that the constant
+    denominator of a weighted mean is right."""
+    counts = dataset.y_train.bincount(minlength=dataset.num_classes)
+    return len(dataset.y_train) / (dataset.num_classes * counts.float())
 
 
 class LastLayer:
@@ -266,7 +272,7 @@ def run(config: RunConfig, dataset: Dataset, position: int = 0, leave: bool = Tr
             now, progress = readings[-1], state.progress()
             bar.set_postfix_str(
                 f"loss {loss:.3f}, S {now['efficiency']:.2f}, "
-                f"N_ems {now['effective_batch_size']:.0f}",
+                f"N_ems {now['effective_batch_size']:.0f}, gain {now['gain']:.2f}",
                 refresh=False,
             )
             bar.update(round(min(1.0, progress) * config.iterations) - bar.n)
@@ -293,6 +299,7 @@ def result_row(
         "efficiency": mean_of(late, "efficiency"),
         "relative_batch_size": mean_of(late, "effective_batch_size") / batch_size,
         "lr_factor": mean_of(late, "lr_factor"),
+        "gain": mean_of(late, "gain"),
         "ms_per_step": lower_quartile(milliseconds[len(milliseconds) // 2 :]),
         "steps": state.steps_taken,
         "seconds": state.train_seconds,

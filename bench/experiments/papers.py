@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import chain, product
 from typing import Any
 
-from bench.experiments.config import RunConfig
+from bench.experiments.config import OURS, RunConfig
 from bench.experiments.experiment import Experiment, Once, Rows, Settings, collector, searched
 from bench.report import Row
 
@@ -23,8 +23,6 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     *((method, {}) for method in COMPARED),
     ("presampling", ALWAYS_SCORING),
 )
-# EMAIS of ours: forgets faster, and lets no coefficient exceed 11.
-FASTER: dict[str, Any] = {"floor": 0.1, "tau_scale": 0.25}
 QUARTER: dict[str, Any] = {"tau_scale": 0.25}
 # [KF]'s three scores; "upper_bound" is the method's default.
 PRESAMPLING: tuple[dict[str, Any], ...] = ({}, {"score": "loss"}, {"score": "gradient_norm"})
@@ -93,7 +91,7 @@ def wall_clock(settings: Settings, rows: Rows) -> list[RunConfig]:
     best = [config for grid in grids if (config := best_of_grid(grid, rows))]
     if len(best) < len(grids):
         return list(chain(*grids))
-    return [*best, replace(best[0], options=FASTER), matched(best[0], rows)]
+    return [*best, replace(best[0], options=OURS), matched(best[0], rows)]
 
 
 @experiment("Adam ([K] Table 6)", longer=LONGER)
@@ -213,7 +211,7 @@ def cifar10_cnn(settings: Settings, rows: Rows) -> list[RunConfig]:
     differ less and there is less to gain than on Fashion-MNIST."""
     task = {"dataset": "cifar10", "model": "cnn", "weight_decay": 5e-4}
     methods = ("scan", "uniform", "emais", "loss", "presampling", "online_batch")
-    runs = [*((method, {}) for method in methods), ("emais", FASTER)]
+    runs = [*((method, {}) for method in methods), ("emais", OURS)]
     return [
         settings.config(method, lr, options, **task)
         for lr, (method, options) in product((0.03, 0.1), runs)
@@ -248,7 +246,7 @@ def estimator(settings: Settings, rows: Rows) -> list[RunConfig]:
 def floor(settings: Settings, rows: Rows) -> list[RunConfig]:
     """The default floor is 0.001 of the mean weight: no coefficient exceeds 1001. With 0.1 none
     exceeds 11."""
-    options: tuple[dict[str, Any], ...] = ({}, {"floor": 0.1}, FASTER)
+    options: tuple[dict[str, Any], ...] = ({}, {"floor": 0.1}, OURS)
     return [settings.config(lr=lr, options=choice) for lr, choice in product((0.03, 0.1), options)]
 
 
@@ -257,7 +255,7 @@ def floor(settings: Settings, rows: Rows) -> list[RunConfig]:
     panels=WITH_EFFICIENCY,
 )
 def auto(settings: Settings, rows: Rows) -> list[RunConfig]:
-    runs: list[tuple[str, dict[str, Any]]] = [("emais", {}), ("auto", {}), ("auto", FASTER)]
+    runs: list[tuple[str, dict[str, Any]]] = [("emais", {}), ("auto", {}), ("auto", OURS)]
     return [
         settings.config(method, lr, options) for lr, (method, options) in product((0.03, 0.1), runs)
     ]

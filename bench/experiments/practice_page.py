@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -81,6 +81,7 @@ def defaults_section(rows: Rows, folder: Path) -> str:
         "Test error, %, and its difference to SGD-Scan": ("test_error", 2),
         "Final train loss, and its difference to SGD-Scan": ("train_loss", 4),
     }
+    candidates = practice.CANDIDATES | practice.TRIED
     found: list[Group] = []
     compared: dict[str, dict[str, Group]] = {}
     for task, setting in practice.SETTINGS.items():
@@ -91,13 +92,13 @@ def defaults_section(rows: Rows, folder: Path) -> str:
         if best is None:
             continue
         compared[task] = {"SGD-Scan": group_of(best, rows)}
-        for name, changes in practice.CANDIDATES.items():
-            config = setting.config(settings, "emais", best.lr, **changes)
+        for name, (method, changes) in candidates.items():
+            config = setting.config(settings, method, best.lr, **changes)
             compared[task][name] = group_of(config, rows)
         found += compared[task].values()
     parts = []
     for title, (metric, digits) in tables.items():
-        lines = [["task", "best rate", "SGD-Scan", *practice.CANDIDATES]]
+        lines = [["task", "best rate", "SGD-Scan", *candidates]]
         for task, groups in compared.items():
             uniform, *others = groups.values()
             line = [task, f"{uniform.config.lr:g}"]
@@ -121,11 +122,9 @@ def against(group: Group, reference: Group, metric: str, digits: int) -> str:
 # ---- imbalance
 
 
-def own_best(
-    runs: Callable[[Settings, Rows], Sequence[RunConfig | Once]], dataset: str, rows: Rows
-):
-    """The groups of a search that were chosen, and all of them."""
-    planned = runs(settings_for(dataset, rows), rows)
+def own_best(name: str, dataset: str, rows: Rows) -> tuple[list[Group], list[Group]]:
+    """The groups of an experiment's searches that were chosen, and all of them."""
+    planned = practice.EXPERIMENTS[name].plan(settings_for(dataset, rows), rows)
     everything = [run.config if isinstance(run, Once) else run for run in planned]
     chosen = [run for run in planned if not isinstance(run, Once)]
     return [group_of(c, rows) for c in chosen], [group_of(c, rows) for c in everything]
@@ -133,7 +132,7 @@ def own_best(
 
 def imbalance_section(rows: Rows, folder: Path) -> str:
     dataset = practice.SETTINGS["long-tailed"].dataset
-    chosen, everything = own_best(practice.EXPERIMENTS["imbalance"].plan, dataset, rows)
+    chosen, everything = own_best("imbalance", dataset, rows)
     lines = [["way", "rate", "seeds", "balanced test error, %", "train loss", "N_ems/B"]]
     for group in chosen:
         config = group.config

@@ -29,7 +29,8 @@ PANELS = ("train_loss", "test_error", "effective_batch_size")
 
 def setting_of(config: RunConfig) -> RunConfig:
     """What a variant, learning rate and seed are compared within."""
-    return replace(config, method="", lr=0.0, seed=0, options={}, scheme="", max_lr=0.0, score="")
+    neutral = {"options": {}, "lr_rule": "", "scheme": "", "max_lr": 0.0, "score": ""}
+    return replace(config, method="", lr=0.0, seed=0, **neutral)
 
 
 def picture_name(config: RunConfig) -> str:
@@ -54,7 +55,7 @@ def heading(groups: Sequence[Group]) -> str:
 def summary(groups: Iterable[Group]) -> str:
     """EMAIS against the best of the others, each at its best rate of those that were run."""
     best = best_rates(groups)
-    emais = best.pop("emais", None)
+    emais = best.pop("emais (default)", None) or best.pop("emais", None)
     if emais is None or not best:
         return ""
     other = min(best.values(), key=lambda group: group.final_loss)

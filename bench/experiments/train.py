@@ -28,7 +28,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from bench.experiments.config import RunConfig, latest
+from bench.experiments.config import OURS_WITH_GAIN, RunConfig, latest
 from bench.experiments.datasets import data_name
 from bench.experiments.methods import check_config
 from bench.experiments.models import MODELS
@@ -42,6 +42,7 @@ RATES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2)
 BEST_RATE = {"emais": 0.07, "scan": 0.07, "uniform": 0.07}
 OTHERS_RATE = {"sgd": 0.01, "adam": 0.001}
 SEARCHED = Path(__file__).parents[1] / "results" / "main_job.jsonl"
+OWN_SETTINGS = {"emais": OURS_WITH_GAIN, "loss": OURS_WITH_GAIN}
 WITHOUT_COEFFICIENTS = ("scan", "uniform")
 RESULTS = "results.jsonl"
 
@@ -99,7 +100,10 @@ def configurations(args: argparse.Namespace, dataset_file: str) -> dict[str, Run
     shared["momentum"] = args.momentum if args.optimizer == "sgd" else 0.0
     lrs = {method: rates_of(method, args) for method in args.method}
     runs = product(range(args.seeds), range(len(lrs[args.method[0]])), args.method)
-    configs = (RunConfig(m, lrs[m][i], seed, data=dataset_file, **shared) for seed, i, m in runs)
+    configs = (
+        RunConfig(m, lrs[m][i], seed, data=dataset_file, **shared, **OWN_SETTINGS.get(m, {}))
+        for seed, i, m in runs
+    )
     return {config.key: config for config in configs}
 
 
