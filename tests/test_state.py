@@ -119,10 +119,11 @@ def equal_states(a, b):
 
 
 def arguments_of(name):
-    """Arguments of the samplers in the fixture."""
+    """Arguments of the samplers in the fixture: the defaults of then are the published ones."""
     return {
-        "loss": {"flatten": "mix"},
-        "auto": {"scheme": "systematic"},
+        "emais": {"method": methods.EMAIS.published()},
+        "loss": {"method": methods.Loss.published(), "flatten": "mix"},
+        "auto": {"method": methods.Auto.published(), "scheme": "systematic"},
         "presampling": {"method": methods.Presampling(scores, tau_threshold=1.0)},
         "rais": {"method": methods.RAIS(buffer_size=64)},
         "confvar": {"scheme": "stratified"},
