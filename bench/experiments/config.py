@@ -95,6 +95,16 @@ class RunConfig:
         extras += [f"minibatch N_ems of {self.batch_size_like}"] if self.batch_size_like else []
         return f"{self.method} ({', '.join(extras)})" if extras else self.method
 
+    def check_options(self, known: Iterable[str]) -> None:
+        """Raises ValueError on an option that is not among the method's."""
+        names = list(known)
+        unknown = sorted(self.options.keys() - set(names))
+        if unknown:
+            raise ValueError(
+                f"options of method {self.method!r} must be among {', '.join(names) or '(none)'}, "
+                f"got {', '.join(unknown)}"
+            )
+
     def to_json(self) -> dict[str, Any]:
         """Plain values for a row; later fields only where they differ from their default."""
         values = asdict(self)

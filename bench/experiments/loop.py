@@ -69,7 +69,7 @@ class Run:
         if self.leader is not None:
             return FollowingSampler(num_samples, config.batch_size, config.seed, self.device)
         if config.method in peers.SAMPLERS:
-            return peers.SAMPLERS[config.method](config, self.dataset.y_train)
+            return peers.build_peer(config, self.dataset.y_train)
         return fastis.Sampler(
             num_samples=num_samples,
             batch_size=config.batch_size,

@@ -89,12 +89,7 @@ def build_method(config: RunConfig, num_samples: int, scorer: Scorer) -> fastis.
         raise ValueError(f"method must be one of {names}, got {config.method!r}")
     kind = fastis.methods.BY_NAME[config.method]
     fields = {f.name: f for f in dataclasses.fields(kind) if f.init}
-    unknown = sorted(config.options.keys() - fields.keys())
-    if unknown:
-        raise ValueError(
-            f"options of method {config.method!r} must be among {', '.join(fields)}, "
-            f"got {', '.join(unknown)}"
-        )
+    config.check_options(fields)
     epochs = math.ceil(config.iterations / max(1, num_samples // config.batch_size))
     of_the_run = {
         "total_epochs": max(2, epochs),  # at least one beyond the warm-up
@@ -111,6 +106,7 @@ def build_method(config: RunConfig, num_samples: int, scorer: Scorer) -> fastis.
 def check_config(config: RunConfig, num_samples: int) -> None:
     """Raises ValueError or TypeError on a configuration that no sampler could be built for."""
     if config.method in peers.SAMPLERS:
+        peers.build_peer(config, torch.zeros(num_samples, dtype=torch.int64))
         return
     nothing = Scorer(run=None)
     fastis.Sampler(
