@@ -16,6 +16,9 @@ from bench.experiments.experiment import Experiment, Once, Rows, Settings, colle
 from bench.experiments.tasks import TASKS
 from bench.report import Row
 
+# Name -> method and what else is changed.
+Ways = dict[str, tuple[str, dict[str, Any]]]
+
 EXPERIMENTS: dict[str, Experiment] = {}
 experiment = collector(EXPERIMENTS)
 
@@ -54,18 +57,20 @@ SETTINGS = {
     "40 % wrong labels": Setting("fashion_noise40", "lenet5", 10_000, (0.01, 0.03, 0.1)),
     "CIFAR-10": Setting("cifar10_plain", "cnn", 5000, (0.03, 0.1, 0.2, 0.3), SMALL_CNN),
     "CIFAR-10, augmented": Setting("cifar10", "cnn", 5000, (0.03, 0.1, 0.2, 0.3), SMALL_CNN),
-    "CIFAR-10, BatchNorm": Setting("cifar10_plain", "cnn_bn", 5000, (0.03, 0.1, 0.3), SMALL_CNN),
+    "CIFAR-10, BatchNorm": Setting(
+        "cifar10_plain", "cnn_bn", 5000, (0.03, 0.1, 0.3, 0.6), SMALL_CNN
+    ),
     "CIFAR-10, BatchNorm, augmented": Setting(
-        "cifar10", "cnn_bn", 5000, (0.03, 0.1, 0.3), SMALL_CNN
+        "cifar10", "cnn_bn", 5000, (0.03, 0.1, 0.3, 0.6), SMALL_CNN
     ),
     "permuted rows, LSTM": Setting("permuted_rows", "lstm", 10_000, (0.0005, 0.001, 0.002), LSTM),
 }
-# Name -> method and what else is changed; those that are repeated, and those of seed 0 alone.
-CANDIDATES: dict[str, tuple[str, dict[str, Any]]] = {
+# Those that are repeated, and those of seed 0 alone.
+CANDIDATES: Ways = {
     "published": ("emais", {}),
     "gain": ("emais", OURS_WITH_GAIN),
 }
-TRIED: dict[str, tuple[str, dict[str, Any]]] = {
+TRIED: Ways = {
     "linear": ("emais", {"options": OURS}),
     "rate kept": ("emais", {"options": OURS, "lr_adjust": False}),
     "auto": ("auto", OURS_WITH_GAIN),
@@ -83,6 +88,16 @@ def best_of(grid: Sequence[RunConfig], rows: Rows) -> RunConfig | None:
     if not all(config.key in rows for config in grid):
         return None
     return min(grid, key=lambda config: test_error(rows[config.key]))
+
+
+def at_own_rates(
+    setting: Setting, ways: Ways, settings: Settings, rows: Rows
+) -> list[RunConfig | Once]:
+    runs: list[RunConfig | Once] = []
+    for method, changes in ways.values():
+        grid = [setting.config(settings, method, lr, **changes) for lr in setting.rates]
+        runs += searched(grid, best_of(grid, rows))
+    return runs
 
 
 @experiment("Options at uniform sampling's best rate, on every task")
@@ -107,7 +122,7 @@ def defaults(settings: Settings, rows: Rows) -> list[RunConfig | Once]:
 
 
 # What makes rare classes count: nothing, the loss, the draw; and EMAIS beside the first two.
-BALANCING: dict[str, tuple[str, dict[str, Any]]] = {
+BALANCING: Ways = {
     "SGD-Scan": ("scan", {}),
     "SGD-Scan, class weights": ("scan", {"class_weights": True}),
     "WeightedRandomSampler": ("class_balanced", {}),
@@ -119,10 +134,57 @@ BALANCING: dict[str, tuple[str, dict[str, Any]]] = {
 @experiment("Imbalanced classes: Fashion-MNIST, long-tailed by a factor of 100")
 def imbalance(settings: Settings, rows: Rows) -> list[RunConfig | Once]:
     """Every way at its own rate of least test error of seed 0. The test set is balanced."""
-    setting, runs = SETTINGS["long-tailed"], []
-    for method, changes in BALANCING.values():
-        grid = [setting.config(settings, method, lr, **changes) for lr in setting.rates]
-        runs += searched(grid, best_of(grid, rows))
+    return at_own_rates(SETTINGS["long-tailed"], BALANCING, settings, rows)
+
+
+PEERS: Ways = {
+    "SGD-Scan": ("scan", {}),
+    "InfoBatch": ("infobatch", {}),
+    "SeTa": ("seta", {}),
+    "online importance": ("online_importance", {}),
+    "EMAIS": ("emais", OURS_WITH_GAIN),
+}
+
+
+@experiment("Wrong labels, at fewer steps")
+def wrong_labels(settings: Settings, rows: Rows) -> list[RunConfig]:
+    """At SGD-Scan's best rate of `defaults`: whether a lower train loss comes with a higher test
+    error, for uniform sampling too."""
+    runs = []
+    for task in ("20 % wrong labels", "40 % wrong labels"):
+        setting = SETTINGS[task]
+        grid = [setting.config(settings, "scan", lr) for lr in setting.rates]
+        if best := best_of(grid, rows):
+            runs += [
+                replace(setting, iterations=length).config(settings, method, best.lr, **changes)
+                for length in (2500, 5000, setting.iterations)
+                for method, changes in COMPARED.values()
+            ]
+    return runs
+
+
+@experiment("As many samples for every method: LeNet-5 on Fashion-MNIST")
+def peers(settings: Settings, rows: Rows) -> list[RunConfig | Once]:
+    """InfoBatch (Qin et al. 2024), SeTa (Zhou et al. 2025) and online importance sampling (Salaun
+    et al. 2023) with their authors' settings, every method at its own rate of least test error of
+    seed 0, all with as many steps: methods that prune see the samples that they keep more often."""
+    return at_own_rates(SETTINGS["Fashion-MNIST"], PEERS, settings, rows)
+
+
+NORMALISED: Ways = {
+    "SGD-Scan": ("scan", {}),
+    "EMAIS": ("emais", OURS_WITH_GAIN),
+    "EMAIS, weighted BatchNorm": ("emais", OURS_WITH_GAIN | {"weighted_norm": True}),
+}
+LENGTHS = (2500, 5000, 10_000)
+
+
+@experiment("BatchNorm: the best within a number of steps, a small network on CIFAR-10")
+def batch_norm(settings: Settings, rows: Rows) -> list[RunConfig | Once]:
+    """Every method and length at its own rate of least test error of seed 0."""
+    setting, runs = SETTINGS["CIFAR-10, BatchNorm"], []
+    for length in LENGTHS:
+        runs += at_own_rates(replace(setting, iterations=length), NORMALISED, settings, rows)
     return runs
 
 
@@ -191,7 +253,7 @@ class Budgets:
 # What the sampler adds to a step: sample, loss with scores and update, less the uniform draw and
 # torch's loss (bench_step.py).
 FASTIS_MS = 0.17
-COMPARED: dict[str, tuple[str, dict[str, Any]]] = {
+COMPARED: Ways = {
     "SGD-Scan": ("scan", {}),
     "EMAIS": ("emais", OURS_WITH_GAIN),
 }

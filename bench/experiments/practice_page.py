@@ -119,33 +119,37 @@ def against(group: Group, reference: Group, metric: str, digits: int) -> str:
     return f"{value} (1)" if difference == "-" else f"{difference} ({len(group.rows)})"
 
 
-# ---- imbalance
+# ---- each way at its own best rate
+
+WAYS = {"imbalance": practice.BALANCING, "peers": practice.PEERS, "batch_norm": practice.NORMALISED}
 
 
-def own_best(name: str, dataset: str, rows: Rows) -> tuple[list[Group], list[Group]]:
-    """The groups of an experiment's searches that were chosen, and all of them."""
+def own_rates_section(name: str, dataset: str, rows: Rows) -> str:
     planned = practice.EXPERIMENTS[name].plan(settings_for(dataset, rows), rows)
     everything = [run.config if isinstance(run, Once) else run for run in planned]
-    chosen = [run for run in planned if not isinstance(run, Once)]
-    return [group_of(c, rows) for c in chosen], [group_of(c, rows) for c in everything]
-
-
-def imbalance_section(rows: Rows, folder: Path) -> str:
-    dataset = practice.SETTINGS["long-tailed"].dataset
-    chosen, everything = own_best("imbalance", dataset, rows)
-    lines = [["way", "rate", "seeds", "balanced test error, %", "train loss", "N_ems/B"]]
-    for group in chosen:
+    chosen = [group_of(run, rows) for run in planned if not isinstance(run, Once)]
+    several = len({group.config.iterations for group in chosen}) > 1
+    lines = [["way", "rate", "steps", "seeds", "test error, %", "train loss", "N_ems/B"]]
+    lines[0].append("test error minus SGD-Scan's")
+    uniform = {g.config.iterations: g for g in chosen if name_of(name, g) == "SGD-Scan"}
+    for group in sorted(chosen, key=lambda g: g.config.iterations) if several else chosen:
         config = group.config
-        key = next(
-            name
-            for name, (method, changes) in practice.BALANCING.items()
-            if method == config.method
-            and changes.get("class_weights", False) == config.class_weights
-        )
-        line = [key, f"{config.lr:g}", str(len(group.rows)), cell(group, "test_error", 2)]
-        line += [cell(group, "train_loss", 4), cell(group, "relative_batch_size", 2)]
+        line = [name_of(name, group), f"{config.lr:g}", str(config.iterations)]
+        line += [str(len(group.rows)), cell(group, "test_error", 2), cell(group, "train_loss", 4)]
+        line.append(cell(group, "relative_batch_size", 2) if config.method == "emais" else "-")
+        line.append(difference_cell(group, uniform.get(config.iterations), "test_error", 2))
         lines.append(line)
-    return section("imbalance", everything, markdown_table(lines, aligned=False))
+    groups = [group_of(config, rows) for config in everything]
+    return section(name, groups, markdown_table(lines, aligned=False))
+
+
+def name_of(experiment: str, group: Group) -> str:
+    """The way that a group's runs went."""
+    config = group.config
+    for name, (method, changes) in WAYS[experiment].items():
+        if method == config.method and changes.items() <= vars(config).items():
+            found = name  # the last that fits has the most changes
+    return found
 
 
 # ---- the best within a time
@@ -197,7 +201,13 @@ def write(folder: Path, rows: Rows) -> Path:
     parts = [INTRODUCTION.rstrip()]
     for name, budgets in practice.BUDGETS.items():
         parts.append(budget_section(name, budgets, rows, folder))
-    parts += [defaults_section(rows, folder), imbalance_section(rows, folder)]
+    parts.append(defaults_section(rows, folder))
+    for name, dataset in (
+        ("peers", "fashion_mnist"),
+        ("imbalance", "fashion_long_tail"),
+        ("batch_norm", "cifar10_plain"),
+    ):
+        parts.append(own_rates_section(name, dataset, rows))
     out = folder / PAGE
     out.write_text("\n\n".join(parts) + "\n")
     return out
