@@ -68,7 +68,7 @@ def section(name: str, groups: Sequence[Group], *parts: str) -> str:
     found = [group for group in groups if group.rows]
     there = [row for group in found for row in group.rows]
     text = [f"## {name}: {experiment.title}", experiment.note, *(parts if there else (NOT_YET,))]
-    text.append(command(name, found or groups))
+    text += [command(name, found or groups)] if groups else []
     text += [provenance_line(there)] if there else []
     return "\n\n".join(part for part in text if part)
 
@@ -152,6 +152,25 @@ def name_of(experiment: str, group: Group) -> str:
     return found
 
 
+# ---- wrong labels
+
+
+def wrong_labels_section(rows: Rows) -> str:
+    found: list[Group] = []
+    lines = [["task", "steps", "method", "seeds", "test error, %", "train loss"]]
+    lines[0].append("test error minus SGD-Scan's")
+    for task in practice.WRONGLY_LABELLED:
+        settings = settings_for(practice.SETTINGS[task].dataset, rows)
+        for runs in practice.by_length(task, settings, rows):
+            groups = [group_of(config, rows) for config in runs]
+            for method, group in zip(practice.COMPARED, groups, strict=True):
+                line = [task, str(group.config.iterations), method, str(len(group.rows))]
+                line += [cell(group, "test_error", 2), cell(group, "train_loss", 4)]
+                lines.append([*line, difference_cell(group, groups[0], "test_error", 2)])
+            found += groups
+    return section("wrong_labels", found, markdown_table(lines, aligned=False))
+
+
 # ---- the best within a time
 
 
@@ -208,6 +227,7 @@ def write(folder: Path, rows: Rows) -> Path:
         ("batch_norm", "cifar10_plain"),
     ):
         parts.append(own_rates_section(name, dataset, rows))
+    parts.append(wrong_labels_section(rows))
     out = folder / PAGE
     out.write_text("\n\n".join(parts) + "\n")
     return out
