@@ -1,23 +1,23 @@
 """The learning rate that goes with the reduced variance (Kutsuna 2025, eq. 8; AdaScale).
 
-A wrapper around any torch scheduler; it needs of the sampler only ``lr_factor(optimizer, rule)``.
+A scheduler around any other, or around an optimizer; it needs of the sampler only
+``lr_factor(optimizer, rule)``. What a rate is without the factor is kept in :mod:`fastis.rates`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from fastis import check
 from fastis.methods.base import OPTIMIZERS, RULES
+from fastis.rates import family_of, innermost, rates_of
 
-_LINEAR = {"SGD", "ASGD"}
-_SQUARE_ROOT = {
-    *("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "SparseAdam"),
-    *("Adagrad", "Adadelta", "RMSprop", "Adafactor"),
-}
+DEFAULT_RULE = "linear"
 
 
 class HasFactor(Protocol):
@@ -33,13 +33,23 @@ class HasProgress(HasFactor, Protocol):
     def effective_iterations(self) -> Tensor: ...
 
 
-class EffectiveBatchLR:
+def _of_inner(name: str) -> Any:
+    """An attribute that is the inner scheduler's own, to read and to set."""
+    return property(
+        lambda self: getattr(self._inner, name),
+        lambda self, value: setattr(self._inner, name, value),
+    )
+
+
+class EffectiveBatchLR(LRScheduler):
     """Multiplies a scheduler's learning rate by what the sampler's reduced variance allows.
 
     Parameters
     ----------
-    scheduler : torch.optim.lr_scheduler.LRScheduler
-        any, also a chained or recursive one: it always sees the learning rate without the factor.
+    scheduler : torch.optim.lr_scheduler.LRScheduler, or an optimizer
+        any of torch's, also a chained or recursive one: it always sees the learning rate without
+        the factor. Or one of timm's, or a wrapper of Accelerate around one, which steps as it does
+        alone. An optimizer stands for a constant rate.
     sampler : fastis.Sampler
         or anything with ``lr_factor(optimizer, rule) -> 0-d tensor``.
     rule : "linear" or "gain"
@@ -47,7 +57,7 @@ class EffectiveBatchLR:
         nearer to 1 where noise does not dominate; see :meth:`fastis.Sampler.lr_factor`.
     optimizer : "sgd", "adam" or None
         whose rate it is: for Adam and its family the factor's square root. None: by the class of
-        the scheduler's optimizer.
+        the optimizer, inside of the wrappers of Accelerate and Lightning.
     max_factor : float, optional
         upper bound on the factor.
     max_lr : float, optional
@@ -66,6 +76,11 @@ class EffectiveBatchLR:
     (``Adam(..., lr=torch.tensor(1e-3, device="cuda"))``): it is changed where it lies, and nothing
     is read.
 
+    A rate set by hand, by ``group["lr"] *= 0.1`` as well as by ``group["lr"] = 0.01``, is the one
+    in force. Without the factor it is ``group["lr"]`` divided by the last factor, and from there
+    the inner scheduler goes on, as it would alone: one that computes its rates from ``base_lrs``,
+    as LambdaLR does, replaces it. The rate of a group that is added later has no factor in it.
+
     Equivalent to::
 
         for group, lr in zip(optimizer.param_groups, unscaled): group["lr"] = lr
@@ -80,75 +95,102 @@ class EffectiveBatchLR:
         self,
         scheduler: Any,
         sampler: HasFactor,
-        rule: str = "linear",
+        rule: str = DEFAULT_RULE,
         *,
         optimizer: str | None = None,
         max_factor: float | None = None,
         max_lr: float | None = None,
     ) -> None:
-        if not hasattr(scheduler, "optimizer") or not hasattr(scheduler, "step"):
-            raise TypeError(
-                f"scheduler must be a torch LR scheduler, got {type(scheduler).__name__}"
-            )
         if not hasattr(sampler, "lr_factor"):
             raise TypeError(f"sampler must be a fastis.Sampler, got {type(sampler).__name__}")
-        self.scheduler = scheduler
+        inner = _without_wrappers(scheduler)
+        self.optimizer = innermost(inner if isinstance(inner, Optimizer) else inner.optimizer)
         self.sampler = sampler
-        self.optimizer = scheduler.optimizer
         self.rule = check.choice("rule", rule, RULES)
         if optimizer is None:
-            self._family = _family(self.optimizer)
+            self._family = family_of(self.optimizer)
         else:
             self._family = check.choice("optimizer", optimizer, OPTIMIZERS)
         for name, limit in (("max_factor", max_factor), ("max_lr", max_lr)):
             if limit is not None:
                 check.number(name, limit, 0.0, interval="(]")
         self.max_factor, self.max_lr = max_factor, max_lr
-        self._unscaled = [_kept(group["lr"]) for group in self.optimizer.param_groups]
+        self._rates = rates_of(self.optimizer)
+        if inner is scheduler and isinstance(scheduler, Optimizer):
+            scheduler = inner = _ConstantLR(self.optimizer)
+        self.scheduler, self._inner = scheduler, inner
 
     def step(self, *args: Any, **kwargs: Any) -> None:
-        """The inner scheduler's step, on unscaled rates; then the present factor."""
-        groups = self.optimizer.param_groups
-        for group, lr in zip(groups, self._unscaled, strict=False):
-            _put(group, lr)
-        self._advance(*args, **kwargs)
-        self._unscaled = [_kept(group["lr"]) for group in groups]
-        self._scale()
+        """The inner scheduler's step, on unscaled rates; then the present factor.
+
+        Takes the arguments of the inner scheduler's: a metric (ReduceLROnPlateau), an epoch (timm).
+        """
+        self._scaling(self._advance, *args, **kwargs)
+
+    def step_update(self, *args: Any, **kwargs: Any) -> None:
+        """As :meth:`step`, for a scheduler of timm's after every update."""
+        if not hasattr(self._inner, "step_update"):
+            raise TypeError(
+                f"scheduler must be one of timm's to step_update, got {type(self._inner).__name__}"
+            )
+        self._scaling(self._inner.step_update, *args, **kwargs)
 
     def _advance(self, *args: Any, **kwargs: Any) -> None:
         self.scheduler.step(*args, **kwargs)
 
-    def _scale(self) -> None:
+    def _scaling(self, advance: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        """Calls ``advance`` on unscaled rates. Whether it fails or not, they are scaled after."""
         factor = self.sampler.lr_factor(self._family, self.rule)
         if self.max_factor is not None:
             factor = factor.clamp(max=self.max_factor)
-        on_host = None
-        for group, lr in zip(self.optimizer.param_groups, self._unscaled, strict=True):
-            if isinstance(lr, float):
-                on_host = factor.item() if on_host is None else on_host
-                group["lr"] = self._limited(lr, lr * on_host)
-            else:
-                scaled = lr * factor
-                if self.max_lr is not None:
-                    scaled = torch.minimum(scaled, lr.clamp(min=self.max_lr))
-                group["lr"].copy_(scaled)
+        groups = self.optimizer.param_groups
+        self._rates.restore(groups)
+        try:
+            advance(*args, **kwargs)
+        except (ValueError, KeyError, IndexError) as error:
+            made_for = len(getattr(self._inner, "base_lrs", groups))
+            if made_for == len(groups):
+                raise
+            raise ValueError(
+                f"scheduler must be made for the optimizer's {len(groups)} parameter groups, got "
+                f"{type(self._inner).__name__} for {made_for}: make it again after add_param_group"
+            ) from error
+        finally:
+            self._rates.scale(groups, factor, self.max_lr)
 
-    def _limited(self, lr: float, scaled: float) -> float:
-        return scaled if self.max_lr is None else min(scaled, max(lr, self.max_lr))
+    # A part of SequentialLR is stepped by these two.
 
-    def get_last_lr(self) -> list[float]:
-        """The rates in force, factor included."""
+    def _initial_step(self) -> None:
+        self._scaling(self._inner._initial_step)
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        self._scaling(self._inner._update_lr, epoch)
+
+    # What others read and set on schedulers is the inner one's.
+
+    last_epoch: int = _of_inner("last_epoch")
+    base_lrs: list[float | Tensor] = _of_inner("base_lrs")
+    _step_count: int = _of_inner("_step_count")
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_inner" not in self.__dict__:  # being unpickled, or copied
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        if hasattr(self.scheduler, name):
+            return getattr(self.scheduler, name)
+        return getattr(self._inner, name)
+
+    def get_last_lr(self) -> list[float | Tensor]:
+        """The rates in force, factor included, as floats: rates that are tensors are read."""
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def get_unscaled_lr(self) -> list[float]:
-        """The inner scheduler's rates, without the factor."""
-        return [float(lr) for lr in self._unscaled]
+        """The inner scheduler's rates, without the factor, as floats."""
+        return [float(lr) for lr in self._rates.unscaled(self.optimizer.param_groups)]
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner scheduler's state, its rates, and those in force."""
-        unscaled = [_kept(lr) for lr in self._unscaled]
-        scaled = [_kept(group["lr"]) for group in self.optimizer.param_groups]
-        return {"scheduler": self.scheduler.state_dict(), "unscaled": unscaled, "scaled": scaled}
+        """The inner scheduler's state, its rates, those in force, and the factor between them."""
+        rates = self._rates.state(self.optimizer.param_groups)
+        return {"scheduler": self.scheduler.state_dict(), **rates}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes :meth:`state_dict` over, and the rates in force with it.
@@ -172,9 +214,7 @@ class EffectiveBatchLR:
                     f"got {len(state[name])} ({name})"
                 )
         self.scheduler.load_state_dict(state["scheduler"])
-        self._unscaled = [_kept(lr) for lr in state["unscaled"]]
-        for group, lr in zip(groups, state["scaled"], strict=True):
-            _put(group, lr)
+        self._rates.load(groups, state)
 
 
 class EffectiveIterationsLR(EffectiveBatchLR):
@@ -250,29 +290,34 @@ class EffectiveIterationsLR(EffectiveBatchLR):
         self._steps = state["steps"]
 
 
-def _family(optimizer: torch.optim.Optimizer) -> str:
-    """The family of an optimizer's class, or of the nearest torch class that it derives from."""
-    for cls in type(optimizer).__mro__:
-        if cls.__name__ in _LINEAR:
-            return "sgd"
-        if cls.__name__ in _SQUARE_ROOT:
-            return "adam"
-    raise ValueError(
-        "optimizer must be given as 'sgd' (the factor itself) or 'adam' (its square root) for a "
-        f"{type(optimizer).__name__}, whose family is not known"
+class _ConstantLR(LRScheduler):
+    """Leaves the rates as they are. Its steps take what those of any other do."""
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        self.last_epoch += 1
+        self._step_count += 1
+
+    step_update = step
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        self.step()
+
+
+def _without_wrappers(scheduler: Any) -> Any:
+    """The scheduler inside of Accelerate's wrappers, or the optimizer that is there instead."""
+    inner = scheduler
+    while not hasattr(inner, "optimizer") and hasattr(inner, "scheduler"):
+        inner = inner.scheduler
+    if isinstance(inner, EffectiveBatchLR):
+        raise TypeError(
+            "scheduler must be one whose rates have no factor yet, got an EffectiveBatchLR"
+        )
+    is_scheduler = hasattr(inner, "step") and hasattr(
+        getattr(inner, "optimizer", None), "param_groups"
     )
-
-
-def _put(group: dict[str, Any], lr: float | Tensor) -> None:
-    """A parameter group's rate; tensors in place, since captured graphs hold their address."""
-    if isinstance(group["lr"], Tensor):
-        group["lr"].copy_(torch.as_tensor(lr))
-    else:
-        group["lr"] = float(lr)
-
-
-def _kept(lr: float | Tensor) -> float | Tensor:
-    """A rate to go back to: a float, or a copy of a tensor that is changed in place."""
-    if isinstance(lr, float):  # asked first: asking a float whether it is a Tensor is slow
-        return lr
-    return lr.clone() if isinstance(lr, Tensor) else float(lr)
+    if not (is_scheduler or isinstance(inner, Optimizer)):
+        raise TypeError(
+            "scheduler must be a torch LR scheduler, one of timm's or an optimizer, "
+            f"got {check.describe(scheduler)}"
+        )
+    return inner

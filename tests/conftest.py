@@ -1,4 +1,4 @@
-"""Shared fixtures: the backends, minibatches, scores and scored losses made up, one thread."""
+"""Shared fixtures: the backends, minibatches, scores, factors made up, one thread."""
 
 from __future__ import annotations
 
@@ -101,6 +101,33 @@ def sweep(sampler: fastis.Sampler, score: Tensor) -> None:
     """Observes every sample once, outside the draws."""
     n = sampler.num_samples
     sampler.update(fastis.Batch(torch.arange(n), torch.ones(n)), observe(score))
+
+
+class FakeSampler:
+    """A factor to be set, of which the square root is Adam's."""
+
+    factor = 1.0
+    asked: tuple[str, str] | None = None
+
+    def lr_factor(self, optimizer: str = "sgd", rule: str = "linear") -> Tensor:
+        self.asked = (optimizer, rule)
+        value = torch.tensor(self.factor, dtype=torch.float64)
+        return value if optimizer == "sgd" else value.sqrt()
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.zeros(2))]
+
+
+def sgd(lr: float | Tensor = 0.5, groups: int = 1) -> torch.optim.SGD:
+    """With rates lr, lr / 2, ...; if ``lr`` is a tensor, tensors of their own."""
+    made = [{"params": parameters(), "lr": lr / 2**i} for i in range(groups)]
+    return torch.optim.SGD(made, lr=0.5, momentum=0.9)
+
+
+def rate(optimizer: torch.optim.Optimizer) -> float:
+    """In force, of the first group."""
+    return float(optimizer.param_groups[0]["lr"])
 
 
 @pytest.fixture(params=["reference", "cpu"])

@@ -28,6 +28,7 @@ ORDER = [
         "batch_norm",
         "variance",
         "sampler",
+        "rates",
         "lr",
         "gradients",
         "estimators",
