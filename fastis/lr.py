@@ -158,10 +158,11 @@ class EffectiveBatchLR(LRScheduler):
         finally:
             self._rates.scale(groups, factor, self.max_lr)
 
-    # A part of SequentialLR is stepped by these two.
+    # SequentialLR steps its parts by these two as well.
 
     def _initial_step(self) -> None:
-        self._scaling(self._inner._initial_step)
+        self._inner._initial_step()  # on rates that have just been reset
+        self._rates.start(self.optimizer.param_groups)
 
     def _update_lr(self, epoch: int | None = None) -> None:
         self._scaling(self._inner._update_lr, epoch)
@@ -249,7 +250,7 @@ class EffectiveIterationsLR(EffectiveBatchLR):
         self,
         scheduler: Any,
         sampler: HasProgress,
-        rule: str = "linear",
+        rule: str = DEFAULT_RULE,
         *,
         optimizer: str | None = None,
         max_factor: float | None = None,

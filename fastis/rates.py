@@ -97,10 +97,10 @@ class Rates:
 
     def _unscaled_tensor(self, i: int, lr: Tensor) -> Tensor:
         """That of a tensor that may differ from what was written: another object may be equal."""
-        unscaled = lr / self.factor
+        factor = self.factor.to(lr.device) if isinstance(self.factor, Tensor) else self.factor
+        unscaled = lr / factor
         if self._max_lr is not None:
-            limited = (lr > self._max_lr) & (torch.as_tensor(self.factor, device=lr.device) > 1)
-            unscaled = torch.where(limited, lr, unscaled)
+            unscaled = torch.where((lr > self._max_lr) & (factor > 1), lr, unscaled)
         written, known = self._written[i], self._unscaled[i]
         if isinstance(written, _Written) and isinstance(known, Tensor):
             unscaled = torch.where(lr == written.value.to(lr), known.to(lr), unscaled)

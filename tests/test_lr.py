@@ -98,6 +98,8 @@ class Wrapper(torch.optim.Optimizer):
 class Doubling:
     """As AcceleratedScheduler with two processes: two steps a step."""
 
+    is_prepared = True
+
     def __init__(self, scheduler):
         self.scheduler = scheduler
 
@@ -126,6 +128,7 @@ def test_wrappers_are_looked_through():
     # 0.5 from the second, two steps more from the third, and the square root of 4
     assert scheduler.get_last_lr() == [0.25]
     assert scheduler.last_epoch == 3
+    assert scheduler.is_prepared
     assert scheduler.state_dict()["scheduler"]["last_epoch"] == 3
 
 
@@ -206,6 +209,7 @@ def test_it_is_a_scheduler():
     assert (inner._step_count, inner.last_epoch, inner.base_lrs) == (2, 7, [2.0])
     assert scheduler.total_steps == 10
     assert not hasattr(scheduler, "T_max")
+    assert not hasattr(LRScheduler.__new__(fastis.EffectiveBatchLR), "T_max")
 
 
 def test_torchs_warning_about_the_order_is_heard():

@@ -153,10 +153,10 @@ def test_a_step_that_fails_leaves_the_factor():
     for _ in range(3):
         optimizer.step()
         scheduler.step()
+    before, unscaled = rate(optimizer), scheduler.get_unscaled_lr()
     with pytest.raises(ValueError, match="Tried to step"):
         scheduler.step()
-    (unscaled,) = scheduler.get_unscaled_lr()
-    assert rate(optimizer) == 2 * unscaled
+    assert rate(optimizer) == before == 2 * unscaled[0]
     with pytest.raises(TypeError, match="metrics"):
         fastis.EffectiveBatchLR(ReduceLROnPlateau(optimizer), sampler).step()
 
@@ -190,7 +190,7 @@ def test_a_resumed_run_has_the_same_rates(kind, made, present):
     def make():
         optimizer, sampler = sgd(kind(0.5), groups=2), FakeSampler()
         inner = made(optimizer)
-        return optimizer, sampler, fastis.EffectiveBatchLR(inner, sampler, max_lr=0.6)
+        return optimizer, sampler, fastis.EffectiveBatchLR(inner, sampler)
 
     (first, live, a), (second, resumed, b) = make(), make()
     live.factor = 1.7
@@ -207,6 +207,11 @@ def test_a_resumed_run_has_the_same_rates(kind, made, present):
     second.step()
     b.load_state_dict(states[1])
     second.load_state_dict(states[0])
+    c = copy.deepcopy(b)  # and a rate that is set now has the factor in it, as before
+    for scheduler in (copy.deepcopy(a), c):
+        scheduler.optimizer.param_groups[1]["lr"] *= 0.1
+        (_, expected) = a.get_unscaled_lr()
+        assert scheduler.get_unscaled_lr()[1] == pytest.approx(0.1 * expected)
     for step in range(8):
         assert a.get_last_lr() == b.get_last_lr()
         assert a.get_unscaled_lr() == b.get_unscaled_lr()

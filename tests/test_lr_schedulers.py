@@ -121,12 +121,18 @@ def test_a_part_of_a_sequence_has_the_factor():
         assert rate(wrapped) == pytest.approx(rate(plain) * (1 if step < 5 else 2))
 
 
-def test_a_first_part_of_a_sequence_has_the_factor():
+def test_all_parts_of_a_sequence_have_the_factor():
+    """Of one that is made in the middle of a run, too."""
     plain, wrapped = sgd(), sgd()
     sampler = FakeSampler()
+    sampler.factor = 2.0
+    first = fastis.EffectiveBatchLR(wrapped, sampler)
+    wrapped.step()
+    first.step()
 
     def both(o, factor):
-        return SequentialLR(o, [factor(LinearLR(o, 0.1)), factor(CosineAnnealingLR(o, 20))], [5])
+        parts = [schedulers.ExponentialLR(o, 0.9), CosineAnnealingLR(o, 20)]
+        return SequentialLR(o, [factor(part) for part in parts], [5])
 
     alone = both(plain, lambda s: s)
     sequence = both(wrapped, lambda s: fastis.EffectiveBatchLR(s, sampler))
