@@ -312,7 +312,7 @@ def test_hundred_thousand_capped_items_take_no_time(emulated):
 
 
 @pytest.mark.parametrize("stride", [FORWARDS, BACKWARDS, SCRAMBLED])
-@pytest.mark.parametrize("method", ["emais", "scan", EMAIS(warmup_epochs=0)])
+@pytest.mark.parametrize("method", ["emais", "scan", EMAIS.published(warmup_epochs=0)])
 def test_update_and_draw_in_one_launch(emulated, stride, method):
     samplers = pair(num_samples=400, batch_size=32, method=method)
     assert samplers[1].method.fused  # else it would be two launches
@@ -337,7 +337,7 @@ def test_update_and_draw_in_one_launch(emulated, stride, method):
 
 def test_many_levels_and_many_capped_items(emulated):
     n, batch_size = 2**17 + 3, 512
-    samplers = pair(num_samples=n, batch_size=batch_size, method=EMAIS(warmup_epochs=0))
+    samplers = pair(num_samples=n, batch_size=batch_size, method=EMAIS.published(warmup_epochs=0))
     generator = torch.Generator().manual_seed(1)
     score = torch.empty(n).log_normal_(0, 3, generator=generator)
     with fastis.backend("reference"):

@@ -39,7 +39,7 @@ def test_emais_with_additional_updates():
         assert not torch.is_grad_enabled()
         return observe(scores(indices))
 
-    method = methods.EMAIS(refresh_every=3, score_fn=score_fn, warmup_epochs=0)
+    method = methods.EMAIS.published(refresh_every=3, score_fn=score_fn, warmup_epochs=0)
     sampler = fastis.Sampler(50, 4, method=method)
     for step in range(3):
         assert not calls
