@@ -296,7 +296,7 @@ def test_many_items_cross_the_cap_at_once(emulated, factor):
 def test_hundred_thousand_capped_items_take_no_time(emulated):
     n, batch_size = 100_000, 256
     samplers = pair(
-        num_samples=n, batch_size=batch_size, method=EMAIS(warmup_epochs=0, tau=5.0),
+        num_samples=n, batch_size=batch_size, method=EMAIS.published(warmup_epochs=0, tau=5.0),
         max_duplicates=1.01 * batch_size / n,
     )  # fmt: skip
     score = torch.empty(n).log_normal_(0, 2, generator=torch.Generator().manual_seed(1))
@@ -312,7 +312,7 @@ def test_hundred_thousand_capped_items_take_no_time(emulated):
 
 
 @pytest.mark.parametrize("stride", [FORWARDS, BACKWARDS, SCRAMBLED])
-@pytest.mark.parametrize("method", ["emais", "scan", EMAIS.published(warmup_epochs=0)])
+@pytest.mark.parametrize("method", ["emais", "scan", EMAIS(warmup_epochs=0)])
 def test_update_and_draw_in_one_launch(emulated, stride, method):
     samplers = pair(num_samples=400, batch_size=32, method=method)
     assert samplers[1].method.fused  # else it would be two launches
