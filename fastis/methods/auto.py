@@ -66,7 +66,8 @@ class Auto(EMAIS):
             "level": torch.tensor(torch.inf, dtype=torch.float64, device=table.device),
         }
 
-    def _prefers_uniform(self, table: Table) -> Tensor:
+    def draws_uniformly(self, table: Table) -> Tensor:
+        """While the table predicts no gain."""
         uniform, by_table = table.memory["moments"].unbind()
         return uniform < self.least_gain * by_table
 
@@ -80,7 +81,7 @@ class Auto(EMAIS):
             # r w is the mean of the capped weights for an item below the cap, and more above it.
             level = (weights.double() * self._weights_of(table, indices)).min()
             table.memory["level"].copy_(level)
-        uniform = self._prefers_uniform(table)
+        uniform = self.draws_uniformly(table)
         if may_read(table.device) and not bool(uniform):
             return
         kernels = kernels_for("categorical", table.device.type)
@@ -127,4 +128,4 @@ class Auto(EMAIS):
     def probabilities(self, table: Table) -> Tensor:
         by_table = super().probabilities(table)
         uniform = torch.full_like(by_table, 1 / table.constants.num_samples)
-        return torch.where(self._prefers_uniform(table), uniform, by_table)
+        return torch.where(self.draws_uniformly(table), uniform, by_table)

@@ -29,6 +29,7 @@ _PLAIN: tuple[type, ...] = (bool, int, float)
 FOREVER = 2**62
 # Of the learning rate: whose, and by which rule (:meth:`Method.lr_factor`).
 OPTIMIZERS, RULES = ("sgd", "adam"), ("linear", "gain")
+PHASES = ("warm-up", "importance", "uniform")  # of the draws: a phase is a position here
 
 
 # indices int64 [n] on the sampler's device -> the scored loss of these samples, or float [n] there.
@@ -63,6 +64,8 @@ class Method:
     # Are a step's draw and update those of the kernels, with nothing beside them? Left to itself in
     # a subclass, true where it has neither of its own.
     fused: ClassVar[bool] = True
+    # Are a minibatch's weights the coefficients 1/(N p) of its draws?
+    has_coefficients: ClassVar[bool] = True
     # Does the learning rate follow N_ems (:meth:`lr_factor`)? If not, the factor is 1.
     adjusts_lr: ClassVar[bool] = False
 
@@ -133,6 +136,18 @@ class Method:
             self.draw(table, next_batch)
 
     # What can be read ----------------------------------------------------------------------------
+
+    def phase(self, table: Table) -> Tensor:
+        """0-d int64: how the next minibatch is drawn, a position in ``PHASES``."""
+        draws = table.scalars[DRAWS]
+        phase = 1 + self.draws_uniformly(table).long()
+        if table.states is None:  # nothing to warm up
+            return phase
+        return torch.where(draws < table.constants.warmup_draws, 0, phase)
+
+    def draws_uniformly(self, table: Table) -> Tensor:
+        """0-d bool: whether all samples are alike to the next draw after the warm-up."""
+        return table.scalars.new_full((), table.states is None, dtype=torch.bool)
 
     def probabilities(self, table: Table) -> Tensor:
         """float64 [N]: the probabilities of each draw of the next minibatch. O(N)."""

@@ -73,6 +73,7 @@ class RAIS(Weighted):
     """
 
     name: ClassVar[str] = "rais"
+    adjusts_lr: ClassVar[bool] = True  # by a gain of its own
     memory_ranges: ClassVar[dict[str, Range]] = {
         "history": Range(0.0, 2 * LARGEST_SQUARE),
         "first": FINITE,
