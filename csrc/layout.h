@@ -16,6 +16,7 @@ struct Scalars {
   int64_t exponent;      // e0 of code.h; kNoExponent while nothing has been seen
   int64_t total;         // sum of the integer weights of the seen samples
   int64_t seen;          // how many those are
+  int64_t uniform_from;  // from this draw on without replacement, as in the warm-up; or kNever
   int64_t valid;         // does the tree below match the codes?
   int64_t uncapped;      // sum of the tree: the total less the capped items
   int64_t num_capped;    // items above theta, kept outside the tree
@@ -26,7 +27,7 @@ struct Scalars {
   int64_t capped_floor;  // no capped item weighs less than this
   int64_t near_size, near_low, near_high;  // see csrc/cpu/tree.h
   int64_t num_listed, num_flipped;         // see csrc/cpu/tree.h
-  int64_t reserved[5];
+  int64_t reserved[4];
 };
 static_assert(sizeof(Scalars) == 24 * 8);
 
@@ -45,6 +46,7 @@ constexpr int kLeaf = 4;    // states below a node of level 0: one cache line of
 constexpr int kRadix = 16;  // nodes of a level below one of the next
 constexpr int kMaxLevels = 10;
 constexpr int64_t kNoCap = int64_t{1} << 62;
+constexpr int64_t kNever = int64_t{1} << 62;  // a draw
 
 // The tree over the states: level 0 has one node per kLeaf states, the top at most `most` nodes.
 struct Levels {
@@ -156,6 +158,27 @@ FASTIS_HD inline uint64_t slice_point(const Table& t, uint64_t b, uint64_t u, ui
   const uint64_t quotient = t.batch.divide(total), remainder = total - quotient * t.batch.value;
   return b * quotient + t.batch.divide(b * remainder + u);
 }
+
+// Whether a minibatch is drawn without replacement, with coefficients of 1.
+FASTIS_HD inline bool without_replacement(const Table& t, int64_t iteration) {
+  return iteration < t.warmup_draws || iteration >= t.scalars->uniform_from;
+}
+
+// Such a minibatch's place: its epoch, which keys the permutation, and its first position there.
+// Epochs of the warm-up are counted; later ones have the number of their first minibatch, which is
+// no epoch's of the warm-up.
+struct InEpoch {
+  int64_t epoch, first;
+
+  FASTIS_HD InEpoch(const Table& t, int64_t iteration) {
+    const bool warmup = iteration < t.warmup_draws;
+    const int64_t since = warmup ? iteration : iteration - t.scalars->uniform_from;
+    const int64_t epochs = since / t.batches_per_epoch;
+    const int64_t minibatch = since - epochs * t.batches_per_epoch;
+    epoch = warmup ? epochs : iteration - minibatch;
+    first = minibatch * t.batch_size;
+  }
+};
 
 // The iteration `updates` as states hold it: modulo 2^31, so that no run is too long.
 FASTIS_HD inline int32_t clock_of(int64_t updates) {

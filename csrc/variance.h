@@ -31,7 +31,9 @@ FASTIS_HD inline void derive(const Table& t, double n) {
   const double factor = v.effective_batch_size / n;
   const double signal = n * (mu2 > 0 ? mu2 : 0);
   const double gain = (signal + v.trace_uniform) / (signal + v.trace_is);
-  const bool adjust = t.scalars->updates >= t.warmup_draws;
+  // Neither in the warm-up, nor once minibatches without replacement have come again.
+  const Scalars& s = *t.scalars;
+  const bool adjust = s.updates >= t.warmup_draws && s.draws <= s.uniform_from;
   v.factor = adjust && finite(factor) && factor > 0 ? factor : 1.0;
   v.gain = adjust && finite(gain) && gain > 0 ? gain : 1.0;
 }

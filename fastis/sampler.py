@@ -22,7 +22,7 @@ from fastis.methods.base import FOREVER
 from fastis.monitor import Monitored
 from fastis.variance import Variance
 
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 _empty_like = torch.empty_like
 
 
@@ -169,7 +169,7 @@ class Sampler(Monitored):
             kernels.draw(self._table, batch)
         else:
             with self._table.lock:
-                self._method.draw(self._table, batch)
+                self._method.next_batch(self._table, batch)
         return batch
 
     def update(self, batch: Batch, out: Scored | Sequence[Scored] | Tensor) -> None:
@@ -226,6 +226,35 @@ class Sampler(Monitored):
 
     def _new_batch(self) -> Batch:
         return Batch(_empty_like(self._like.indices), _empty_like(self._like.weights))
+
+    @property
+    def uniform(self) -> bool:
+        """Whether draws are uniform because you asked for it; settable at any time.
+
+        True: from the next draw on (or the end of the warm-up) samples are drawn uniformly, without
+        replacement, by whole epochs; coefficients and learning rate factor are 1, and
+        :meth:`update` goes on learning. False: as the method says. Saved with the state. Setting it
+        waits for nothing, and reaches CUDA graphs captured before.
+
+        Raises
+        ------
+        TypeError
+            for anything but a bool.
+        ValueError
+            when ``batch_size`` exceeds ``num_samples``.
+        """
+        return self._table.uniform
+
+    @uniform.setter
+    def uniform(self, wanted: bool) -> None:
+        if not isinstance(wanted, bool):
+            raise TypeError(f"uniform must be a bool, got {check.describe(wanted)}")
+        if wanted and self.batch_size > self.num_samples:
+            raise ValueError(
+                "uniform must be False: there is no drawing without replacement of "
+                f"batch_size={self.batch_size} from num_samples={self.num_samples}"
+            )
+        self._table.draw_uniformly(wanted)
 
     # Saving --------------------------------------------------------------------------------------
 

@@ -25,11 +25,13 @@ from fastis.kernels.layout import (
     GAIN,
     LAST,
     MEAN,
+    NEVER,
     NO_EXPONENT,
     SECOND,
     SEEN,
     TOTAL,
     TRACE_IS,
+    UNIFORM_FROM,
     UPDATES,
     VAR,
     WEIGHT,
@@ -38,7 +40,7 @@ from fastis.kernels.layout import (
 from fastis.kernels.reference import table as reference_table
 from fastis.kernels.state import LARGEST_SCORE, importance_of
 
-_SCALARS = ("draws", "updates", "skipped", "exponent", "total", "seen")
+_SCALARS = ("draws", "updates", "skipped", "exponent", "total", "seen", "uniform_from")
 _MOST = 2**62  # of a clock, a count or a total
 _EXPONENTS = (-200, 64)  # of e0; importance itself is within 2^-100 and 2^62
 # What an update can write, with a factor of 2 to spare (csrc/cpu/saved.cpp has the same numbers).
@@ -63,13 +65,26 @@ NOT_NEGATIVE = Range(0.0, _LARGEST)
 
 
 def upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state of version 1 as one of version 2; anything else as it is.
+    """A state of version 1 or 2 as one of version 3; anything else as it is.
 
     Version 1 called the samples' states records, and had no gain: until the next update it is taken
-    to be the factor.
+    to be the factor. Up to version 2 nobody could ask for uniform draws.
     """
-    if not isinstance(state, Mapping) or not _is_same(state.get("version"), 1):
+    if isinstance(state, Mapping) and _is_same(state.get("version"), 1):
+        state = _with_gain(state)
+    if not isinstance(state, Mapping) or not _is_same(state.get("version"), 2):
         return state
+    scalars = state.get("scalars")
+    if type(scalars) is Tensor and _dense("state_dict['scalars']", scalars).shape == (
+        UNIFORM_FROM,
+    ):
+        scalars = _readable("state_dict['scalars']", scalars)
+        state = {**state, "scalars": torch.cat([scalars, scalars.new_full((1,), NEVER)])}
+    return {**state, "version": 3}
+
+
+def _with_gain(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state of version 1 as one of version 2."""
     renamed = {"states" if name == "records" else name: value for name, value in state.items()}
     variance = state.get("variance")
     if type(variance) is Tensor and _dense("state_dict['variance']", variance).shape == (GAIN,):
@@ -186,6 +201,12 @@ def _check_scalars(table: Table, scalars: Tensor) -> list[int]:
         limits[EXPONENT] = _EXPONENTS
     else:
         limits[EXPONENT], limits[TOTAL] = (NO_EXPONENT, NO_EXPONENT), (0, 0)
+    constants = table.constants
+    may_be_uniform = constants.batch_size <= constants.num_samples
+    limits[UNIFORM_FROM] = (
+        min(constants.warmup_draws, NEVER - 1) if may_be_uniform else NEVER,
+        NEVER,
+    )
     for name, value, (least, most) in zip(_SCALARS, values, limits, strict=True):
         if not least <= value <= most:
             raise ValueError(

@@ -302,7 +302,7 @@ def test_loading_another_samplers_state_is_an_error(change, message):
 
 def test_loading_nonsense_is_an_error():
     sampler = fastis.Sampler(10, 2)
-    with pytest.raises(ValueError, match="version 2, got None"):
+    with pytest.raises(ValueError, match="version 3, got None"):
         sampler.load_state_dict({})
     state = sampler.state_dict()
     state["states"] = state["states"][:5]

@@ -116,10 +116,10 @@ def consistent_but_too_heavy(state):
 
 CHANGES = {
     # what the state is
-    "no version": (lambda s: s.pop("version"), ValueError, "version 2, got None"),
-    "version 3": (lambda s: s.update(version=3), ValueError, "version 2, got 3"),
-    "version True": (lambda s: s.update(version=True), ValueError, "version 2, got True"),
-    "version tensor": (lambda s: s.update(version=torch.ones(2)), ValueError, "version 2"),
+    "no version": (lambda s: s.pop("version"), ValueError, "version 3, got None"),
+    "version 4": (lambda s: s.update(version=4), ValueError, "version 3, got 4"),
+    "version True": (lambda s: s.update(version=True), ValueError, "version 3, got True"),
+    "version tensor": (lambda s: s.update(version=torch.ones(2)), ValueError, "version 3"),
     "settings None": (lambda s: s.update(settings=None), ValueError, "dict of settings, got None"),
     "settings list": (lambda s: s.update(settings=[]), ValueError, "dict of settings, got list"),
     "setting tensor": (
@@ -160,7 +160,7 @@ CHANGES = {
     "length": (
         replaced("scalars", lambda t: torch.cat([t, t])),
         ValueError,
-        r"shape \[6\], got \[12\]",
+        r"shape \[7\], got \[14\]",
     ),
     # clocks and totals
     "draws below 0": (set_at("scalars", 0, -5), ValueError, "draws in .*, got -5"),

@@ -31,7 +31,7 @@ from fastis.kernels.extension import _C
 from fastis.kernels.memory import zeros
 
 # Positions in `scalars`.
-DRAWS, UPDATES, SKIPPED, EXPONENT, TOTAL, SEEN, VALID = range(7)
+DRAWS, UPDATES, SKIPPED, EXPONENT, TOTAL, SEEN, UNIFORM_FROM, VALID = range(8)
 NUM_SCALARS = 24
 DURABLE_SCALARS = VALID  # the rest describes the structure and is rebuilt
 # Positions in `variance`.
@@ -56,6 +56,7 @@ LEAF = 4  # states below a node of the sampling tree (kLeaf in csrc/layout.h)
 LATEST = 2**31 - 1  # the iteration in a state is modulo one more
 LATE = 1 << 20  # by so much a state may be ahead of an update that comes late
 NO_EXPONENT = -1000  # e0 of a table that has seen nothing
+NEVER = 1 << 62  # a draw that no run comes to
 UNIFORM_WEIGHT = 1 << 15  # every item's integer weight in such a table
 MANTISSA_BITS = 16
 SUM_BITS = 61  # of integer weights that are made from floats
@@ -170,6 +171,8 @@ class Table:
         self.device = device
         self.scalars = torch.zeros(NUM_SCALARS, dtype=torch.int64, device=device)
         self.scalars[EXPONENT] = NO_EXPONENT
+        self.scalars[UNIFORM_FROM] = NEVER
+        self.uniform = False  # whether that is another draw
         self.variance = torch.full((12,), torch.nan, dtype=torch.float64, device=device)
         self.variance[:TRACE_IS] = 0.0
         self.variance[FACTOR:] = 1.0
@@ -274,6 +277,16 @@ class Table:
         if clock in self.counts_on_host:
             self.counts_on_host[clock] += 1
 
+    def draw_uniformly(self, wanted: bool) -> None:
+        """From the next draw on without replacement, or as the method says. Waits for nothing."""
+        with self.lock:
+            if wanted and not self.uniform:
+                first = min(self.constants.warmup_draws, NEVER - 1)
+                self.scalars[UNIFORM_FROM] = self.scalars[DRAWS].clamp(min=first)
+            elif not wanted:
+                self.scalars[UNIFORM_FROM] = NEVER
+            self.uniform = wanted
+
     def check_indices(self, indices: Tensor) -> None:
         """Raises IndexError unless all ``indices`` of a minibatch are those of samples.
 
@@ -337,6 +350,7 @@ class Table:
 
     def _take(self, state: dict[str, Tensor], seed: int) -> None:
         self._copy(state, {**self.durable(), "scalars": self.scalars})
+        self.uniform = bool(self.scalars[UNIFORM_FROM] != NEVER)
         self.counts_on_host.clear()
         self.constants = replace(self.constants, seed=seed)
         if self._view is not None:

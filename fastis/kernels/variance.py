@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastis.kernels.layout import (
+    DRAWS,
     EFFECTIVE_BATCH_SIZE,
     EFFICIENCY,
     FACTOR,
@@ -24,6 +25,7 @@ from fastis.kernels.layout import (
     TRACE_IS,
     TRACE_OPTIMAL,
     TRACE_UNIFORM,
+    UNIFORM_FROM,
     UPDATES,
     WEIGHT,
     Table,
@@ -126,6 +128,8 @@ def derive(table: Table, n: int) -> None:
     ratios = torch.stack(
         [v[EFFECTIVE_BATCH_SIZE] / n, (signal + v[TRACE_UNIFORM]) / (signal + v[TRACE_IS])]
     )
-    adjust = int(table.scalars[UPDATES]) >= table.constants.warmup_draws
+    # Neither in the warm-up, nor once minibatches without replacement have come again.
+    draws, updates, uniform_from = (int(table.scalars[at]) for at in (DRAWS, UPDATES, UNIFORM_FROM))
+    adjust = updates >= table.constants.warmup_draws and draws <= uniform_from
     good = torch.isfinite(ratios) & (ratios > 0)
     v[FACTOR:] = torch.where(good, ratios, 1.0) if adjust else 1.0

@@ -124,8 +124,3 @@ class Auto(EMAIS):
             return mean / weights
         least = constants.batch_size / (constants.num_samples * constants.max_duplicates)
         return (torch.minimum(mean, level) / weights).clamp(min=least)
-
-    def probabilities(self, table: Table) -> Tensor:
-        by_table = super().probabilities(table)
-        uniform = torch.full_like(by_table, 1 / table.constants.num_samples)
-        return torch.where(self.draws_uniformly(table), uniform, by_table)

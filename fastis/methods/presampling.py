@@ -16,7 +16,7 @@ from fastis.kernels.layout import DRAWS, SKIPPED, UPDATES, Table
 from fastis.kernels.table import Batch, Observation
 from fastis.kernels.variance import minibatch_moments, of_two_stages, smooth
 from fastis.methods import scoring
-from fastis.methods.base import FOREVER, Method, ScoreFn
+from fastis.methods.base import FOREVER, PHASES, Method, ScoreFn
 from fastis.methods.weighted import usable
 from fastis.saved import Range
 
@@ -163,7 +163,7 @@ class Presampling(Method):
         return table.memory["tau"] <= threshold
 
     def probabilities(self, table: Table) -> Tensor:
-        if not bool(self.draws_uniformly(table)):
+        if PHASES[int(self.phase(table))] == "importance":
             raise ValueError(
                 "probabilities of the next draw are not known before its candidates are scored "
                 "(method 'presampling')"

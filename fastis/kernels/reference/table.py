@@ -20,9 +20,11 @@ from fastis.kernels.layout import (
     SEEN,
     SKIPPED,
     TOTAL,
+    UNIFORM_FROM,
     UPDATES,
     VALID,
     VAR,
+    Constants,
     Table,
 )
 from fastis.kernels.quantize import coefficients
@@ -146,9 +148,9 @@ def draw(table: Table, batch: Batch) -> None:
     iteration = int(table.scalars[DRAWS])
     table.scalars[DRAWS] += 1
     positions = torch.arange(constants.batch_size, device=indices.device)
-    if iteration < constants.warmup_draws:
-        epoch, minibatch = divmod(iteration, constants.batches_per_epoch)
-        first = minibatch * constants.batch_size
+    uniform_from = int(table.scalars[UNIFORM_FROM])
+    if iteration < constants.warmup_draws or iteration >= uniform_from:
+        epoch, first = _place(constants, iteration, uniform_from)
         indices.copy_(permute(constants.seed, epoch, constants.num_samples, first + positions))
         weights.fill_(1.0)
     elif table.states is None:
@@ -157,6 +159,19 @@ def draw(table: Table, batch: Batch) -> None:
         weights.fill_(1.0)
     else:
         _draw_by_importance(table, iteration, positions, indices, weights)
+
+
+def _place(constants: Constants, iteration: int, uniform_from: int) -> tuple[int, int]:
+    """Of a minibatch without replacement: the epoch, which keys the permutation, and its first
+    position there.
+
+    Epochs of the warm-up are counted; later ones have the number of their first minibatch, which is
+    no epoch's of the warm-up.
+    """
+    warmup = iteration < constants.warmup_draws
+    since = iteration if warmup else iteration - uniform_from
+    epoch, minibatch = divmod(since, constants.batches_per_epoch)
+    return epoch if warmup else iteration - minibatch, minibatch * constants.batch_size
 
 
 def _draw_by_importance(
