@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastis import check, saved
 from fastis.batch import Scored, observe
+from fastis.categorical import seed_from
 from fastis.kernels import kernels_for
 from fastis.kernels.layout import FLATTEN, SCHEMES, Constants, Table, is_uniform
 from fastis.kernels.table import Batch
@@ -23,7 +24,7 @@ from fastis.monitor import Monitored
 from fastis.variance import Variance
 
 _STATE_VERSION = 3
-_empty_like = torch.empty_like
+_empty_like, _cpu = torch.empty_like, torch.device("cpu")
 
 
 class Sampler(Monitored):
@@ -56,9 +57,10 @@ class Sampler(Monitored):
     device : torch.device or str, optional
         where the state and the minibatches live; None: torch's default device. The data may live
         anywhere.
-    seed : int
+    seed : int, optional
         of all randomness, in [0, 2^64). Draw b of iteration t depends on (seed, t, b) and the
-        scores alone, on every backend and after any resume.
+        scores alone, on every backend and after any resume. None: a number from torch's default
+        generator, so that ``torch.manual_seed`` decides.
 
     Raises
     ------
@@ -95,10 +97,11 @@ class Sampler(Monitored):
         flatten: str = "cap",
         scheme: str = "multinomial",
         device: torch.device | str | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         n = check.integer("num_samples", num_samples, 1, 2**32 - 1)
         b = check.integer("batch_size", batch_size, 1, 2**31 - 1)
+        seed = seed_from(None, _cpu) if seed is None else seed
         self._method = from_name(method)
         warmup_draws = min(self._method.warmup_draws(n // b), FOREVER)
         if b > n and (warmup_draws > 0 or getattr(self._method, "warmup_epochs", 0) > 0):

@@ -103,6 +103,14 @@ def sweep(sampler: fastis.Sampler, score: Tensor) -> None:
     sampler.update(fastis.Batch(torch.arange(n), torch.ones(n)), observe(score))
 
 
+@pytest.fixture(autouse=True)
+def _torch_is_seeded():
+    """A sampler without a seed takes one from torch: every test the same one, alone or not."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
 @pytest.fixture(params=["reference", "cpu"])
 def any_backend(request):
     with fastis.backend(request.param):
