@@ -90,7 +90,7 @@ def scored(score: torch.Tensor) -> ScoredLoss:
 
 def make_sampler(n: int, batch_size: int, score: torch.Tensor) -> fastis.Sampler:
     """A sampler that has seen every sample once, on the way of one epoch."""
-    sampler = fastis.Sampler(n, batch_size, method=fastis.methods.EMAIS(warmup_epochs=0))
+    sampler = fastis.Sampler(n, batch_size, method=fastis.methods.EMAIS(warmup_epochs=0), seed=0)
     for begin in range(0, n, 1 << 24):
         part = score[begin : begin + (1 << 24)]
         indices = torch.arange(begin, begin + len(part))

@@ -89,7 +89,9 @@ def update_and_draw_in_one_launch(device: str) -> None:
 
 @case
 def rescale(device: str) -> None:
-    host, other = (fastis.Sampler(5000, 64, method=NO_WARMUP, device=d) for d in ("cpu", device))
+    host, other = (
+        fastis.Sampler(5000, 64, method=NO_WARMUP, device=d, seed=0) for d in ("cpu", device)
+    )
     score = torch.empty(5000).log_normal_(0, 3, generator=generator())
     for sampler, d in ((host, "cpu"), (other, device)):
         everything = fastis.Batch(torch.arange(5000, device=d), torch.ones(5000, device=d))

@@ -72,7 +72,9 @@ def without_a_device() -> Iterator[None]:
 
 
 def calls() -> dict[str, Callable[[], object]]:
-    sampler = fastis.Sampler(NUM_SAMPLES, BATCH_SIZE, method=fastis.methods.EMAIS(warmup_epochs=0))
+    sampler = fastis.Sampler(
+        NUM_SAMPLES, BATCH_SIZE, method=fastis.methods.EMAIS(warmup_epochs=0), seed=0
+    )
     logits = torch.randn(BATCH_SIZE, NUM_CLASSES, requires_grad=True)
     target = torch.randint(NUM_CLASSES, (BATCH_SIZE,))
     batch = sampler.sample()

@@ -103,6 +103,7 @@ void fill_table(fastis::Table& t, const py::dict& tensors, const py::dict& const
   t.smoothing = constants["smoothing"].cast<double>();
   t.tau = constants["tau"].cast<float>();
   t.tau_scale = constants["tau_scale"].cast<float>();
+  t.least_gain = constants["least_gain"].cast<double>();
   t.unbiased = constants["unbiased"].cast<bool>();
   t.importance = static_cast<fastis::Importance>(integer("importance"));
   t.flatten = static_cast<fastis::Flatten>(integer("flatten"));

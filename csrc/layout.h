@@ -16,6 +16,8 @@ struct Scalars {
   int64_t exponent;      // e0 of code.h; kNoExponent while nothing has been seen
   int64_t total;         // sum of the integer weights of the seen samples
   int64_t seen;          // how many those are
+  int64_t uniform_from;  // from this draw on without replacement, as in the warm-up; or kNever
+  int64_t pause;         // see is_paused()
   int64_t valid;         // does the tree below match the codes?
   int64_t uncapped;      // sum of the tree: the total less the capped items
   int64_t num_capped;    // items above theta, kept outside the tree
@@ -26,7 +28,7 @@ struct Scalars {
   int64_t capped_floor;  // no capped item weighs less than this
   int64_t near_size, near_low, near_high;  // see csrc/cpu/tree.h
   int64_t num_listed, num_flipped;         // see csrc/cpu/tree.h
-  int64_t reserved[5];
+  int64_t reserved[3];
 };
 static_assert(sizeof(Scalars) == 24 * 8);
 
@@ -34,9 +36,10 @@ static_assert(sizeof(Scalars) == 24 * 8);
 struct Variance {
   double weight, second, uniform, first_squared, mean_squared;  // 1, A, U, O^2, |G|^2
   double trace_is, trace_uniform, trace_optimal, effective_batch_size, efficiency;
-  double factor, gain;  // of the learning rate: N_ems / B, and the gain of a larger minibatch
+  double factor, gain;       // of the learning rate: N_ems / B, and the gain of a larger minibatch
+  double paused_efficiency;  // S when importance sampling was paused; below 0 while it isn't
 };
-static_assert(sizeof(Variance) == 12 * 8);
+static_assert(sizeof(Variance) == 13 * 8);
 
 enum class Flatten : int { none = 0, cap = 1, mix = 2 };
 enum class Scheme : int { multinomial = 0, stratified = 1, systematic = 2 };
@@ -45,6 +48,7 @@ constexpr int kLeaf = 4;    // states below a node of level 0: one cache line of
 constexpr int kRadix = 16;  // nodes of a level below one of the next
 constexpr int kMaxLevels = 10;
 constexpr int64_t kNoCap = int64_t{1} << 62;
+constexpr int64_t kNever = int64_t{1} << 62;  // a draw
 
 // The tree over the states: level 0 has one node per kLeaf states, the top at most `most` nodes.
 struct Levels {
@@ -126,7 +130,8 @@ struct Table {
   int64_t total_limit = 0;                          // rescale above this total
   int headroom = 0;                                 // see rescale()
   double floor = 0, smoothing = 0;
-  float tau = 0;  // 0: linear; below 0: the state is the last observation
+  double least_gain = 0;  // importance sampling pauses below it
+  float tau = 0;          // 0: linear; below 0: the state is the last observation
   float tau_scale = 1;
   bool unbiased = true;
   Importance importance = Importance::rms;
@@ -156,6 +161,34 @@ FASTIS_HD inline uint64_t slice_point(const Table& t, uint64_t b, uint64_t u, ui
   const uint64_t quotient = t.batch.divide(total), remainder = total - quotient * t.batch.value;
   return b * quotient + t.batch.divide(b * remainder + u);
 }
+
+// Whether draws pause from importance sampling. The word says from which draw on (bits 1 and up)
+// they do or don't (bit 0); before that draw it was the other way. So a draw that runs beside the
+// update that changes the word reads the same from the old word and from the new one.
+FASTIS_HD inline bool is_paused(int64_t word, int64_t draw) {
+  return (draw >= word >> 1) == ((word & 1) != 0);
+}
+
+// Whether a minibatch is drawn without replacement, with coefficients of 1.
+FASTIS_HD inline bool without_replacement(const Table& t, int64_t draw) {
+  const Scalars& s = *t.scalars;
+  return draw < t.warmup_draws || draw >= s.uniform_from || is_paused(s.pause, draw);
+}
+
+// Such a minibatch's place: its epoch, which keys the permutation, and its first position there.
+// Epochs of the warm-up are counted; later ones have the number of their first minibatch, which is
+// no epoch's of the warm-up. Those that the user asks for are whole.
+struct InEpoch {
+  int64_t epoch, first;
+
+  FASTIS_HD InEpoch(const Table& t, int64_t draw) {
+    const int64_t from = t.scalars->uniform_from, since = draw >= from ? draw - from : draw;
+    const int64_t epochs = since / t.batches_per_epoch;
+    const int64_t minibatch = since - epochs * t.batches_per_epoch;
+    epoch = draw < t.warmup_draws ? epochs : draw - minibatch;
+    first = minibatch * t.batch_size;
+  }
+};
 
 // The iteration `updates` as states hold it: modulo 2^31, so that no run is too long.
 FASTIS_HD inline int32_t clock_of(int64_t updates) {

@@ -31,9 +31,43 @@ FASTIS_HD inline void derive(const Table& t, double n) {
   const double factor = v.effective_batch_size / n;
   const double signal = n * (mu2 > 0 ? mu2 : 0);
   const double gain = (signal + v.trace_uniform) / (signal + v.trace_is);
-  const bool adjust = t.scalars->updates >= t.warmup_draws;
+  // Not for minibatches without replacement.
+  const Scalars& s = *t.scalars;
+  const bool adjust = s.updates >= t.warmup_draws && !without_replacement(t, s.draws - 1);
   v.factor = adjust && finite(factor) && factor > 0 ? factor : 1.0;
   v.gain = adjust && finite(gain) && gain > 0 ? gain : 1.0;
+}
+
+// The averages are those of this many time constants at least when anything is decided by them.
+constexpr double kSettled = 0.95;      // 1 - exp(-3)
+constexpr double kResumeAbove = 1.05;  // times the least gain: not to and fro
+
+// Stops importance sampling where the gain is too small, and goes on where it would be large enough
+// if S were as it was: uniform minibatches show tr V_uni and tr V_opt alone. From the draw after
+// the next on, whether that one has begun or not.
+FASTIS_HD inline void pause_or_resume(const Table& t, double n) {
+  Variance& v = *t.variance;
+  Scalars& s = *t.scalars;
+  if (!(t.least_gain > 0) || v.weight < kSettled || s.updates < t.warmup_draws) return;
+  if (s.draws - 1 >= s.uniform_from) return;  // the user wants it so
+  const bool paused = v.paused_efficiency >= 0;
+  if (paused) {
+    const double G2 = v.mean_squared / v.weight, A = v.second / v.weight;
+    const double mu2 = t.unbiased ? (n * G2 - A) / (n - 1) : G2;
+    const double signal = n * (mu2 > 0 ? mu2 : 0);
+    const double trace =
+        v.trace_optimal + v.paused_efficiency * (v.trace_uniform - v.trace_optimal);
+    const double gain = (signal + v.trace_uniform) / (signal + trace);
+    if (!(gain > kResumeAbove * t.least_gain)) return;
+    v.paused_efficiency = -1;
+  } else {
+    if (!(v.gain < t.least_gain)) return;
+    // Above 0.9, or not defined: it may not be so bad later.
+    const double efficiency = v.efficiency < 0.9 ? v.efficiency : 0.9;
+    v.paused_efficiency = efficiency > 0 ? efficiency : 0;
+  }
+  s.pause = static_cast<int64_t>((static_cast<uint64_t>(s.draws) + 1) * 2 + !paused);
+  v.weight = v.second = v.uniform = v.first_squared = v.mean_squared = 0;  // another distribution
 }
 
 // Takes the moments of a minibatch of n into the moving averages, unless one is not finite.
@@ -41,7 +75,9 @@ FASTIS_HD inline void derive(const Table& t, double n) {
 FASTIS_HD inline void smooth(const Table& t, const Moments& m, double n) {
   Variance& v = *t.variance;
   if (!finite(m.second + m.uniform + m.first_squared + m.mean_squared)) return;
-  if (t.scalars->updates == t.warmup_draws) v = Variance{};  // another distribution from here on
+  if (t.scalars->updates == t.warmup_draws) {  // another distribution from here on
+    v.weight = v.second = v.uniform = v.first_squared = v.mean_squared = 0;
+  }
   const double keep = t.smoothing, add = 1 - keep;
   v.weight = keep * v.weight + add;
   v.second = keep * v.second + add * m.second;
@@ -49,6 +85,7 @@ FASTIS_HD inline void smooth(const Table& t, const Moments& m, double n) {
   v.first_squared = keep * v.first_squared + add * m.first_squared;
   v.mean_squared = keep * v.mean_squared + add * m.mean_squared;
   derive(t, n);
+  pause_or_resume(t, n);
 }
 
 }  // namespace fastis

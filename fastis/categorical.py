@@ -85,7 +85,7 @@ class AliasTable:
         """``num_samples`` independent draws; ``generator`` as in torch (None: the global one)."""
         count = check.integer("num_samples", num_samples, 0, _MOST_DRAWS)
         device = self._table.device
-        seed = _seed_from(generator, device)
+        seed = seed_from(generator, device)
         kernels = kernels_for("categorical", device.type)
         drawn: Batch = kernels.alias_draw(self._table, self._total, seed, 0, count)
         return drawn
@@ -162,7 +162,7 @@ def sample(
     if max_duplicates is not None:
         most = check.number("max_duplicates", max_duplicates, 0.0)
         quantized = _capped(quantized, most, "max_duplicates", count)
-    seed = _seed_from(generator, source.device)
+    seed = seed_from(generator, source.device)
     kernels = kernels_for("categorical", source.device.type)
     drawn: Batch = kernels.draw(quantized, seed, 0, count)
     return drawn
@@ -201,7 +201,7 @@ def _race(weights: Tensor, count: int, generator: torch.Generator | None) -> Bat
             "num_samples must be at most the number of positive weights without replacement, "
             f"{possible}, got {count}"
         )
-    seed = _seed_from(generator, values.device)
+    seed = seed_from(generator, values.device)
     n, chunk = values.numel(), _RACE_CHUNK[values.device.type != "cpu"]
     heats = [
         _heat(values[begin : begin + chunk], most, count + 1, seed, begin)
@@ -321,7 +321,7 @@ def _without_peaks(values: Tensor, ratio: Fraction) -> Tensor:
     return values.clamp(max=math.ldexp(1.0, math.frexp(level)[1]))
 
 
-def _seed_from(generator: torch.Generator | None, device: torch.device) -> int:
+def seed_from(generator: torch.Generator | None, device: torch.device) -> int:
     """The key of one call's stream: 63 bits from torch's generator."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")

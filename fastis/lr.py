@@ -14,16 +14,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fastis import check
-from fastis.methods.base import OPTIMIZERS, RULES
+from fastis.methods.base import DEFAULT_RULE, OPTIMIZERS, RULES
 from fastis.rates import family_of, innermost, rates_of
-
-DEFAULT_RULE = "linear"
 
 
 class HasFactor(Protocol):
     """What the scheduler needs of a sampler."""
 
-    def lr_factor(self, optimizer: str = "sgd", rule: str = "linear") -> Tensor: ...
+    def lr_factor(self, optimizer: str = "sgd", rule: str = DEFAULT_RULE) -> Tensor: ...
 
 
 class HasProgress(HasFactor, Protocol):

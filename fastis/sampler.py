@@ -14,31 +14,20 @@ from torch import Tensor
 
 from fastis import check, saved
 from fastis.batch import Scored, observe
-from fastis.categorical import MinibatchSource
+from fastis.categorical import seed_from
 from fastis.kernels import kernels_for
-from fastis.kernels.layout import (
-    FLATTEN,
-    LAST,
-    MEAN,
-    SCHEMES,
-    SEEN,
-    SKIPPED,
-    UPDATES,
-    VAR,
-    Constants,
-    Table,
-    is_uniform,
-)
+from fastis.kernels.layout import FLATTEN, SCHEMES, Constants, Table, is_uniform
 from fastis.kernels.table import Batch
 from fastis.methods import Method, from_name
-from fastis.methods.base import FOREVER, OPTIMIZERS, RULES
+from fastis.methods.base import FOREVER
+from fastis.monitor import Monitored
 from fastis.variance import Variance
 
-_STATE_VERSION = 2
-_empty_like = torch.empty_like
+_STATE_VERSION = 3
+_empty_like, _cpu = torch.empty_like, torch.device("cpu")
 
 
-class Sampler(MinibatchSource):
+class Sampler(Monitored):
     """Draws minibatches by importance sampling, and learns each sample's importance on the way.
 
     A training step calls :meth:`sample` before the forward pass and :meth:`update` after the loss.
@@ -68,9 +57,10 @@ class Sampler(MinibatchSource):
     device : torch.device or str, optional
         where the state and the minibatches live; None: torch's default device. The data may live
         anywhere.
-    seed : int
+    seed : int, optional
         of all randomness, in [0, 2^64). Draw b of iteration t depends on (seed, t, b) and the
-        scores alone, on every backend and after any resume.
+        scores alone, on every backend and after any resume. None: a number from torch's default
+        generator, so that ``torch.manual_seed`` decides.
 
     Raises
     ------
@@ -107,10 +97,11 @@ class Sampler(MinibatchSource):
         flatten: str = "cap",
         scheme: str = "multinomial",
         device: torch.device | str | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         n = check.integer("num_samples", num_samples, 1, 2**32 - 1)
         b = check.integer("batch_size", batch_size, 1, 2**31 - 1)
+        seed = seed_from(None, _cpu) if seed is None else seed
         self._method = from_name(method)
         warmup_draws = min(self._method.warmup_draws(n // b), FOREVER)
         if b > n and (warmup_draws > 0 or getattr(self._method, "warmup_epochs", 0) > 0):
@@ -181,7 +172,7 @@ class Sampler(MinibatchSource):
             kernels.draw(self._table, batch)
         else:
             with self._table.lock:
-                self._method.draw(self._table, batch)
+                self._method.next_batch(self._table, batch)
         return batch
 
     def update(self, batch: Batch, out: Scored | Sequence[Scored] | Tensor) -> None:
@@ -239,136 +230,34 @@ class Sampler(MinibatchSource):
     def _new_batch(self) -> Batch:
         return Batch(_empty_like(self._like.indices), _empty_like(self._like.weights))
 
-    # What can be read ----------------------------------------------------------------------------
-
     @property
-    def num_samples(self) -> int:
-        """N."""
-        return self._table.constants.num_samples
+    def uniform(self) -> bool:
+        """Whether draws are uniform because you asked for it; settable at any time.
 
-    @property
-    def batch_size(self) -> int:
-        """B."""
-        return self._table.constants.batch_size
-
-    @property
-    def method(self) -> Method:
-        """The method with its options."""
-        return self._method
-
-    @property
-    def device(self) -> torch.device:
-        """Where the state and the batches live."""
-        return self._table.device
-
-    @property
-    def step(self) -> int:
-        """Updates applied: the time of the moving averages. Synchronises with a CUDA device."""
-        return int(self._table.scalars[UPDATES])
-
-    @property
-    def skipped(self) -> int:
-        """Non-finite scores left out so far. Synchronises with a CUDA device."""
-        return int(self._table.scalars[SKIPPED])
-
-    @property
-    def variance(self) -> Variance:
-        """Smoothed variance traces, effective minibatch size and efficiency."""
-        return self._variance
-
-    def lr_factor(self, optimizer: str = "sgd", rule: str = "linear") -> Tensor:
-        """What to multiply the learning rate with, a 0-d float64 tensor on the device.
-
-        Parameters
-        ----------
-        optimizer : "sgd" or "adam"
-            the factor of the rule, or its square root for Adam and its family, whose own
-            normalisation by the gradient's size makes the other half of it.
-        rule : "linear" or "gain"
-            N_ems / B (Kutsuna 2025, eq. 8), which is right where noise dominates the minibatch's
-            gradient; or the gain of a larger minibatch (AdaScale, Johnson et al. 2020)
-            ``(mu2 + tr V_uni / B) / (mu2 + tr V_is / B)``, with mu2 the squared norm of the mean
-            gradient: between 1 and N_ems / B, and nearer to 1 the less noise there is.
-
-        1 while draws are uniform, and for methods that define no adjustment. RAIS has a gain of its
-        own, by either rule. A loss without ``mean_grad`` counts as mu2 = 0, which makes the rules
-        one.
+        True: from the next draw on (or the end of the warm-up) samples are drawn uniformly, without
+        replacement, by whole epochs; coefficients and learning rate factor are 1, and
+        :meth:`update` goes on learning. False: as the method says. Saved with the state. Setting it
+        waits for nothing, and reaches CUDA graphs captured before.
 
         Raises
         ------
+        TypeError
+            for anything but a bool.
         ValueError
-            for another optimizer or rule.
+            when ``batch_size`` exceeds ``num_samples``.
         """
-        if rule not in RULES:
-            check.choice("rule", rule, RULES)
-        factor = self._method.lr_factor(self._table, rule)
-        if optimizer == "sgd":
-            return factor
-        check.choice("optimizer", optimizer, OPTIMIZERS)
-        return factor.sqrt()
+        return self._table.uniform
 
-    @property
-    def effective_iterations(self) -> Tensor:
-        """0-d float64: iterations of uniform sampling that the run so far is worth.
-
-        RAIS: the sum of its gains (Johnson & Guestrin 2018); any other method: ``.step``.
-        """
-        return self._method.effective_iterations(self._table)
-
-    def probabilities(self) -> Tensor:
-        """float64 [N]: the probabilities of each draw of the next minibatch, exactly. O(N)."""
-        return self._method.probabilities(self._table)
-
-    @property
-    def mean(self) -> Tensor:
-        """float32 [N]: moving mean of each sample's score; 0 if unseen. A copy.
-
-        Methods with weights of their own (all but emais, loss and auto) keep the last weight here.
-        """
-        return self._column(MEAN)
-
-    @property
-    def var(self) -> Tensor:
-        """float32 [N]: moving variance of each sample's score; 0 if unseen. A copy."""
-        return self._column(VAR)
-
-    @property
-    def last_seen(self) -> Tensor:
-        """int64 [N]: iteration of each sample's last observation; -1 if unseen. A copy.
-
-        Intervals are kept modulo 2^31: an observation longer ago appears as a later one.
-
-        Methods that give unseen samples a weight of their own (online_batch, prioritized) count
-        that as seen.
-        """
-        self._column(LAST)  # or an error
-        return self._table.last_seen()
-
-    @property
-    def importance(self) -> Tensor:
-        """float32 [N]: each sample's weight, floored and rounded to 16 bits, before flattening.
-
-        Unseen samples have the mean of the seen ones; all are 1 while nothing has been seen.
-        """
-        if self._table.states is None or int(self._table.scalars[SEEN]) == 0:
-            return torch.ones(self.num_samples, device=self.device)
-        weights = self._table.codes().view(torch.float32)
-        seen = self._column(LAST) >= 0
-        return torch.where(seen, weights, weights[seen].double().mean().float())
-
-    def _column(self, position: int) -> Tensor:
-        if self._table.states is None:
-            raise AttributeError(f"method {self._method.name!r} keeps no state of the samples")
-        return self._table.column(position).clone()
-
-    def __repr__(self) -> str:
-        a = self._arguments
-        return (
-            f"Sampler(num_samples={a['num_samples']}, batch_size={a['batch_size']}, "
-            f"method={self._method!r}, max_duplicates={a['max_duplicates']:g}, "
-            f"flatten={a['flatten']!r}, scheme={a['scheme']!r}, device={str(self.device)!r}, "
-            f"seed={a['seed']})"
-        )
+    @uniform.setter
+    def uniform(self, wanted: bool) -> None:
+        if not isinstance(wanted, bool):
+            raise TypeError(f"uniform must be a bool, got {check.describe(wanted)}")
+        if wanted and self.batch_size > self.num_samples:
+            raise ValueError(
+                "uniform must be False: there is no drawing without replacement of "
+                f"batch_size={self.batch_size} from num_samples={self.num_samples}"
+            )
+        self._table.draw_uniformly(wanted)
 
     # Saving --------------------------------------------------------------------------------------
 

@@ -25,11 +25,15 @@ from fastis.kernels.layout import (
     GAIN,
     LAST,
     MEAN,
+    NEVER,
     NO_EXPONENT,
+    PAUSE,
+    PAUSED_EFFICIENCY,
     SECOND,
     SEEN,
     TOTAL,
     TRACE_IS,
+    UNIFORM_FROM,
     UPDATES,
     VAR,
     WEIGHT,
@@ -38,7 +42,7 @@ from fastis.kernels.layout import (
 from fastis.kernels.reference import table as reference_table
 from fastis.kernels.state import LARGEST_SCORE, importance_of
 
-_SCALARS = ("draws", "updates", "skipped", "exponent", "total", "seen")
+_SCALARS = ("draws", "updates", "skipped", "exponent", "total", "seen", "uniform_from", "pause")
 _MOST = 2**62  # of a clock, a count or a total
 _EXPONENTS = (-200, 64)  # of e0; importance itself is within 2^-100 and 2^62
 # What an update can write, with a factor of 2 to spare (csrc/cpu/saved.cpp has the same numbers).
@@ -63,13 +67,40 @@ NOT_NEGATIVE = Range(0.0, _LARGEST)
 
 
 def upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A state of version 1 as one of version 2; anything else as it is.
+    """A state of version 1 or 2 as one of version 3; anything else as it is.
 
     Version 1 called the samples' states records, and had no gain: until the next update it is taken
-    to be the factor.
+    to be the factor. Up to version 2 nobody could ask for uniform draws, and none paused.
     """
-    if not isinstance(state, Mapping) or not _is_same(state.get("version"), 1):
+    if isinstance(state, Mapping) and _is_same(state.get("version"), 1):
+        state = _with_gain(state)
+    if not isinstance(state, Mapping) or not _is_same(state.get("version"), 2):
         return state
+    scalars = state.get("scalars")
+    if type(scalars) is Tensor and _dense("state_dict['scalars']", scalars).shape == (
+        UNIFORM_FROM,
+    ):
+        scalars = _readable("state_dict['scalars']", scalars)
+        state = {**state, "scalars": torch.cat([scalars, scalars.new_tensor([NEVER, 0])])}
+    variance = state.get("variance")
+    if type(variance) is Tensor and _dense("state_dict['variance']", variance).shape == (
+        PAUSED_EFFICIENCY,
+    ):
+        variance = _readable("state_dict['variance']", variance)
+        state = {**state, "variance": torch.cat([variance, variance.new_tensor([-1.0])])}
+    return {**state, "settings": _never_pausing(state.get("settings")), "version": 3}
+
+
+def _never_pausing(settings: Any) -> Any:
+    """Settings of before the option ``least_gain``, with its value for that."""
+    options = settings.get("options") if isinstance(settings, Mapping) else None
+    if not isinstance(options, Mapping) or "floor" not in options:
+        return settings
+    return {**settings, "options": {"least_gain": 0.0, **options}}
+
+
+def _with_gain(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state of version 1 as one of version 2."""
     renamed = {"states" if name == "records" else name: value for name, value in state.items()}
     variance = state.get("variance")
     if type(variance) is Tensor and _dense("state_dict['variance']", variance).shape == (GAIN,):
@@ -186,6 +217,13 @@ def _check_scalars(table: Table, scalars: Tensor) -> list[int]:
         limits[EXPONENT] = _EXPONENTS
     else:
         limits[EXPONENT], limits[TOTAL] = (NO_EXPONENT, NO_EXPONENT), (0, 0)
+    constants = table.constants
+    may_be_uniform = constants.batch_size <= constants.num_samples
+    limits[PAUSE] = (0, 2**63 - 1)
+    limits[UNIFORM_FROM] = (
+        min(constants.warmup_draws, NEVER - 1) if may_be_uniform else NEVER,
+        NEVER,
+    )
     for name, value, (least, most) in zip(_SCALARS, values, limits, strict=True):
         if not least <= value <= most:
             raise ValueError(
@@ -200,6 +238,7 @@ def _check_variance(variance: Tensor) -> None:
         (WEIGHT, SECOND, Range(0.0, 1 + 1e-9)),
         (SECOND, TRACE_IS, FINITE),
         (FACTOR, GAIN + 1, POSITIVE),
+        (PAUSED_EFFICIENCY, PAUSED_EFFICIENCY + 1, Range(-1.0, 1.0)),
     ):
         _check_range("variance", variance[begin:end], values, begin)
 

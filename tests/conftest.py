@@ -130,6 +130,14 @@ def rate(optimizer: torch.optim.Optimizer) -> float:
     return float(optimizer.param_groups[0]["lr"])
 
 
+@pytest.fixture(autouse=True)
+def _torch_is_seeded():
+    """A sampler without a seed takes one from torch: every test the same one, alone or not."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
 @pytest.fixture(params=["reference", "cpu"])
 def any_backend(request):
     with fastis.backend(request.param):

@@ -277,7 +277,7 @@ def test_table_means_deviations_and_differences(capsys):
 
 def test_the_main_job_has_the_rates_that_its_rows_choose():
     best = best_rates(groups_of(report.read_rows(train.SEARCHED)))
-    assert {method: group.config.lr for method, group in best.items()} == train.BEST_RATE
+    assert {group.config.method: group.config.lr for group in best.values()} == train.BEST_RATE
     args = train.arguments().parse_args(["--rates"])
     wanted = train.configurations(args, "embedded")
     rows = latest(report.read_rows(train.SEARCHED))

@@ -21,11 +21,11 @@ import fastis
 from fastis import _C, kernels
 from fastis.kernels.cuda.table import _addresses as addresses_of
 from fastis.kernels.flatten import distribution
-from fastis.kernels.layout import CODE, LAST, MEAN, SEEN, TOTAL, UPDATES
+from fastis.kernels.layout import CODE, LAST, MEAN, SEEN, TOTAL, UPDATES, VALID
 from fastis.methods import EMAIS
 
 FORWARDS, BACKWARDS, SCRAMBLED = 1, 0, 7919
-UNCAPPED, NUM_CAPPED, CEILING = 7, 8, 12  # of csrc/layout.h's Scalars
+UNCAPPED, NUM_CAPPED, CEILING = VALID + 1, VALID + 2, VALID + 6  # of csrc/layout.h's Scalars
 
 
 class Emulator:
@@ -160,6 +160,16 @@ def test_methods_and_the_warm_up(emulated, method):
     run(samplers, emulated, SCRAMBLED, 80, 16)
 
 
+@pytest.mark.parametrize("method", ["emais", "uniform", "prioritized", "rais"])
+def test_uniform_draws_that_are_asked_for(emulated, method):
+    samplers = pair(num_samples=300, batch_size=16, method=method)
+    for steps, uniform in ((45, True), (25, False), (10, True), (25, True)):
+        run(samplers, emulated, SCRAMBLED, steps, 16)
+        for sampler in samplers:
+            sampler.uniform = uniform
+    run(samplers, emulated, SCRAMBLED, 10, 16)
+
+
 @pytest.mark.parametrize("trend", [-0.05, 0.05])
 @pytest.mark.parametrize("flatten", ["cap", "mix"])
 def test_rescaling_when_scores_move_by_decades(emulated, trend, flatten):
@@ -237,7 +247,7 @@ def test_every_cap(emulated, duplicates):
     )
     run(samplers, emulated, SCRAMBLED, steps=60, batch_size=40, spread=3.0)
     table = samplers[1]._table
-    assert int(table.scalars[8]) <= table.constants.max_capped
+    assert int(table.scalars[NUM_CAPPED]) <= table.constants.max_capped
 
 
 @pytest.mark.parametrize("stride", [FORWARDS, SCRAMBLED])
@@ -367,6 +377,7 @@ WRONG_TREE = """
 import torch, fastis
 from fastis.methods import EMAIS
 from native import native
+from fastis.kernels.layout import VALID
 sampler = fastis.Sampler(5001, 64, method=EMAIS(warmup_epochs=0))
 table = sampler._table
 indices, weights = torch.empty(64, dtype=torch.int64), torch.empty(64)
@@ -380,11 +391,11 @@ for name in ("sums", "unseen", "capped"):
         nodes = table._tree[name]
         kept = nodes.clone()
         nodes.random_(0, most, generator=generator)
-        table.scalars[8] = 5  # capped items
+        table.scalars[VALID + 2] = 5  # capped items
         native().draw(table.device_handle, indices.data_ptr(), weights.data_ptr(), 1)
         assert ((indices >= 0) & (indices < 5001)).all(), indices
         nodes.copy_(kept)
-        table.scalars[6] = 0  # rebuilt
+        table.scalars[VALID] = 0  # rebuilt
 """
 
 

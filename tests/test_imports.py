@@ -27,6 +27,7 @@ ORDER = [
         "coefficients",
         "batch_norm",
         "variance",
+        "monitor",
         "sampler",
         "rates",
         "lr",

@@ -82,7 +82,7 @@ def test_scores_that_are_not_numbers_are_left_out(name):
     drive(sampler, 3)
 
 
-@pytest.mark.parametrize("name", ["emais", "loss", "rais", "presampling", "auto"])
+@pytest.mark.parametrize("name", ["emais", "loss", "rais", "presampling"])
 def test_methods_with_coefficients_are_unbiased(name):
     """The mean of r x over many minibatches is that of x over the data."""
     n, b, draws = 200, 20, 4000
@@ -298,7 +298,6 @@ def test_score_fn_errors_leave_the_sampler_as_it_was(returned, error, message):
 
 FAILING = {
     "emais": lambda f: methods.EMAIS(refresh_every=5, score_fn=f),
-    "auto": lambda f: methods.Auto(refresh_every=5, score_fn=f),
     "online_batch": lambda f: methods.OnlineBatch(score_fn=f, recompute_every=1),
     "presampling": lambda f: methods.Presampling(f, score="gradient_norm"),
 }

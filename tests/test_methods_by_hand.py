@@ -58,37 +58,6 @@ def test_emais_with_additional_updates():
     assert sampler.importance.tolist() == pytest.approx(weights, rel=QUANTISED)
 
 
-def test_auto_draws_uniformly_while_the_table_predicts_no_gain():
-    sampler = fastis.Sampler(4, 2, method=methods.Auto(warmup_epochs=0), seed=1, max_duplicates=2)
-    sampler.update(batch_of(0, 1, 2, 3), losses_of(1.0, 1.0, 1.0, 3.0))
-    assert probabilities(sampler) == normalised(1, 1, 1, 3)
-    # The table has it the wrong way round now: q = 1.5, 0.5 where |g|^2 = 25, 0.01.
-    batch = fastis.Batch(torch.tensor([0, 3]), torch.tensor([1.5, 0.5]))
-    sampler.update(batch, losses_of(5.0, 0.1))
-    uniform, table = sampler.state_dict()["memory.moments"].tolist()
-    assert uniform == pytest.approx(0.01 * (1.5 * 25 + 0.5 * 0.01) / 2, rel=QUANTISED)
-    assert table == pytest.approx(0.01 * (1.5**2 * 25 + 0.5**2 * 0.01) / 2, rel=QUANTISED)
-    assert sampler.probabilities().tolist() == [0.25] * 4
-    assert (sampler.sample().weights == 1).all()
-    # With what it learnt the table is right again, and that shows in uniform draws too.
-    while sampler.probabilities().tolist() == [0.25] * 4:
-        sampler.update(batch_of(0, 1, 2, 3), losses_of(5.0, 1.0, 1.0, 0.1))
-    assert not (sampler.sample().weights == 1).all()
-    assert not sampler.method.fused
-
-
-@pytest.mark.parametrize("duplicates", [0.6, 1, 2, 100])
-def test_auto_predicts_with_the_cap(duplicates):
-    sampler = fastis.Sampler(
-        200, 100, method=methods.Auto(warmup_epochs=0), max_duplicates=duplicates
-    )
-    skewed = torch.empty(200).log_normal_(0, 2, generator=torch.Generator().manual_seed(0))
-    sampler.update(batch_of(*range(200)), observe(skewed))
-    sampler.sample()
-    q = sampler.method._coefficients(sampler._table, torch.arange(200))
-    assert q.tolist() == pytest.approx((1 / (200 * sampler.probabilities())).tolist(), rel=1e-5)
-
-
 def test_confidence_by_hand():
     sampler = fastis.Sampler(4, 2, method=methods.Confidence(warmup_epochs=0))
     for p in (0.9, 0.7):  # of sample 0; sample 1 has 0.5 twice

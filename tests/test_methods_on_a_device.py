@@ -14,17 +14,15 @@ from test_device import FORWARDS, Emulator
 import fastis
 from fastis import kernels
 from fastis.kernels import layout
-from fastis.kernels.cpu import categorical as cpu_categorical
 from fastis.kernels.layout import UPDATES
 from fastis.kernels.table import Observation
-from fastis.methods import BY_NAME, auto, prioritized, weighted
+from fastis.methods import BY_NAME, prioritized, weighted
 from fastis.methods.weighted import distinct, is_first
 
 NUM_SAMPLES, BATCH_SIZE, STEPS = 60, 16, 90
 METHODS = sorted(set(BY_NAME) - {"presampling", "scan", "uniform", "emais", "loss"})
 OPTIONS = {
     "rais": {"buffer_size": 40},  # goes round, in one minibatch nearly
-    "auto": {"least_gain": 1.4},  # both choices are made
 }
 # RAIS' gain counts the rows of a minibatch, whatever they hold.
 BY_ROW = {"memory.moments", "memory.gain", "memory.effective_iterations"}
@@ -32,7 +30,7 @@ BY_ROW = {"memory.moments", "memory.gain", "memory.effective_iterations"}
 
 @pytest.fixture
 def unseen_by_the_host(monkeypatch):
-    for module in (layout, weighted, auto, prioritized):
+    for module in (layout, weighted, prioritized):
         monkeypatch.setattr(module, "may_read", lambda device: False)
 
 
@@ -89,13 +87,6 @@ def test_the_same_draws_and_states(method, request):
     for a, b in zip(drawn, expected, strict=True):
         assert torch.equal(a.indices, b.indices)
         torch.testing.assert_close(a.weights, b.weights)
-    if method == "auto":
-        warmup, b = 2 * (NUM_SAMPLES // BATCH_SIZE), BATCH_SIZE
-        uniform = [i for i in range(warmup, STEPS) if bool((drawn[i].weights == 1).all())]
-        assert 5 < len(uniform) < STEPS - warmup - 5
-        for i in uniform:
-            numbers = cpu_categorical.random_below(NUM_SAMPLES, 1, i * b, b, torch.device("cpu"))
-            assert torch.equal(drawn[i].indices, numbers)
 
 
 @pytest.mark.parametrize("method", METHODS)

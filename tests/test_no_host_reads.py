@@ -63,6 +63,17 @@ def test_fused_methods_read_nothing_ever(launched, flatten, method):
     assert "cuda_update_and_draw" in launched
 
 
+@pytest.mark.parametrize("name", NEVER_WAIT)
+def test_asking_for_uniform_draws_reads_nothing(launched, name):
+    sampler = sampler_on_meta(name)
+    sampler._table.counts_on_host = {DRAWS: 41, UPDATES: 41}
+    with no_host_reads():
+        for uniform in (True, True, False):
+            sampler.uniform = uniform
+            assert sampler.uniform is uniform
+            steps(sampler, 2)
+
+
 def test_refreshes_read_nothing_in_between(launched):
     method = EMAIS(refresh_every=100, score_fn=lambda i: torch.empty(len(i), device=META))
     sampler = sampler_on_meta(method)

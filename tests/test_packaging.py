@@ -29,7 +29,7 @@ def score_of(indices):
     return fastis.cross_entropy(linear(inputs[indices]), target[indices])
 
 
-names = ["emais", "loss", "auto", "rais", "confidence", "confvar", "self_paced"]
+names = ["emais", "loss", "rais", "confidence", "confvar", "self_paced"]
 names += ["online_batch", "prioritized", "scan", "uniform"]
 for method in [*names, methods.Presampling(score_of, score="loss")]:
     sampler = fastis.Sampler(200, 16, method=method)

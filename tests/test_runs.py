@@ -171,7 +171,7 @@ def test_without_adjustment_the_rate_is_the_schedules(data):
         run.train(15)
     cosine = 0.01 * (1 + np.cos(np.pi * 15 / 20)) / 2
     assert plain.reading()["lr"] == pytest.approx(cosine)
-    factor = float(adjusted.sampler.lr_factor())
+    factor = float(adjusted.sampler.lr_factor(rule="linear"))
     assert factor != 1
     assert adjusted.reading()["lr"] == pytest.approx(cosine * factor)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from conftest import drive, observe, sweep
@@ -302,7 +305,7 @@ def test_loading_another_samplers_state_is_an_error(change, message):
 
 def test_loading_nonsense_is_an_error():
     sampler = fastis.Sampler(10, 2)
-    with pytest.raises(ValueError, match="version 2, got None"):
+    with pytest.raises(ValueError, match="version 3, got None"):
         sampler.load_state_dict({})
     state = sampler.state_dict()
     state["states"] = state["states"][:5]
@@ -328,3 +331,25 @@ def test_repr_says_what_it_is():
     assert "num_samples=10" in text
     assert "Uniform(" in text
     assert "seed=5" in text
+
+
+def test_without_a_seed_torchs_decides():
+    samplers = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        samplers.append(fastis.Sampler(1000, 10))
+    a, b, c = (sampler.sample().indices for sampler in samplers)
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+    torch.manual_seed(1)
+    first, second = (fastis.Sampler(1000, 10).sample().indices for _ in range(2))
+    assert torch.equal(first, a)
+    assert not torch.equal(first, second)
+
+
+def test_a_seed_leaves_torchs_generator_alone():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    sampler = pickle.loads(pickle.dumps(fastis.Sampler(1000, 10, seed=3)))
+    copy.deepcopy(sampler).sample()
+    assert torch.equal(torch.get_rng_state(), before)

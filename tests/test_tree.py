@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import fastis
 from fastis.kernels.flatten import distribution, water_level
-from fastis.kernels.layout import CODE, LAST, cap_ratio
+from fastis.kernels.layout import CODE, LAST, VALID, cap_ratio
 from fastis.methods import EMAIS
 
 
@@ -39,7 +39,7 @@ def assert_tree(sampler):
     """The tree that the compiled draw has just used is that of the weights as they are drawn."""
     table = sampler._table
     names = ("valid", "uncapped", "num_capped", "theta", "unseen", "offset", "ceiling")
-    s = dict(zip(names, table.scalars[6:13].tolist(), strict=True))
+    s = dict(zip(names, table.scalars[VALID : VALID + 7].tolist(), strict=True))
     expected = distribution(table)
     assert s["valid"] == 1
     unseen = table.column(LAST) < 0

@@ -59,7 +59,7 @@ class RunConfig:
     # Options of the method, as plain JSON values (see methods.py).
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     lr_adjust: bool = True  # False: the learning rate does not follow the sampler's factor
-    lr_rule: str = "linear"  # how it does: "linear" or "gain"
+    lr_rule: str = "linear"  # how it does: "linear", "gain", or "root" of the gain
     # Each class counts alike in the loss: weights N / (C n_c), whose mean over the data is 1.
     class_weights: bool = False
     weighted_norm: bool = False  # BatchNorm's statistics are weighted by the coefficients
@@ -73,6 +73,11 @@ class RunConfig:
     score: str = "logits"
     # A budget of training time: the run and its schedule end with it, not with the iterations.
     seconds: float = 0.0
+
+    @property
+    def factor_of(self) -> tuple[str, str]:
+        """The arguments ``optimizer`` and ``rule`` of the sampler's factor."""
+        return ("adam", "gain") if self.lr_rule == "root" else (self.optimizer, self.lr_rule)
 
     @property
     def label(self) -> str:

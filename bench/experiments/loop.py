@@ -97,20 +97,21 @@ class Run:
             cosine = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, config.iterations)
         if not config.lr_adjust:
             return cosine
+        optimizer, rule = config.factor_of
         if self.ends_by_effective_iterations and not config.seconds:
             return fastis.EffectiveIterationsLR(
                 cosine,
                 self.sampler,
-                config.lr_rule,
-                optimizer=config.optimizer,
+                rule,
+                optimizer=optimizer,
                 max_lr=config.max_lr or None,
                 total_iterations=config.iterations,
             )
         return fastis.EffectiveBatchLR(
             cosine,
             self.sampler,
-            config.lr_rule,
-            optimizer=config.optimizer,
+            rule,
+            optimizer=optimizer,
             max_lr=config.max_lr or None,
         )
 
@@ -179,7 +180,7 @@ class Run:
         factors = []
         for _ in range(steps):
             self.train(1)
-            factors.append(self.sampler.lr_factor("sgd"))
+            factors.append(self.sampler.lr_factor("sgd", "linear"))
         return torch.stack(factors).tolist()
 
     def reading(self) -> dict[str, float]:

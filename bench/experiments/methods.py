@@ -114,6 +114,7 @@ def check_config(config: RunConfig, num_samples: int) -> None:
         config.batch_size,
         method=build_method(config, num_samples, nothing),
         scheme=config.scheme,
+        seed=0,
     )
 
 

@@ -251,17 +251,6 @@ def floor(settings: Settings, rows: Rows) -> list[RunConfig]:
 
 
 @experiment(
-    "Uniform draws while importance sampling is not predicted to pay (not in the papers)",
-    panels=WITH_EFFICIENCY,
-)
-def auto(settings: Settings, rows: Rows) -> list[RunConfig]:
-    runs: list[tuple[str, dict[str, Any]]] = [("emais", {}), ("auto", {}), ("auto", OURS)]
-    return [
-        settings.config(method, lr, options) for lr, (method, options) in product((0.03, 0.1), runs)
-    ]
-
-
-@experiment(
     "A largest learning rate that the factor may reach (not in the papers)",
     panels=("train_loss", "test_error", "lr"),
 )

@@ -72,8 +72,9 @@ CANDIDATES: Ways = {
 }
 TRIED: Ways = {
     "linear": ("emais", {"options": OURS}),
+    "root": ("emais", {"options": OURS, "lr_rule": "root"}),
     "rate kept": ("emais", {"options": OURS, "lr_adjust": False}),
-    "auto": ("auto", OURS_WITH_GAIN),
+    "pausing": ("emais", OURS_WITH_GAIN | {"options": OURS | {"least_gain": 1.25}}),
 }
 
 
@@ -103,10 +104,10 @@ def at_own_rates(
 @experiment("Options at uniform sampling's best rate, on every task")
 def defaults(settings: Settings, rows: Rows) -> list[RunConfig | Once]:
     """`published`: the paper's tau = t, floor 0.001 and linear rule; all others tau = t/4 and floor
-    0.1. `gain`, `linear`: by which rule the rate follows; `rate kept`: it doesn't; `auto`: as
-    `gain`, uniform while no gain is predicted. The base rate is that of SGD-Scan's least final test
-    error of seed 0, which is among the seeds averaged. Fashion-MNIST and CIFAR-10 are two files,
-    and two commands."""
+    0.1. `gain`, `linear`, `root` (of the gain): by which rule the rate follows; `rate kept`: it
+    doesn't; `pausing`: as `gain`, uniform while less than 1.25 is predicted. The base rate is that
+    of SGD-Scan's least final test error of seed 0, which is among the seeds averaged. Fashion-MNIST
+    and CIFAR-10 are two files, and two commands."""
     runs: list[RunConfig | Once] = []
     for setting in SETTINGS.values():
         if not setting.is_of(settings.data):

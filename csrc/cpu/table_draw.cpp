@@ -210,11 +210,10 @@ void draw_by_importance(const Table& t, uint64_t iteration, const Batch& batch) 
 void draw(Pointer<const Table> table, const Batch& batch) {
   const Table& t = *table.address;
   const int64_t iteration = t.scalars->draws++;
-  if (iteration < t.warmup_draws) {
-    const int64_t epoch = iteration / t.batches_per_epoch;
-    const int64_t first = (iteration - epoch * t.batches_per_epoch) * t.batch_size;
-    const Permutation permutation(t.seed, epoch, t.num_samples);
-    for (int64_t b = 0; b < t.batch_size; ++b) batch.indices[b] = permutation(first + b);
+  if (without_replacement(t, iteration)) {
+    const InEpoch place(t, iteration);
+    const Permutation permutation(t.seed, place.epoch, t.num_samples);
+    for (int64_t b = 0; b < t.batch_size; ++b) batch.indices[b] = permutation(place.first + b);
   } else if (t.states == nullptr) {
     random_points(t.seed, Stream::draw, iteration, 0, t.batch_size, t.num_samples,
                   reinterpret_cast<uint64_t*>(batch.indices.address));

@@ -211,12 +211,11 @@ FASTIS_HD void draw_by_importance(Grid& grid, const DeviceTable& t, int64_t iter
 template <class Grid>
 FASTIS_HD void draw_minibatch(Grid& grid, const DeviceTable& t, int64_t iteration,
                               const Batch& batch) {
-  if (iteration < t.warmup_draws) {
-    const int64_t epoch = iteration / t.batches_per_epoch;
-    const int64_t first = (iteration - epoch * t.batches_per_epoch) * t.batch_size;
-    const Permutation permutation(t.seed, epoch, t.num_samples);
+  if (without_replacement(t, iteration)) {
+    const InEpoch place(t, iteration);
+    const Permutation permutation(t.seed, place.epoch, t.num_samples);
     grid.each(t.batch_size, [&](int64_t b) {
-      batch.indices[b] = static_cast<int64_t>(permutation(first + b));
+      batch.indices[b] = static_cast<int64_t>(permutation(place.first + b));
       batch.weights[b] = 1.0f;
     });
   } else if (t.states == nullptr) {

@@ -31,7 +31,7 @@ from fastis.kernels.extension import _C
 from fastis.kernels.memory import zeros
 
 # Positions in `scalars`.
-DRAWS, UPDATES, SKIPPED, EXPONENT, TOTAL, SEEN, VALID = range(7)
+DRAWS, UPDATES, SKIPPED, EXPONENT, TOTAL, SEEN, UNIFORM_FROM, PAUSE, VALID = range(9)
 NUM_SCALARS = 24
 DURABLE_SCALARS = VALID  # the rest describes the structure and is rebuilt
 # Positions in `variance`.
@@ -48,7 +48,8 @@ DURABLE_SCALARS = VALID  # the rest describes the structure and is rebuilt
     EFFICIENCY,
     FACTOR,
     GAIN,
-) = range(12)
+    PAUSED_EFFICIENCY,
+) = range(13)
 # Columns of `states`.
 MEAN, VAR, LAST, CODE = range(4)
 
@@ -56,6 +57,7 @@ LEAF = 4  # states below a node of the sampling tree (kLeaf in csrc/layout.h)
 LATEST = 2**31 - 1  # the iteration in a state is modulo one more
 LATE = 1 << 20  # by so much a state may be ahead of an update that comes late
 NO_EXPONENT = -1000  # e0 of a table that has seen nothing
+NEVER = 1 << 62  # a draw that no run comes to
 UNIFORM_WEIGHT = 1 << 15  # every item's integer weight in such a table
 MANTISSA_BITS = 16
 SUM_BITS = 61  # of integer weights that are made from floats
@@ -82,6 +84,7 @@ class Constants:
     tau_scale: float = 1.0  # linear: tau = max(tau_scale t, 1)
     importance: int = 0
     smoothing: float = 0.99
+    least_gain: float = 0.0  # importance sampling pauses below it
     unbiased: bool = True
     cap_numerator: int = field(init=False)
     cap_denominator: int = field(init=False)
@@ -162,6 +165,17 @@ def may_read(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def without_replacement(table: Table, draw: int) -> bool:
+    """Whether that minibatch is drawn without replacement, with coefficients of 1.
+
+    ``scalars[PAUSE]`` says from which draw on (bits 1 and up) importance sampling pauses or doesn't
+    (bit 0); before that draw it was the other way.
+    """
+    uniform_from, word = int(table.scalars[UNIFORM_FROM]), int(table.scalars[PAUSE])
+    paused = (draw >= word >> 1) == bool(word & 1)
+    return draw < table.constants.warmup_draws or draw >= uniform_from or paused
+
+
 class Table:
     """The tensors of one sampler on one device. See the module's docstring."""
 
@@ -170,9 +184,12 @@ class Table:
         self.device = device
         self.scalars = torch.zeros(NUM_SCALARS, dtype=torch.int64, device=device)
         self.scalars[EXPONENT] = NO_EXPONENT
-        self.variance = torch.full((12,), torch.nan, dtype=torch.float64, device=device)
+        self.scalars[UNIFORM_FROM] = NEVER
+        self.uniform = False  # whether that is another draw
+        self.variance = torch.full((13,), torch.nan, dtype=torch.float64, device=device)
         self.variance[:TRACE_IS] = 0.0
         self.variance[FACTOR:] = 1.0
+        self.variance[PAUSED_EFFICIENCY] = -1.0
         self.memory: dict[str, Tensor] = {}
         # The clocks as :meth:`count_on_host` follows them; none: not known.
         self.counts_on_host = {DRAWS: 0, UPDATES: 0}
@@ -274,6 +291,16 @@ class Table:
         if clock in self.counts_on_host:
             self.counts_on_host[clock] += 1
 
+    def draw_uniformly(self, wanted: bool) -> None:
+        """From the next draw on without replacement, or as the method says. Waits for nothing."""
+        with self.lock:
+            if wanted and not self.uniform:
+                first = min(self.constants.warmup_draws, NEVER - 1)
+                self.scalars[UNIFORM_FROM] = self.scalars[DRAWS].clamp(min=first)
+            elif not wanted:
+                self.scalars[UNIFORM_FROM] = NEVER
+            self.uniform = wanted
+
     def check_indices(self, indices: Tensor) -> None:
         """Raises IndexError unless all ``indices`` of a minibatch are those of samples.
 
@@ -337,6 +364,7 @@ class Table:
 
     def _take(self, state: dict[str, Tensor], seed: int) -> None:
         self._copy(state, {**self.durable(), "scalars": self.scalars})
+        self.uniform = bool(self.scalars[UNIFORM_FROM] != NEVER)
         self.counts_on_host.clear()
         self.constants = replace(self.constants, seed=seed)
         if self._view is not None:

@@ -17,16 +17,22 @@ import torch
 from torch import Tensor
 
 from fastis.kernels.layout import (
+    DRAWS,
     EFFECTIVE_BATCH_SIZE,
     EFFICIENCY,
     FACTOR,
+    GAIN,
+    PAUSE,
+    PAUSED_EFFICIENCY,
     SECOND,
     TRACE_IS,
     TRACE_OPTIMAL,
     TRACE_UNIFORM,
+    UNIFORM_FROM,
     UPDATES,
     WEIGHT,
     Table,
+    without_replacement,
 )
 
 ESTIMATORS = ("unbiased", "plugin")
@@ -104,6 +110,7 @@ def smooth(table: Table, minibatch: Moments, n: int) -> None:
     v[WEIGHT] = keep * v[WEIGHT] + (1 - keep)
     v[SECOND:TRACE_IS] = keep * v[SECOND:TRACE_IS] + (1 - keep) * moments
     derive(table, n)
+    pause_or_resume(table, n)
 
 
 def derive(table: Table, n: int) -> None:
@@ -126,6 +133,46 @@ def derive(table: Table, n: int) -> None:
     ratios = torch.stack(
         [v[EFFECTIVE_BATCH_SIZE] / n, (signal + v[TRACE_UNIFORM]) / (signal + v[TRACE_IS])]
     )
-    adjust = int(table.scalars[UPDATES]) >= table.constants.warmup_draws
+    # Not for minibatches without replacement.
+    draws, updates = (int(table.scalars[at]) for at in (DRAWS, UPDATES))
+    adjust = updates >= table.constants.warmup_draws and not without_replacement(table, draws - 1)
     good = torch.isfinite(ratios) & (ratios > 0)
-    v[FACTOR:] = torch.where(good, ratios, 1.0) if adjust else 1.0
+    v[FACTOR : GAIN + 1] = torch.where(good, ratios, 1.0) if adjust else 1.0
+
+
+# The averages are those of this many time constants at least when anything is decided by them.
+_SETTLED = 0.95  # 1 - exp(-3)
+_RESUME_ABOVE = 1.05  # times the least gain: not to and fro
+
+
+def pause_or_resume(table: Table, n: int) -> None:
+    """Stops importance sampling where the gain is too small, and goes on where it would be large
+    enough if S were as it was: uniform minibatches show tr V_uni and tr V_opt alone.
+
+    From the draw after the next on, whether that one has begun (on a device, beside this update) or
+    not.
+    """
+    v, constants, scalars = table.variance, table.constants, table.scalars
+    draws = int(scalars[DRAWS])
+    if constants.least_gain <= 0 or float(v[WEIGHT]) < _SETTLED:
+        return
+    if int(scalars[UPDATES]) < constants.warmup_draws or draws - 1 >= int(scalars[UNIFORM_FROM]):
+        return  # there it is uniform anyway
+    paused = float(v[PAUSED_EFFICIENCY]) >= 0
+    if paused:
+        moments = Moments(*(v[SECOND:TRACE_IS] / v[WEIGHT]).unbind())
+        A, G2 = moments.second, moments.mean_squared
+        mu2 = (n * G2 - A) / (n - 1) if constants.unbiased else G2
+        signal = n * mu2.clamp(min=0)
+        trace = v[TRACE_OPTIMAL] + v[PAUSED_EFFICIENCY] * (v[TRACE_UNIFORM] - v[TRACE_OPTIMAL])
+        gain = (signal + v[TRACE_UNIFORM]) / (signal + trace)
+        if not bool(gain > _RESUME_ABOVE * constants.least_gain):
+            return
+        v[PAUSED_EFFICIENCY] = -1.0
+    else:
+        if not bool(v[GAIN] < constants.least_gain):
+            return
+        # Above 0.9, or not defined: it may not be so bad later.
+        v[PAUSED_EFFICIENCY] = v[EFFICIENCY].nan_to_num(0.9).clamp(0.0, 0.9)
+    scalars[PAUSE] = (draws + 1) * 2 + (not paused)
+    v[:TRACE_IS] = 0.0  # another distribution

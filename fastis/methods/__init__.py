@@ -5,7 +5,6 @@ method          samples by                                     coefficients  sou
 ==============  =============================================  ============  ======================
 EMAIS           moving statistics of the gradient norm         1/(N p)       Kutsuna 2025
 Loss            the same of the loss                           1/(N p)       as EMAIS
-Auto            EMAIS while that is predicted to pay           1/(N p)       ours
 Presampling     a score of M candidates, now                   1/(M q)       Katharopoulos & Fleuret
 RAIS            a regression on past squared norms             1/(N p)       Johnson & Guestrin
 Confidence      1 - mean probability of the label              none          Chang et al. 2017
@@ -21,7 +20,6 @@ Methods that need a forward pass of the user's take a ``score_fn``; none owns th
 
 from __future__ import annotations
 
-from fastis.methods.auto import Auto
 from fastis.methods.base import Method
 from fastis.methods.confidence import Confidence, ConfVar
 from fastis.methods.emais import EMAIS, Loss
@@ -36,7 +34,7 @@ BY_NAME: dict[str, type[Method]] = {
     m.name: m
     for m in (
         *(EMAIS, Scan, Uniform, Loss, Presampling, RAIS),
-        *(Confidence, ConfVar, SelfPaced, OnlineBatch, Prioritized, Auto),
+        *(Confidence, ConfVar, SelfPaced, OnlineBatch, Prioritized),
     )
 }
 
@@ -44,7 +42,6 @@ __all__ = [
     "BY_NAME",
     "EMAIS",
     "RAIS",
-    "Auto",
     "ConfVar",
     "Confidence",
     "Loss",

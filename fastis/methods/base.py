@@ -20,15 +20,17 @@ from fastis import check
 from fastis.batch import Scored
 from fastis.kernels import kernels_for
 from fastis.kernels.flatten import distribution
-from fastis.kernels.layout import DRAWS, FACTOR, GAIN, UPDATES, Table
+from fastis.kernels.layout import DRAWS, FACTOR, GAIN, NEVER, PAUSE, UNIFORM_FROM, UPDATES, Table
 from fastis.kernels.table import Batch, Observation
 from fastis.kernels.variance import ESTIMATORS
 from fastis.saved import Range
 
 _PLAIN: tuple[type, ...] = (bool, int, float)
-FOREVER = 2**62
+FOREVER = NEVER  # warm-up draws of a method that does nothing else
 # Of the learning rate: whose, and by which rule (:meth:`Method.lr_factor`).
 OPTIMIZERS, RULES = ("sgd", "adam"), ("linear", "gain")
+DEFAULT_RULE = "gain"
+PHASES = ("warm-up", "importance", "uniform")  # of the draws: a phase is a position here
 
 
 # indices int64 [n] on the sampler's device -> the scored loss of these samples, or float [n] there.
@@ -63,6 +65,8 @@ class Method:
     # Are a step's draw and update those of the kernels, with nothing beside them? Left to itself in
     # a subclass, true where it has neither of its own.
     fused: ClassVar[bool] = True
+    # Are a minibatch's weights the coefficients 1/(N p) of its draws?
+    has_coefficients: ClassVar[bool] = True
     # Does the learning rate follow N_ems (:meth:`lr_factor`)? If not, the factor is 1.
     adjusts_lr: ClassVar[bool] = False
 
@@ -107,6 +111,10 @@ class Method:
         kernels_for("table", table.device.type).draw(table, batch)
         table.tick_on_host(DRAWS)
 
+    def next_batch(self, table: Table, batch: Batch) -> None:
+        """:meth:`draw`, unless the user asks for uniform draws."""
+        (Method.draw if table.uniform else type(self).draw)(self, table, batch)
+
     def observed(self, out: Scored) -> Tensor:
         """``[n]``: what is observed of every sample of a minibatch."""
         return out.score
@@ -130,14 +138,28 @@ class Method:
             kernels.update_and_draw(table, observation, next_batch)
         else:
             self.update(table, observation)
-            self.draw(table, next_batch)
+            self.next_batch(table, next_batch)
 
     # What can be read ----------------------------------------------------------------------------
+
+    def phase(self, table: Table) -> Tensor:
+        """0-d int64: how the next minibatch is drawn, a position in ``PHASES``."""
+        draws = table.scalars[DRAWS]
+        word = table.scalars[PAUSE]
+        uniform = (draws >= table.scalars[UNIFORM_FROM]) | ((draws >= word >> 1) == (word & 1))
+        phase = 1 + (uniform | self.draws_uniformly(table)).long()
+        if table.states is None:  # nothing to warm up
+            return phase
+        return torch.where(draws < table.constants.warmup_draws, 0, phase)
+
+    def draws_uniformly(self, table: Table) -> Tensor:
+        """0-d bool: whether :meth:`draw` takes all samples for alike after the warm-up."""
+        return table.scalars.new_full((), table.states is None, dtype=torch.bool)
 
     def probabilities(self, table: Table) -> Tensor:
         """float64 [N]: the probabilities of each draw of the next minibatch. O(N)."""
         n = table.constants.num_samples
-        if table.states is None or int(table.scalars[DRAWS]) < table.constants.warmup_draws:
+        if table.states is None or PHASES[int(self.phase(table))] != "importance":
             return torch.full((n,), 1 / n, dtype=torch.float64, device=table.device)
         drawn = distribution(table)
         return drawn.weights.double() / float(drawn.total)

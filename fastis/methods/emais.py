@@ -44,6 +44,12 @@ class EMAIS(Method):
         epochs without replacement before importance sampling starts (the paper: 2).
     floor : float in [1e-6, 1]
         least importance, as a part of the mean (ours): no coefficient exceeds 1 + 1/floor, 11.
+    least_gain : float
+        draws are uniform, without replacement, while the gain predicted is below it (ours); 0:
+        never. The gain is that of ``lr_factor(rule="gain")``, known 3 / (1 - smoothing) iterations
+        after the warm-up. While draws are uniform it is predicted from their traces and from the
+        efficiency S of before. For CUDA graphs too: the choice is made on the device, and holds
+        from the draw after the next.
     refresh_every : int
         every so many iterations all samples are scored anew with the parameters of the moment (sec.
         9.8), by ``score_fn``; 0: never. Costs a forward pass over the data, and waits for it.
@@ -69,6 +75,7 @@ class EMAIS(Method):
     importance: str = "rms"
     warmup_epochs: int = 2
     floor: float = 0.1
+    least_gain: float = 0.0
     refresh_every: int = 0
     score_fn: ScoreFn | None = field(default=None, compare=False)
 
@@ -83,6 +90,7 @@ class EMAIS(Method):
         check.choice("importance", self.importance, IMPORTANCE)
         check.integer("warmup_epochs", self.warmup_epochs, 0)
         check.number("floor", self.floor, 1e-6, 1.0)
+        check.number("least_gain", self.least_gain, 0.0)
         check.integer("refresh_every", self.refresh_every, 0)
         check.function("score_fn", self.score_fn, optional=True)
         if self.score_fn is not None:
@@ -123,6 +131,7 @@ class EMAIS(Method):
             "tau_scale": float(self.tau_scale),
             "importance": IMPORTANCE[self.importance],
             "floor": self.floor,
+            "least_gain": float(self.least_gain),
         }
 
     def update(self, table: Table, observation: Observation) -> None:

@@ -16,7 +16,7 @@ from fastis.kernels.layout import DRAWS, SKIPPED, UPDATES, Table
 from fastis.kernels.table import Batch, Observation
 from fastis.kernels.variance import minibatch_moments, of_two_stages, smooth
 from fastis.methods import scoring
-from fastis.methods.base import FOREVER, Method, ScoreFn
+from fastis.methods.base import FOREVER, PHASES, Method, ScoreFn
 from fastis.methods.weighted import usable
 from fastis.saved import Range
 
@@ -110,11 +110,11 @@ class Presampling(Method):
     def draw(self, table: Table, batch: Batch) -> None:
         constants, (indices, weights) = table.constants, batch
         n, b, seed = constants.num_samples, constants.batch_size, constants.seed
-        m, threshold = self._sizes(table)
+        m, _ = self._sizes(table)
         kernels = kernels_for("categorical", table.device.type)
         # A stretch of the counters for every iteration: m candidates, then b choices.
         first = int(table.scalars[DRAWS]) * (max(m, b) + b) % FOREVER  # they are 64 bits wide
-        if float(table.memory["tau"]) <= threshold:
+        if bool(self.draws_uniformly(table)):
             indices.copy_(kernels.random_below(n, seed, first, b, table.device))
             weights.fill_(1.0)
         else:
@@ -157,9 +157,13 @@ class Presampling(Method):
         tau = (len(q) * q.square().sum()).sqrt()
         table.memory["tau"].lerp_(tau, 1 - self.tau_smoothing)
 
-    def probabilities(self, table: Table) -> Tensor:
+    def draws_uniformly(self, table: Table) -> Tensor:
+        """While an extra forward pass does not pay."""
         _, threshold = self._sizes(table)
-        if float(table.memory["tau"]) > threshold:
+        return table.memory["tau"] <= threshold
+
+    def probabilities(self, table: Table) -> Tensor:
+        if PHASES[int(self.phase(table))] == "importance":
             raise ValueError(
                 "probabilities of the next draw are not known before its candidates are scored "
                 "(method 'presampling')"

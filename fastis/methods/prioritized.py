@@ -51,6 +51,7 @@ class Prioritized(Weighted):
     """
 
     name: ClassVar[str] = "prioritized"
+    has_coefficients: ClassVar[bool] = False  # in part
     memory_ranges: ClassVar[dict[str, Range]] = {
         "known": Range(0, 1),
         "largest": Range(0.0, LARGEST_SCORE),

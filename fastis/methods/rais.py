@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.kernels.layout import LAST, UPDATES, Table
+from fastis.kernels.layout import DRAWS, LAST, UNIFORM_FROM, UPDATES, Table
 from fastis.kernels.state import LARGEST_SCORE
 from fastis.kernels.table import Observation
 from fastis.methods.base import FOREVER
@@ -73,6 +73,7 @@ class RAIS(Weighted):
     """
 
     name: ClassVar[str] = "rais"
+    adjusts_lr: ClassVar[bool] = True  # by a gain of its own
     memory_ranges: ClassVar[dict[str, Range]] = {
         "history": Range(0.0, 2 * LARGEST_SQUARE),
         "first": FINITE,
@@ -196,7 +197,7 @@ class RAIS(Weighted):
         learnt = moments.lerp(now, 1 - _GAIN_SMOOTHING)
         moments.copy_(torch.where(now.isfinite().all(), learnt, moments))
         gain = 1 + moments[1] / moments[0]
-        good = gain.isfinite() & (gain > 0)
+        good = gain.isfinite() & (gain > 0) & (table.scalars[DRAWS] <= table.scalars[UNIFORM_FROM])
         table.memory["gain"].copy_(torch.where(good, gain, 1.0))
 
     # The regression ------------------------------------------------------------------------------

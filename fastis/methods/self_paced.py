@@ -47,6 +47,7 @@ class SelfPaced(Learning):
     """
 
     name: ClassVar[str] = "self_paced"
+    has_coefficients: ClassVar[bool] = False
     memory_ranges: ClassVar[dict[str, Range]] = {
         "losses": Range(-LARGEST_SCORE, LARGEST_SCORE, nan=True),
         "threshold": Range(-2 * LARGEST_SCORE, float("inf")),

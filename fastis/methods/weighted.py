@@ -75,6 +75,8 @@ class Weighted(Learning):
 class WithoutCoefficients(Weighted):
     """A :class:`Weighted` method whose minibatches have weights of 1: biased, by design."""
 
+    has_coefficients: ClassVar[bool] = False
+
     def draw(self, table: Table, batch: Batch) -> None:
         super().draw(table, batch)
         batch.weights.fill_(1.0)

@@ -48,6 +48,7 @@ struct World {
     capped.resize(nodes);
     claims.assign(static_cast<size_t>(n), kUnclaimed);
     scalars.exponent = kNoExponent;
+    scalars.uniform_from = kNever;
     t.states = has_states ? states.data() : nullptr;
     t.scalars = &scalars;
     t.variance = &variance;
@@ -99,6 +100,8 @@ class Test {
             {gradient.data()},
             kClasses});
     for (int step = 0; step < steps; ++step) {
+      const int64_t from = step % 8 < 5 ? kNever : ours_.scalars.draws - (step % 8 - 5);
+      ours_.scalars.uniform_from = theirs_.scalars.uniform_from = from;
       if (!draw(batch)) return failed("draw", step);
       std::vector<float> score(kBatch);
       const float trend = std::pow(10.0f, std::sin(static_cast<float>(step)) * 8);

@@ -20,10 +20,12 @@ from fastis.kernels.layout import (
     SEEN,
     SKIPPED,
     TOTAL,
+    UNIFORM_FROM,
     UPDATES,
     VALID,
     VAR,
     Table,
+    without_replacement,
 )
 from fastis.kernels.quantize import coefficients
 from fastis.kernels.reference.philox import STREAM_DRAW, permute, random_words, scale
@@ -146,9 +148,8 @@ def draw(table: Table, batch: Batch) -> None:
     iteration = int(table.scalars[DRAWS])
     table.scalars[DRAWS] += 1
     positions = torch.arange(constants.batch_size, device=indices.device)
-    if iteration < constants.warmup_draws:
-        epoch, minibatch = divmod(iteration, constants.batches_per_epoch)
-        first = minibatch * constants.batch_size
+    if without_replacement(table, iteration):
+        epoch, first = _in_epoch(table, iteration)
         indices.copy_(permute(constants.seed, epoch, constants.num_samples, first + positions))
         weights.fill_(1.0)
     elif table.states is None:
@@ -157,6 +158,20 @@ def draw(table: Table, batch: Batch) -> None:
         weights.fill_(1.0)
     else:
         _draw_by_importance(table, iteration, positions, indices, weights)
+
+
+def _in_epoch(table: Table, draw: int) -> tuple[int, int]:
+    """Of a minibatch without replacement: the epoch, which keys the permutation, and its first
+    position there.
+
+    Epochs of the warm-up are counted; later ones have the number of their first minibatch, which is
+    no epoch's of the warm-up. Those that the user asks for are whole.
+    """
+    constants, uniform_from = table.constants, int(table.scalars[UNIFORM_FROM])
+    since = draw - uniform_from if draw >= uniform_from else draw
+    epoch, minibatch = divmod(since, constants.batches_per_epoch)
+    in_warmup = draw < constants.warmup_draws
+    return epoch if in_warmup else draw - minibatch, minibatch * constants.batch_size
 
 
 def _draw_by_importance(
