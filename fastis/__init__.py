@@ -8,6 +8,7 @@ from fastis.batch_norm import weighted_batch_norm
 from fastis.categorical import AliasTable, sample
 from fastis.coefficients import batch_weights
 from fastis.config import show_config
+from fastis.data import DataLoader
 from fastis.kernels import backend
 from fastis.kernels.table import Batch
 from fastis.loss import (
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AliasTable",
     "Batch",
+    "DataLoader",
     "EffectiveBatchLR",
     "EffectiveIterationsLR",
     "Sampler",

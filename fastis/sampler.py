@@ -7,7 +7,7 @@ scored loss after it. Between the two it knows neither the model nor the data.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -196,6 +196,10 @@ class Sampler(MinibatchSource):
             themselves: a residual, a TD error. Without ``mean_grad`` the variance traces take
             ``|G|^2 = 0``.
 
+        Tensors on another device than the sampler's are moved, about 4 B + C numbers. To a sampler
+        on a GPU that waits for nothing; a sampler on the host waits until the GPU has computed the
+        scores: call ``update`` before ``backward``, so that it need not wait for that too.
+
         Raises
         ------
         TypeError, ValueError, IndexError
@@ -235,6 +239,12 @@ class Sampler(MinibatchSource):
         with self._table.lock:
             self._method.update_and_draw(self._table, observation, next_batch)
         return next_batch
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError(
+            "a fastis.Sampler can't be iterated over: its minibatches have coefficients, which a "
+            "torch DataLoader would lose. Use fastis.DataLoader(dataset, sampler), or call sample()"
+        )
 
     def _new_batch(self) -> Batch:
         return Batch(_empty_like(self._like.indices), _empty_like(self._like.weights))

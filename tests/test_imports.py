@@ -29,6 +29,8 @@ ORDER = [
         "variance",
         "sampler",
         "rates",
+        "in_flight",
+        "data",
         "lr",
         "gradients",
         "estimators",
