@@ -6,6 +6,7 @@ import torch as _torch  # noqa: F401
 from fastis import estimators, methods
 from fastis.batch_norm import weighted_batch_norm
 from fastis.categorical import AliasTable, sample
+from fastis.checkpoint import load_checkpoint, save_checkpoint
 from fastis.coefficients import batch_weights
 from fastis.config import show_config
 from fastis.data import DataLoader
@@ -36,9 +37,11 @@ __all__ = [
     "binary_cross_entropy_with_logits",
     "cross_entropy",
     "estimators",
+    "load_checkpoint",
     "methods",
     "mse_loss",
     "sample",
+    "save_checkpoint",
     "scored_loss",
     "show_config",
     "weighted_batch_norm",

@@ -1,8 +1,8 @@
 """A DataLoader whose minibatches are the sampler's: each Batch comes back with its data.
 
 It is torch's in all that concerns workers. What it changes is who says which samples come next
-(:class:`fastis.in_flight.InFlight`), what a worker loads (:class:`_Loading`), and what one pass over
-it counts and saves (:class:`_Pass`).
+(:class:`fastis.in_flight.InFlight`), what a worker loads (:class:`_Loading`), and what one pass
+counts and saves (:class:`_Pass`).
 """
 
 from __future__ import annotations

@@ -403,6 +403,9 @@ class Sampler(MinibatchSource):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over :meth:`state_dict` of a sampler with the same arguments, from any device.
 
+        ``num_samples`` may have grown: what was appended to the data set is unseen then, and a
+        warning says so. An epoch, also of the uniform ones at the start, is one of the new N.
+
         It goes into the tensors that are there, so that a CUDA graph captured before goes on with
         the state loaded. The seed is part of the state and taken over too; a graph, however, keeps
         the seed that it was captured with: capture anew when it differs.
@@ -419,12 +422,15 @@ class Sampler(MinibatchSource):
 
         Both say what was expected and what came; nothing has changed then.
         """
-        state = saved.upgraded(state)
+        theirs = saved.upgraded(state)
+        state = saved.grown(self._table, theirs, self._method.memory)
         seed = saved.checked_seed(state, _STATE_VERSION, self._settings())
         with torch.inference_mode(False):
             tensors = saved.checked(self._table, state, self._method.memory_ranges)
             with self._table.lock:
                 self._table.load(tensors, seed)
+                if state is not theirs:
+                    self._method.grow(self._table)
                 self._arguments["seed"] = seed
 
     def __getstate__(self) -> dict[str, Any]:

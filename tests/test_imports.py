@@ -31,6 +31,7 @@ ORDER = [
         "rates",
         "in_flight",
         "data",
+        "checkpoint",
         "lr",
         "gradients",
         "estimators",
