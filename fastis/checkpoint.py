@@ -141,15 +141,18 @@ def _has_state(value: Any) -> bool:
 def _load_all(
     path: str | os.PathLike[str], objects: Mapping[str, Any], states: Mapping[str, Any]
 ) -> None:
-    """Copies are kept of what there was: an object may fail with half of its state loaded."""
-    before: dict[str, Any] = {}
+    """Copies are kept of what there was: an object may fail with half of its state loaded.
+
+    Of all before the first is loaded, since they may share something, as schedulers and optimizers
+    do.
+    """
+    before = {name: copy.deepcopy(value.state_dict()) for name, value in objects.items()}
     for name, value in objects.items():
-        before[name] = copy.deepcopy(value.state_dict())
         try:
             value.load_state_dict(states[name])
         except Exception as error:
-            for changed, state in before.items():
-                objects[changed].load_state_dict(state)
+            for other, state in before.items():
+                objects[other].load_state_dict(state)
             raise ValueError(
                 f"{name} ({type(value).__name__}) does not take its state from {path}: {error}; "
                 "nothing was loaded"
@@ -157,10 +160,11 @@ def _load_all(
 
 
 def _read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} must be a file of fastis.save_checkpoint: {error}") from error
+    with open(path, "rb") as file:
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+            raise ValueError(f"{path} must be a file of fastis.save_checkpoint: {error}") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{path} must be a file of fastis.save_checkpoint, got something else")
     if content["version"] != _VERSION:
@@ -177,10 +181,10 @@ def _name_unfit(entries: Mapping[str, Any]) -> None:
             buffer.seek(0)
             torch.load(buffer, weights_only=True)
         except _UNFIT as error:
-            found = re.search(r"GLOBAL (\S+)", str(error))
+            found = re.findall(r"GLOBAL (\S+)", str(error)) or [error]
             raise ValueError(
                 f"{name} must be of tensors, numbers, strings, lists, tuples and dicts, which "
-                f"torch.load(weights_only=True) reads, got {found[1] if found else error} in it"
+                f"torch.load(weights_only=True) reads, got {found[0]} in it"
             ) from error
 
 
@@ -251,9 +255,7 @@ def _random_states() -> dict[str, Any]:
 def _checked_random_states(path: str | os.PathLike[str], states: Any) -> Callable[[], None]:
     """A function that sets them, when all of them can be set."""
     if states is None:
-        raise ValueError(
-            f"{path} must have random states (rng=True when saving): load by rng=False"
-        )
+        raise ValueError(f"{path} must have random states, got none: load it with rng=False")
     try:
         name, keys, *rest = states["numpy"]
         numpy_state = (name, keys.numpy().astype(np.uint32), *rest)
