@@ -2,8 +2,8 @@
 
 It imports torch once, and forks a process for each line ``folder steps`` that it reads. That one
 trains with two workers, saves every few steps to ``folder/last.pt``, and goes on from there when it
-is started again. It writes its process id, "begins" when it has loaded what there was, and, when
-it is gone, how it ended.
+is started again. It writes its process id, "begins" when the first minibatch came, and, when it is
+gone, how it ended.
 """
 
 from __future__ import annotations
@@ -52,9 +52,12 @@ def train(folder: Path, steps: int) -> None:
     if path.exists():
         losses = fastis.load_checkpoint(path, **parts)["losses"]
         assert len(losses) % EVERY == 0
-    print("begins", flush=True)
+    begun = False
     while len(losses) < steps:
         for batch, (x, y, index) in loader:
+            if not begun:
+                begun = True
+                print("begins", flush=True)
             assert torch.equal(batch.indices, index)
             out = fastis.cross_entropy(model(x), y, batch.weights)
             sampler.update(batch, out)
