@@ -317,9 +317,10 @@ def test_a_minibatch_that_could_not_be_loaded_stays_first(
 
 
 def test_a_killed_worker_is_an_error_and_the_next_pass_has_new_ones():
-    loader = make(num_workers=2, persistent_workers=True, timeout=1)
+    loader = make(num_workers=2, persistent_workers=True)
     before = run(loader, 3)
     passing = iter(loader)
+    loader._iterator._timeout = 1  # after which torch looks for them; else 5 seconds
     for worker in loader._iterator._workers:
         worker.kill()
         worker.join()
