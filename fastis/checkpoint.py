@@ -25,9 +25,11 @@ _UNFIT = (pickle.PickleError, AttributeError, TypeError)  # what pickling raises
 def save_checkpoint(path: str | os.PathLike[str], /, *, rng: bool = True, **objects: Any) -> None:
     """Writes the states of objects, and plain values, to one file: whole or not at all.
 
-    It goes to a temporary file beside ``path``, is flushed to the disk, and takes the place of
-    ``path`` in one step: whenever the process or the machine stops, ``path`` holds the last
-    checkpoint that was finished. ::
+    They go to a temporary file beside ``path``, which is flushed to the disk and takes the place
+    of ``path`` in one step: whenever the process or the machine stops, ``path`` holds the last
+    checkpoint that was finished.
+
+    ::
 
         fastis.save_checkpoint("last.pt", model=model, optimizer=optimizer, loader=loader, step=7)
 
@@ -45,10 +47,11 @@ def save_checkpoint(path: str | os.PathLike[str], /, *, rng: bool = True, **obje
     Raises
     ------
     ValueError
-        naming the object that ``torch.load(path, weights_only=True)`` would not read. The file at
-        ``path`` has not changed then.
+        naming the object that ``torch.load(path, weights_only=True)`` would not read.
     OSError
-        from the file system; so too.
+        from the file system.
+
+    The file at ``path`` has not changed then.
 
     See Also
     --------
@@ -107,7 +110,9 @@ def load_checkpoint(
         where there is no such file.
     ValueError, TypeError
         for a file that is no checkpoint, for names that are not those in it, and for a state that
-        its object does not take, naming it. Every object is as it was then.
+        its object does not take, naming it.
+
+    Every object is as it was then.
     """
     content = _read(path)
     states = content["states"]
