@@ -6,8 +6,10 @@ import torch as _torch  # noqa: F401
 from fastis import estimators, methods
 from fastis.batch_norm import weighted_batch_norm
 from fastis.categorical import AliasTable, sample
+from fastis.checkpoint import load_checkpoint, save_checkpoint
 from fastis.coefficients import batch_weights
 from fastis.config import show_config
+from fastis.data import DataLoader
 from fastis.kernels import backend
 from fastis.kernels.table import Batch
 from fastis.loss import (
@@ -25,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AliasTable",
     "Batch",
+    "DataLoader",
     "EffectiveBatchLR",
     "EffectiveIterationsLR",
     "Sampler",
@@ -34,9 +37,11 @@ __all__ = [
     "binary_cross_entropy_with_logits",
     "cross_entropy",
     "estimators",
+    "load_checkpoint",
     "methods",
     "mse_loss",
     "sample",
+    "save_checkpoint",
     "scored_loss",
     "show_config",
     "weighted_batch_norm",

@@ -156,6 +156,7 @@ def _is_ready(device: torch.device, observation: Observation) -> bool:
 
 def _made_ready(device: torch.device, observation: Observation) -> Observation:
     """Converts what is legal and explains what is not."""
+    observation = _moved(device, observation)
     ready: dict[str, Tensor] = {}
     length: int | None = None
     for field, name, dtype in (
@@ -177,3 +178,21 @@ def _made_ready(device: torch.device, observation: Observation) -> Observation:
         mean_grad = check.readable("out.mean_grad", observation.mean_grad).detach()
         ready["mean_grad"] = check.vector("out.mean_grad", mean_grad, None, _FLOATS, device).float()
     return observation._replace(**ready)
+
+
+def _moved(device: torch.device, observation: Observation) -> Observation:
+    """The observation on the sampler's device, wherever its tensors were computed.
+
+    A sampler on the host has to wait for a GPU's scores: once, for all of them. No other way waits.
+    """
+    moved: dict[int, Tensor] = {}
+    gpus = set()
+    for value in observation:
+        if isinstance(value, Tensor) and value.device != device and not value.is_meta:
+            to_or_from_gpu = value.is_cuda or device.type == "cuda"
+            moved[id(value)] = value.detach().to(device, non_blocking=to_or_from_gpu)
+            if value.is_cuda and device == _cpu:
+                gpus.add(value.device)
+    for gpu in gpus:
+        torch.cuda.current_stream(gpu).synchronize()
+    return Observation(*(moved.get(id(value), value) for value in observation))  # type: ignore[arg-type]

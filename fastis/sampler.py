@@ -7,7 +7,7 @@ scored loss after it. Between the two it knows neither the model nor the data.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -187,6 +187,10 @@ class Sampler(Monitored):
             themselves: a residual, a TD error. Without ``mean_grad`` the variance traces take
             ``|G|^2 = 0``.
 
+        Tensors on another device than the sampler's are moved, about 4 B + C numbers. To a sampler
+        on a GPU that waits for nothing; a sampler on the host waits until the GPU has computed the
+        scores: call ``update`` before ``backward``, so that it need not wait for that too.
+
         Raises
         ------
         TypeError, ValueError, IndexError
@@ -226,6 +230,12 @@ class Sampler(Monitored):
         with self._table.lock:
             self._method.update_and_draw(self._table, observation, next_batch)
         return next_batch
+
+    def __iter__(self) -> NoReturn:
+        raise TypeError(
+            "a fastis.Sampler can't be iterated over: its minibatches have coefficients, which a "
+            "torch DataLoader would lose. Use fastis.DataLoader(dataset, sampler), or call sample()"
+        )
 
     def _new_batch(self) -> Batch:
         return Batch(_empty_like(self._like.indices), _empty_like(self._like.weights))
@@ -282,6 +292,9 @@ class Sampler(Monitored):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over :meth:`state_dict` of a sampler with the same arguments, from any device.
 
+        ``num_samples`` may have grown: what was appended to the data set is unseen then, and a
+        warning says so. An epoch, also of the uniform ones at the start, is one of the new N.
+
         It goes into the tensors that are there, so that a CUDA graph captured before goes on with
         the state loaded. The seed is part of the state and taken over too; a graph, however, keeps
         the seed that it was captured with: capture anew when it differs.
@@ -298,12 +311,15 @@ class Sampler(Monitored):
 
         Both say what was expected and what came; nothing has changed then.
         """
-        state = saved.upgraded(state)
+        theirs = saved.upgraded(state)
+        state = saved.grown(self._table, theirs, self._method.memory)
         seed = saved.checked_seed(state, _STATE_VERSION, self._settings())
         with torch.inference_mode(False):
             tensors = saved.checked(self._table, state, self._method.memory_ranges)
             with self._table.lock:
                 self._table.load(tensors, seed)
+                if state is not theirs:
+                    self._method.grow(self._table)
                 self._arguments["seed"] = seed
 
     def __getstate__(self) -> dict[str, Any]:

@@ -7,7 +7,8 @@ accepts the states that updates can have written and no others, before anything 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,6 +108,57 @@ def _with_gain(state: Mapping[str, Any]) -> Mapping[str, Any]:
         variance = _readable("state_dict['variance']", variance)
         renamed["variance"] = torch.cat([variance, variance[FACTOR:]])
     return {**renamed, "version": 2}
+
+
+def grown(
+    table: Table, state: Mapping[str, Any], memory: Callable[[Table], dict[str, Tensor]]
+) -> Mapping[str, Any]:
+    """A state of fewer samples as one of the table's N, the last of which are new and unseen.
+
+    Any other state as it is. ``memory`` makes the method's tensors of a new table.
+
+    Raises
+    ------
+    ValueError
+        for a state of more samples.
+    """
+    settings = state.get("settings") if isinstance(state, Mapping) else None
+    if not isinstance(settings, Mapping):
+        return state
+    before, n = settings.get("num_samples"), table.constants.num_samples
+    if type(before) is not int or before in (0, n):
+        return state
+    if before > n:
+        raise ValueError(
+            f"state_dict must be of at most num_samples={n} samples, got {before}: it does not say "
+            "which are gone. Keep those in the data set; or make a new sampler and score the "
+            "remaining samples, by update() with indices, weights of 1, and their losses"
+        )
+    new = {f"memory.{name}": tensor for name, tensor in memory(table).items()}
+    if table.states is not None:
+        new["states"] = torch.zeros_like(table.states)
+        new["states"][:, LAST] = -1
+    rows = {
+        name: _with_rows_of(t, before, name, state[name])
+        for name, t in new.items()
+        if name in state
+    }
+    warnings.warn(
+        f"the state is of {before} samples, the sampler of {n}: samples from {before} on are taken "
+        "to be new, and unseen",
+        stacklevel=3,
+    )
+    return {**state, **rows, "settings": {**settings, "num_samples": n}}
+
+
+def _with_rows_of(new: Tensor, before: int, name: str, value: Any) -> Any:
+    """``value`` and the last rows of ``new``; as it is unless it has a row for each sample."""
+    label = f"state_dict[{name!r}]"
+    if type(value) is not Tensor or new.dim() == 0 or value.dtype != new.dtype:
+        return value
+    if _dense(label, value).shape != (before, *new.shape[1:]):
+        return value
+    return torch.cat([_readable(label, value).to(new.device), new[before:]])
 
 
 def checked_seed(state: Mapping[str, Any], version: int, settings: dict[str, Any]) -> int:

@@ -25,11 +25,22 @@ class Batch(NamedTuple):
         float32 ``[B]``: the coefficients ``r = 1/(N p)`` of the draws; the weighted mean of the
         losses is an unbiased estimate of the mean over the training set.
 
-    Both on the sampler's device.
+    Both on the sampler's device, or where :meth:`to` took them.
     """
 
     indices: Tensor
     weights: Tensor
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Batch:
+        """The minibatch on ``device``; equal to ``Batch(*(t.to(device, ...) for t in batch))``.
+
+        With ``non_blocking=True`` a copy from pinned memory to a GPU does not wait for it. A copy
+        to the host must not be read before the GPU is done, as everywhere in PyTorch.
+        """
+        return Batch(
+            self.indices.to(device, non_blocking=non_blocking),
+            self.weights.to(device, non_blocking=non_blocking),
+        )
 
 
 class Observation(NamedTuple):

@@ -104,6 +104,9 @@ class Method:
         """Tensors that the method wants kept in ``table.memory``, on the table's device."""
         return {}
 
+    def grow(self, table: Table) -> None:
+        """Does what a method has to when a state of fewer samples was loaded: the last are new."""
+
     # The step ------------------------------------------------------------------------------------
 
     def draw(self, table: Table, batch: Batch) -> None:

@@ -76,6 +76,11 @@ class Prioritized(Weighted):
             "largest": torch.zeros((), dtype=torch.float32, device=table.device),
         }
 
+    def grow(self, table: Table) -> None:
+        known, largest = table.memory["known"], table.memory["largest"]
+        if bool(known.any()):
+            assign(table, largest.expand(len(known)), which=~known)
+
     def draw(self, table: Table, batch: Batch) -> None:
         share = table.scalars[DRAWS] / (self.total_steps or float("inf"))
         beta = self.beta + (1 - self.beta) * share.clamp(max=1)
