@@ -23,8 +23,8 @@ EXPERIMENT = "wall_clock"
 # The variants that are drawn: in what colour, under what name.
 LINES = {
     "scan": ("#0072B2", "uniform (SGD-Scan)"),
-    "emais": ("#D55E00", "EMAIS"),
-    "emais (floor 0.1, tau_scale 0.25)": ("#CC79A7", "EMAIS(floor=0.1, tau_scale=0.25)"),
+    "emais": ("#D55E00", "EMAIS.published()"),
+    "emais (floor 0.1, tau_scale 0.25)": ("#CC79A7", "EMAIS, linear rule"),
 }
 
 
