@@ -83,12 +83,12 @@ class Training:
         indices = torch.randint(NUM_SAMPLES, (BATCH_SIZE,), device=self.on)
         self.finish(F.cross_entropy(self.logits(indices).float(), self.y[indices]))
 
-    def scored(self, batch: fastis.Batch) -> fastis.loss.ScoredLoss:
+    def scored(self, batch: fastis.Batch) -> fastis.ScoredLoss:
         logits = self.logits(batch.indices)
         return fastis.cross_entropy(logits, self.y[batch.indices], batch.weights)
 
 
-Learn = Callable[[fastis.Batch], fastis.loss.ScoredLoss]
+Learn = Callable[[fastis.Batch], fastis.ScoredLoss]
 Finish = Callable[[torch.Tensor], None]
 Step = Callable[[], fastis.Batch]
 
@@ -188,7 +188,7 @@ def validate() -> None:
 
 
 def follow(
-    way: str, twin: fastis.Sampler, present: fastis.Batch, out: fastis.loss.ScoredLoss
+    way: str, twin: fastis.Sampler, present: fastis.Batch, out: fastis.ScoredLoss
 ) -> fastis.Batch:
     """What a step of that way returns, by a sampler driven in the same order."""
     if way == "fastis":

@@ -38,8 +38,7 @@ import torch
 import fastis
 from bench.report import Report, Row, make_parser
 from bench.timing import interleaved
-from fastis import _C
-from fastis.loss import ScoredLoss
+from fastis import _C, ScoredLoss
 
 try:
     from torchrl._torchrl import SumSegmentTreeFp32

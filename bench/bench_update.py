@@ -22,7 +22,7 @@ import torch
 import fastis
 from bench.report import Report, make_parser
 from bench.timing import Times, interleaved
-from fastis.loss import ScoredLoss
+from fastis import ScoredLoss
 
 TARGETS = {(4096, 1_000_000): 0.10}
 CASES = ((128, 60_000), (128, 1_000_000), (4096, 1_000_000))

@@ -4,6 +4,7 @@
 import torch as _torch  # noqa: F401
 
 from fastis import estimators, methods
+from fastis.any_loss import from_losses, scored_loss
 from fastis.batch_norm import weighted_batch_norm
 from fastis.categorical import AliasTable, sample
 from fastis.checkpoint import load_checkpoint, save_checkpoint
@@ -12,15 +13,10 @@ from fastis.config import show_config
 from fastis.data import DataLoader
 from fastis.kernels import backend
 from fastis.kernels.table import Batch
-from fastis.loss import (
-    ScoredLoss,
-    binary_cross_entropy_with_logits,
-    cross_entropy,
-    mse_loss,
-    scored_loss,
-)
+from fastis.loss import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from fastis.lr import EffectiveBatchLR, EffectiveIterationsLR
 from fastis.sampler import Sampler
+from fastis.scored import ScoredLoss
 
 __version__ = "0.1.0"
 
@@ -37,6 +33,7 @@ __all__ = [
     "binary_cross_entropy_with_logits",
     "cross_entropy",
     "estimators",
+    "from_losses",
     "load_checkpoint",
     "methods",
     "mse_loss",

@@ -26,6 +26,7 @@ from fastis.kernels.loss import CrossEntropyOptions, Denominator
 
 LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("mean", "sum", "none")
+_NOT_CLASS_WEIGHTS = ", a coefficient a sample (torch's weight of classes is class_weights=)"
 _PYTHON = torch._C.DispatchKey.Python
 
 
@@ -214,7 +215,7 @@ def logits(name: str, value: Any, shapes: str, dims: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape {shapes}, got {list(value.shape)}")
 
 
-def constant(name: str, value: Any, shape: Sequence[int], like: Tensor) -> Tensor:
+def constant(name: str, value: Any, shape: Sequence[int], like: Tensor, why: str = "") -> Tensor:
     """A floating tensor of ``shape`` without gradient, in the compute dtype of ``like``."""
     dtype = compute_dtype(like.dtype)
     if (
@@ -230,7 +231,7 @@ def constant(name: str, value: Any, shape: Sequence[int], like: Tensor) -> Tenso
     if isinstance(value, Tensor) and (value.dtype.is_complex or value.dtype == torch.bool):
         raise TypeError(f"{name} must be a tensor of real numbers, got {value.dtype}")
     found = unwrapped(tensor(name, value))
-    _of_shape(name, found, shape)
+    _of_shape(name, found, shape, why)
     _on_device(name, found, like.device)
     if found.requires_grad:
         raise ValueError(
@@ -299,3 +300,17 @@ def denominator(value: Any, reduction: str, like: Tensor) -> Denominator:
     if value.device.type == "cpu" and like.device.type != "cpu":
         return float(value)
     return constant("denominator", value.reshape(()), (), like)
+
+
+def weighting(
+    like: Tensor, weights: Any, reduction: Any, denominator_: Any
+) -> tuple[Tensor | None, Denominator]:
+    """The coefficients in the compute dtype and the denominator (None: the loss's default)."""
+    if reduction != "mean" or denominator_ is not None:
+        choice("reduction", reduction, REDUCTIONS)
+        denominator_ = denominator(denominator_, reduction, like)
+        if reduction != "mean":
+            denominator_ = 1.0
+    if weights is not None:
+        weights = constant("weights", weights, like.shape[:1], like, _NOT_CLASS_WEIGHTS)
+    return weights, denominator_

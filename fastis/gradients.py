@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastis import check
 from fastis.kernels.formats import compute_dtype
-from fastis.loss import ScoredLoss
+from fastis.scored import ScoredLoss
 
 # Without chunk_size: a chunk's gradients, and convolutions' workspaces beside them, shall stay in
 # the caches; a few hundred samples are enough to pay for the overhead of a call.

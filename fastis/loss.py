@@ -5,72 +5,30 @@ quantity whose running mean and variance make the sampling probabilities (Kutsun
 the bound of Katharopoulos and Fleuret 2018, eq. 19). All of it is computed in the forward pass; the
 backward pass multiplies the saved gradient by the incoming one, and not even that where it is 1.
 
-First of the three operations of a step: loss -> update -> sample. A :class:`ScoredLoss` is all that
-passes on.
+First of the three operations of a step: loss -> update -> sample. A :class:`fastis.ScoredLoss` is
+all that passes on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.autograd import attach, functorch_active, in_forward_mode, needs_operator
+from fastis.autograd import attach, needs_operator
 from fastis.kernels import kernels_for
-from fastis.kernels.formats import compute_dtype
 from fastis.kernels.loss import CrossEntropyOptions, Denominator, ElementwiseOptions, Wanted
+from fastis.scored import MAX_MEAN_GRAD, ScoredLoss, UnweightedLoss
 
-__all__ = [
-    "ScoredLoss",
-    "binary_cross_entropy_with_logits",
-    "cross_entropy",
-    "mse_loss",
-    "scored_loss",
-]
+__all__ = ["binary_cross_entropy_with_logits", "cross_entropy", "mse_loss"]
 
-# The mean gradient costs a read and a write per class and batch; above this it is left out.
-MAX_MEAN_GRAD = 4096
 _DEFAULTS = CrossEntropyOptions()
 _LOGITS = frozenset(check.LOGITS)
 _is_grad_enabled = torch.is_grad_enabled
 _new_tuple = tuple.__new__
 _float32, _float64, _int64 = torch.float32, torch.float64, torch.int64
-
-
-class ScoredLoss(NamedTuple):
-    """What a loss hands to the optimiser and to :meth:`fastis.Sampler.update`.
-
-    Attributes
-    ----------
-    loss : Tensor
-        0-d (``[B]`` for ``reduction="none"``), differentiable in the logits.
-    losses : Tensor
-        ``[B]``, detached: per-sample losses, class weights included, coefficients not.
-    score : Tensor
-        ``[B]``, detached: ``|g_i|``, the norm of each sample's gradient ``d loss_i / d logits_i``.
-    mean_grad : Tensor or None
-        ``(1/B) sum_i r_i g_i``, ``[C]``, detached, for ``[B, C]`` logits with C <= 4096; else None,
-        and the variance traces take ``|G|^2 = 0``.
-
-    float32 for float32, bfloat16 and float16 logits; float64 for float64. Make one yourself for a
-    loss that was computed elsewhere.
-    """
-
-    loss: Tensor
-    losses: Tensor
-    score: Tensor
-    mean_grad: Tensor | None = None
-
-    def backward(self, *args: Any, **kwargs: Any) -> None:
-        """``loss.backward``, with its arguments."""
-        self.loss.backward(*args, **kwargs)
-
-    def item(self) -> float:
-        """``loss.item()``. Waits for the device."""
-        return self.loss.item()
 
 
 def cross_entropy(
@@ -166,7 +124,7 @@ def cross_entropy(
             and weights.is_contiguous()
             and not weights.requires_grad
         ):
-            weights, denominator = _weighting(logits, weights, reduction, denominator)
+            weights, denominator = check.weighting(logits, weights, reduction, denominator)
         if denominator is None:
             denominator = float(shape[0] if len(shape) == 2 else shape[0] * shape[1])
     wanted = (
@@ -181,9 +139,12 @@ def cross_entropy(
     loss, losses, score, mean_grad, grad = kernels.cross_entropy(
         logits, target, weights, options, _new_tuple(Wanted, wanted)
     )
+    made: type[ScoredLoss] = ScoredLoss
     if grad is not None:
         loss = attach(logits, loss, grad, kernels)
-    return _new_tuple(ScoredLoss, (loss, losses, score, mean_grad))
+        if weights is None and wanted[1]:
+            made = UnweightedLoss
+    return _new_tuple(made, (loss, losses, score, mean_grad))
 
 
 def binary_cross_entropy_with_logits(
@@ -288,20 +249,6 @@ def _on_one_gpu(logits: Tensor, other: Tensor) -> bool:
     return logits.is_cuda and other.is_cuda and logits.get_device() == other.get_device()
 
 
-def _weighting(
-    logits: Tensor, weights: Tensor | None, reduction: str, denominator: Denominator
-) -> tuple[Tensor | None, Denominator]:
-    """The coefficients in the compute dtype and the denominator (None: the loss's default)."""
-    if reduction != "mean" or denominator is not None:
-        check.choice("reduction", reduction, check.REDUCTIONS)
-        denominator = check.denominator(denominator, reduction, logits)
-        if reduction != "mean":
-            denominator = 1.0
-    if weights is not None:
-        weights = check.constant("weights", weights, logits.shape[:1], logits)
-    return weights, denominator
-
-
 def _elementwise(
     name: str,
     logits: Tensor,
@@ -314,7 +261,7 @@ def _elementwise(
 ) -> ScoredLoss:
     """The losses that are sums over the outputs of a sample, on logits seen as ``[B, L]``."""
     target = check.elementwise_target(logits, target)
-    weights, denominator = _weighting(logits, weights, reduction, denominator)
+    weights, denominator = check.weighting(logits, weights, reduction, denominator)
     if label_reduction is None:
         label_reduction = "sum" if reduction == "sum" else "mean"
     check.choice("label_reduction", label_reduction, ("mean", "sum"))
@@ -336,105 +283,15 @@ def _elementwise(
     loss, losses, score, mean_grad, grad = getattr(kernels, name)(
         flat, target, weights, options, wanted
     )
+    made: type[ScoredLoss] = ScoredLoss
     if grad is not None:
         loss = attach(logits, loss, grad.view(shape), kernels)
-    return ScoredLoss(loss, losses, score, mean_grad)
+        if weights is None and wanted.reduce:
+            made = UnweightedLoss
+    return _new_tuple(made, (loss, losses, score, mean_grad))
 
 
 def _by_operator(name: str, *arguments: Any) -> ScoredLoss:
     from fastis import operators
 
     return ScoredLoss(*operators.call(name, *arguments))
-
-
-def scored_loss(
-    loss_fn: Callable[[Tensor, Tensor], Tensor],
-    logits: Tensor,
-    target: Tensor,
-    weights: Tensor | None = None,
-    *,
-    reduction: str = "mean",
-    denominator: float | Tensor | None = None,
-) -> ScoredLoss:
-    """Any differentiable per-sample loss, with the score taken by autograd.
-
-    The loss stays in the graph, so it is differentiable in all that ``loss_fn`` uses, to any order;
-    the price is a second backward pass through ``loss_fn``. Equal::
-
-        losses = loss_fn(logits, target)
-        (g,) = torch.autograd.grad(losses.sum(), logits, retain_graph=True)
-        score = g.flatten(1).norm(dim=1)
-        loss = (weights * losses).sum() / (denominator or B)
-
-    Parameters
-    ----------
-    loss_fn : callable
-        ``loss_fn(logits, target)`` -> ``[B]``, where sample i's loss depends on row i only.
-    logits : Tensor
-        ``[B, ...]``, floating.
-    target
-        handed to ``loss_fn`` as it is.
-    weights, reduction, denominator
-        as in :func:`cross_entropy`; the denominator of the mean is B.
-
-    Returns
-    -------
-    ScoredLoss
-        ``mean_grad`` is ``[C]`` for ``[B, C]`` logits with C <= 4096, else None.
-
-    Raises
-    ------
-    TypeError, ValueError
-        for wrong arguments; ValueError when ``loss_fn`` returns anything but ``[B]`` values that
-        depend on the logits. A scalar hides the per-sample losses: pass ``reduction="none"``.
-    """
-    check.logits("logits", logits, "[B, ...]", tuple(range(1, 9)))
-    check.tensor("logits", logits)
-    check.choice("reduction", reduction, check.REDUCTIONS)
-    weights, denominator = _weighting(logits, weights, reduction, denominator)
-    raw, g = _losses_and_gradient(loss_fn, logits, target)
-    batch = logits.shape[0]
-    flat = g.reshape(batch, logits.shape[1:].numel()).to(compute_dtype(logits.dtype))
-    score = flat.norm(dim=1)
-    kept = raw.to(flat.dtype)
-    weighted = kept if weights is None else kept * weights
-    mean_grad = None
-    if logits.dim() <= 2 and flat.shape[1] <= MAX_MEAN_GRAD:
-        mean_grad = (flat if weights is None else flat * weights[:, None]).mean(0)
-    if reduction == "none":
-        loss = weighted
-    else:
-        loss = weighted.sum() / (batch if denominator is None else denominator)
-    return ScoredLoss(loss, kept.detach(), score, mean_grad)
-
-
-def _losses_and_gradient(
-    loss_fn: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``loss_fn``'s ``[B]`` losses, in the graph when one is being built, and g like the logits."""
-
-    def sum_and_losses(seen: Tensor) -> tuple[Tensor, Tensor]:
-        losses = loss_fn(seen, target)
-        if not isinstance(losses, Tensor) or losses.shape != logits.shape[:1]:
-            raise ValueError(
-                f"loss_fn must return one loss per sample, shape [{logits.shape[0]}], got "
-                f"{check.describe(losses)}; if it takes a reduction, pass reduction='none' and "
-                "average over all but the first dimension"
-            )
-        if not losses.requires_grad:
-            raise ValueError("loss_fn must return losses that are differentiable in the logits")
-        return losses.sum(), losses
-
-    if functorch_active() or in_forward_mode():  # torch.func keeps tangents and outer transforms
-        g, losses = torch.func.grad(sum_and_losses, has_aux=True)(logits)
-        return losses, g
-    building = logits.requires_grad and _is_grad_enabled()
-    with torch.inference_mode(False), torch.enable_grad():
-        if isinstance(target, Tensor) and target.is_inference():
-            target = target.clone()
-        seen = logits
-        if not building:
-            seen = (logits.clone() if logits.is_inference() else logits).detach().requires_grad_()
-        total, losses = sum_and_losses(seen)
-        (g,) = torch.autograd.grad(total, seen, retain_graph=building)
-    return losses if building else losses.detach(), g

@@ -20,6 +20,7 @@ from fastis.kernels.layout import FLATTEN, SCHEMES, Constants, Table, is_uniform
 from fastis.kernels.table import Batch
 from fastis.methods import Method, from_name
 from fastis.methods.base import FOREVER
+from fastis.misuse import Watch, check_group, check_returned
 from fastis.monitor import Monitored
 from fastis.variance import Variance
 
@@ -54,6 +55,10 @@ class Sampler(Monitored):
     scheme : "multinomial", "stratified" or "systematic"
         independent draws; one draw from each of B equal slices of the cumulative distribution; or
         one random offset for all slices. The same expectation, with less and less variance.
+    group : False, optional
+        to be given where torch.distributed has several processes, since each of them would draw
+        the same samples: False is a process on its own, with a seed of its own. (A process group,
+        for one global minibatch of all, is not built yet.)
     device : torch.device or str, optional
         where the state and the minibatches live; None: torch's default device. The data may live
         anywhere.
@@ -96,9 +101,11 @@ class Sampler(Monitored):
         max_duplicates: float = 2.0,
         flatten: str = "cap",
         scheme: str = "multinomial",
+        group: Any = None,
         device: torch.device | str | None = None,
         seed: int | None = None,
     ) -> None:
+        check_group(group)
         n = check.integer("num_samples", num_samples, 1, 2**32 - 1)
         b = check.integer("batch_size", batch_size, 1, 2**31 - 1)
         seed = seed_from(None, _cpu) if seed is None else seed
@@ -116,6 +123,7 @@ class Sampler(Monitored):
             "max_duplicates": _duplicates(max_duplicates, n, b, self._method.has_states),
             "flatten": check.choice("flatten", flatten, ["cap", "mix"]),
             "scheme": check.choice("scheme", scheme, SCHEMES),
+            "group": group,
             "seed": check.integer("seed", seed, 0, 2**64 - 1),
         }
         device = torch.get_default_device() if device is None else torch.device(device)
@@ -150,6 +158,7 @@ class Sampler(Monitored):
 
     def _use(self, table: Table) -> None:
         self._table, self._variance = table, Variance(table)
+        self._watch = Watch(table, self._arguments["group"])
         self._device_type = table.device.type
         observes_score = type(self._method).observed is Method.observed
         self._observed_of = None if observes_score else self._method.observed
@@ -166,6 +175,8 @@ class Sampler(Monitored):
 
         May run ahead of :meth:`update` (prefetching): coefficients stay those of the draw.
         """
+        if self._watch.silent:
+            self._watch.drawn()
         batch = self._new_batch()
         kernels = kernels_for("table", self._device_type)
         if self._method.fused and kernels.IS_ATOMIC:
@@ -175,7 +186,13 @@ class Sampler(Monitored):
                 self._method.next_batch(self._table, batch)
         return batch
 
-    def update(self, batch: Batch, out: Scored | Sequence[Scored] | Tensor) -> None:
+    def update(
+        self,
+        batch: Batch,
+        out: Scored | Sequence[Scored] | Tensor,
+        *,
+        indices: Tensor | Sequence[int] | None = None,
+    ) -> None:
         """Learns from one minibatch, once its scores are known: one iteration of ``.step``.
 
         Parameters
@@ -186,6 +203,9 @@ class Sampler(Monitored):
             of the whole minibatch, or its parts in order (gradient accumulation); or the scores
             themselves: a residual, a TD error. Without ``mean_grad`` the variance traces take
             ``|G|^2 = 0``.
+        indices : int tensor [B] or sequence, optional
+            as the data set returned them with its data: an error where they are not those of the
+            batch. Waits for a CUDA device.
 
         Tensors on another device than the sampler's are moved, about 4 B + C numbers. To a sampler
         on a GPU that waits for nothing; a sampler on the host waits until the GPU has computed the
@@ -196,17 +216,28 @@ class Sampler(Monitored):
         TypeError, ValueError, IndexError
             before anything has changed.
 
+        Warns
+        -----
+        UserWarning
+            once, for a loss to be differentiated that was computed without the coefficients of a
+            minibatch that has some.
+
         Non-finite scores, and those from 2^60 on, leave their samples' states unchanged and are
         counted in ``.skipped``; scores below 2^-100 all weigh the same. A sample drawn twice is
         observed once: its first position wins.
         """
         observation = observe(self._table.device, self._observed_of, batch, out)
+        if indices is not None:
+            check_returned(batch, indices)
         kernels = kernels_for("table", self._device_type)
         if self._method.fused and kernels.IS_ATOMIC:
             kernels.update(self._table, observation)
         else:
             with self._table.lock:
                 self._method.update(self._table, observation)
+        self._watch.silent = False
+        if getattr(out, "weighted", None) is not True:
+            self._watch.not_surely_weighted(batch, out)
 
     def update_and_sample(self, batch: Batch, out: Scored | Sequence[Scored] | Tensor) -> Batch:
         """:meth:`update`, then :meth:`sample`: exactly these two, in one launch on a CUDA device.
@@ -229,13 +260,26 @@ class Sampler(Monitored):
         next_batch = self._new_batch()
         with self._table.lock:
             self._method.update_and_draw(self._table, observation, next_batch)
+        self._watch.silent = False
+        if getattr(out, "weighted", None) is not True:
+            self._watch.not_surely_weighted(batch, out)
         return next_batch
 
     def __iter__(self) -> NoReturn:
         raise TypeError(
-            "a fastis.Sampler can't be iterated over: its minibatches have coefficients, which a "
-            "torch DataLoader would lose. Use fastis.DataLoader(dataset, sampler), or call sample()"
+            "a fastis.Sampler can't be iterated, nor be the sampler of a torch DataLoader, which "
+            "would lose the coefficients: use fastis.DataLoader(dataset, sampler), or "
+            "sampler.sample()"
         )
+
+    def __len__(self) -> NoReturn:
+        raise TypeError(
+            "a fastis.Sampler has no length: minibatches come without end; the data set's is "
+            "sampler.num_samples, an epoch's that of fastis.DataLoader(dataset, sampler)"
+        )
+
+    def __bool__(self) -> bool:
+        return True
 
     def _new_batch(self) -> Batch:
         return Batch(_empty_like(self._like.indices), _empty_like(self._like.weights))
@@ -286,7 +330,7 @@ class Sampler(Monitored):
             }
 
     def _settings(self) -> dict[str, Any]:
-        settings = {k: v for k, v in self._arguments.items() if k != "method"}
+        settings = {k: v for k, v in self._arguments.items() if k not in ("method", "group")}
         return {**settings, "method": self._method.name, "options": self._method.options()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -320,6 +364,7 @@ class Sampler(Monitored):
                 self._table.load(tensors, seed)
                 if state is not theirs:
                     self._method.grow(self._table)
+                self._watch.silent = False
                 self._arguments["seed"] = seed
 
     def __getstate__(self) -> dict[str, Any]:

@@ -375,9 +375,9 @@ def test_a_data_set_that_has_grown_since():
 
 
 def test_torchs_loader_refuses_the_sampler():
-    with pytest.raises(TypeError, match=r"Use fastis\.DataLoader\(dataset, sampler\)"):
+    with pytest.raises(TypeError, match=r"use fastis\.DataLoader\(dataset, sampler\)"):
         list(torch.utils.data.DataLoader(Indices(), B, sampler=fastis.Sampler(N, B)))
-    with pytest.raises(TypeError, match=r"Use fastis\.DataLoader\(dataset, sampler\)"):
+    with pytest.raises(TypeError, match=r"use fastis\.DataLoader\(dataset, sampler\)"):
         list(torch.utils.data.DataLoader(Indices(), batch_sampler=fastis.Sampler(N, B)))
 
 

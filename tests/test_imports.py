@@ -22,22 +22,9 @@ ORDER = [
     *("kernels.state", "kernels.variance", "kernels.table", "kernels.loss"),
     "kernels.batch_norm",
     *("kernels.reference", "kernels.cpu", "kernels.cuda", "kernels.triton"),
-    *("check", "batch", "autograd", "operators", "loss", "categorical", "saved", "methods"),
-    *(
-        "coefficients",
-        "batch_norm",
-        "variance",
-        "monitor",
-        "sampler",
-        "rates",
-        "in_flight",
-        "data",
-        "checkpoint",
-        "lr",
-        "gradients",
-        "estimators",
-        "config",
-    ),
+    *("check", "batch", "scored", "autograd", "operators", "loss", "any_loss", "categorical"),
+    *("saved", "methods", "coefficients", "batch_norm", "variance", "misuse", "monitor", "sampler"),
+    *("rates", "in_flight", "data", "checkpoint", "lr", "gradients", "estimators", "config"),
 ]
 
 

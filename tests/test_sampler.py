@@ -289,7 +289,7 @@ def test_an_empty_update_is_no_iteration():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_samples": 11}, "num_samples=10, got 11"),
+        ({"num_samples": 11}, "at most num_samples=10 samples, got 11"),
         ({"batch_size": 3}, "batch_size=2, got 3"),
         ({"method": "scan"}, "method='emais', got 'scan'"),
         ({"method": EMAIS(tau=5)}, "options="),
