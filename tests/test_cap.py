@@ -132,7 +132,7 @@ def test_runs_beyond_two_to_the_31_go_on_learning(any_backend, updates):
 
 def test_linear_time_constants_count_all_iterations(any_backend):
     """tau is the whole run's length, though states hold iterations modulo 2^31."""
-    sampler = fastis.Sampler(4, 4, method=EMAIS(warmup_epochs=0))
+    sampler = fastis.Sampler(4, 4, method=EMAIS(warmup_epochs=0, tau_scale=1.0))
     sampler._table.scalars[UPDATES] = 2**33
     for score in (1.0, 5.0):
         sweep(sampler, torch.full((4,), score))

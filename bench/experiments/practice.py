@@ -91,6 +91,10 @@ def best_of(grid: Sequence[RunConfig], rows: Rows) -> RunConfig | None:
     return min(grid, key=lambda config: test_error(rows[config.key]))
 
 
+def uniform_grid(setting: Setting, settings: Settings) -> list[RunConfig]:
+    return [setting.config(settings, "scan", lr) for lr in setting.rates]
+
+
 def at_own_rates(
     setting: Setting, ways: Ways, settings: Settings, rows: Rows
 ) -> list[RunConfig | Once]:
@@ -112,7 +116,7 @@ def defaults(settings: Settings, rows: Rows) -> list[RunConfig | Once]:
     for setting in SETTINGS.values():
         if not setting.is_of(settings.data):
             continue
-        grid = [setting.config(settings, "scan", lr) for lr in setting.rates]
+        grid = uniform_grid(setting, settings)
         best = best_of(grid, rows)
         runs += searched(grid, best)
         if best is not None:
@@ -144,7 +148,7 @@ WRONGLY_LABELLED = ("20 % wrong labels", "40 % wrong labels")
 def by_length(task: str, settings: Settings, rows: Rows) -> list[list[RunConfig]]:
     """For each length the runs of COMPARED at SGD-Scan's best rate; none while that isn't known."""
     setting = SETTINGS[task]
-    best = best_of([setting.config(settings, "scan", lr) for lr in setting.rates], rows)
+    best = best_of(uniform_grid(setting, settings), rows)
     if best is None:
         return []
     lengths = (setting.iterations // 4, setting.iterations // 2, setting.iterations)
@@ -156,15 +160,14 @@ def by_length(task: str, settings: Settings, rows: Rows) -> list[list[RunConfig]
 
 
 @experiment("Wrong labels, at fewer steps")
-def wrong_labels(settings: Settings, rows: Rows) -> list[RunConfig]:
+def wrong_labels(settings: Settings, rows: Rows) -> list[RunConfig | Once]:
     """At SGD-Scan's best rate of `defaults`: whether a lower train loss comes with a higher test
     error, for uniform sampling too."""
-    return [
-        config
-        for task in WRONGLY_LABELLED
-        for runs in by_length(task, settings, rows)
-        for config in runs
-    ]
+    runs: list[RunConfig | Once] = []
+    for task in WRONGLY_LABELLED:
+        runs += map(Once, uniform_grid(SETTINGS[task], settings))
+        runs += [config for one in by_length(task, settings, rows) for config in one]
+    return runs
 
 
 PEERS: Ways = {
