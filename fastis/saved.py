@@ -148,7 +148,19 @@ def grown(
         "to be new, and unseen",
         stacklevel=3,
     )
+    rows["scalars"] = _after_warmup(table, state.get("scalars"))
     return {**state, **rows, "settings": {**settings, "num_samples": n}}
+
+
+def _after_warmup(table: Table, scalars: Any) -> Any:
+    """``scalars`` whose uniform draws on demand begin where the table's warm-up has ended."""
+    label = "state_dict['scalars']"
+    if type(scalars) is not Tensor or _dense(label, scalars).shape != (DURABLE_SCALARS,):
+        return scalars
+    scalars = _readable(label, scalars).clone()
+    if scalars.dtype == torch.int64:
+        scalars[UNIFORM_FROM].clamp_(min=min(table.constants.warmup_draws, NEVER - 1))
+    return scalars
 
 
 def _with_rows_of(new: Tensor, before: int, name: str, value: Any) -> Any:

@@ -75,6 +75,17 @@ def test_a_run_in_its_uniform_epochs_goes_on_with_the_longer_ones():
     assert bool((after.sample().weights == 1).all())
 
 
+def test_uniform_draws_on_demand_go_on(any_backend):
+    before = trained(EMAIS(warmup_epochs=2), steps=22)  # of which 20 are warm-up; then it is 28
+    before.uniform = True
+    after = grown_from(before)
+    assert after.uniform
+    assert all(bool((batch.weights == 1).all()) for batch in drive(after, 30))
+    assert after.phase == "uniform"
+    after.uniform = False
+    assert after.phase == "importance"
+
+
 def test_prioritized_gives_new_samples_the_largest_priority():
     after = grown_from(trained(make("prioritized")))
     p = after.probabilities()
