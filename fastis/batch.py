@@ -67,6 +67,15 @@ def observe(
     return observation if _is_ready(device, observation) else _made_ready(device, observation)
 
 
+def with_coefficients(observation: Observation, correction: float) -> Observation:
+    """The observation with 1/(N p) for weights, which are that to the power of ``correction``.
+
+    At 0 all weights are 1, and stay so. Near 0 rounding would be magnified: not beyond 1000 times.
+    """
+    exponent = 1 / max(correction, 1e-3)
+    return observation._replace(weights=observation.weights.pow(exponent))
+
+
 def _observed(observed_of: Callable[[Scored], Tensor], name: str, out: Scored) -> Tensor:
     """``observed_of(out)``, which may compute with the losses."""
     check.readable(f"{name}.losses", out.losses)

@@ -42,6 +42,7 @@ class Monitored(MinibatchSource):
     _method: Method
     _table: Table
     _variance: Variance
+    correction: float
 
     @property
     def num_samples(self) -> int:
@@ -112,7 +113,7 @@ class Monitored(MinibatchSource):
             With ``full``, for methods that keep one:
 
             - ``staleness``: iterations since a sample's last score, mean over the seen ones.
-            - ``largest_weight``: the largest coefficient that the next draw can give (methods with
+            - ``largest_weight``: the largest weight that the next draw can give (methods with
               coefficients).
         """
         table, method = self._table, self._method
@@ -131,7 +132,8 @@ class Monitored(MinibatchSource):
                 found["staleness"] = _staleness(table)
                 if method.has_coefficients:
                     least = self.probabilities().min()
-                    found["largest_weight"] = 1 / (table.constants.num_samples * least)
+                    largest = 1 / (table.constants.num_samples * least)
+                    found["largest_weight"] = largest**self.correction
         values = torch.stack([value.double() for value in found.values()])
         return dict(zip(found, values.tolist(), strict=True))
 
@@ -147,6 +149,8 @@ class Monitored(MinibatchSource):
         phase, step = PHASES[int(stats["phase"])], int(stats["step"])
         if not (self._method.adjusts_lr and self._method.has_coefficients):
             return f"gain not known: method {self._method.name!r} does not estimate it"
+        if self.correction != 1.0:
+            return "gain not known while the correction is below 1"
         if phase == "uniform":
             return "gain not known while draws are uniform"
         if step < warmup + UPDATES_TO_KNOW:
@@ -179,9 +183,9 @@ class Monitored(MinibatchSource):
             ``(mu2 + tr V_uni / B) / (mu2 + tr V_is / B)``, with mu2 the squared norm of the mean
             gradient: between 1 and N_ems / B, and nearer to 1 the less noise there is.
 
-        1 while draws are uniform, and for methods that define no adjustment. RAIS has a gain of its
-        own, by either rule. A loss without ``mean_grad`` counts as mu2 = 0, which makes the rules
-        one.
+        1 while draws are uniform, with a :attr:`correction` below 1, and for methods that define no
+        adjustment. RAIS has a gain of its own, by either rule. A loss without ``mean_grad`` counts
+        as mu2 = 0, which makes the rules one.
 
         Raises
         ------
@@ -191,6 +195,8 @@ class Monitored(MinibatchSource):
         if rule not in RULES:
             check.choice("rule", rule, RULES)
         factor = self._method.lr_factor(self._table, rule)
+        if self.correction != 1.0:
+            factor = torch.ones_like(factor)
         if optimizer == "sgd":
             return factor
         check.choice("optimizer", optimizer, OPTIMIZERS)
@@ -254,11 +260,12 @@ class Monitored(MinibatchSource):
 
     def __repr__(self) -> str:
         a = self._arguments
+        correction = "" if self.correction == 1.0 else f", correction={self.correction:g}"
         text = (
             f"Sampler(num_samples={a['num_samples']}, batch_size={a['batch_size']}, "
             f"method={self._method!r}, max_duplicates={a['max_duplicates']:g}, "
             f"flatten={a['flatten']!r}, scheme={a['scheme']!r}, device={str(self.device)!r}, "
-            f"seed={a['seed']})"
+            f"seed={a['seed']}{correction})"
         )
         if self.device.type == "meta":
             return text

@@ -6,14 +6,14 @@ scored loss after it. Between the two it knows neither the model nor the data.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from fastis import check, saved
-from fastis.batch import Scored, observe
+from fastis import check
+from fastis.batch import Scored, observe, with_coefficients
 from fastis.categorical import seed_from
 from fastis.kernels import kernels_for
 from fastis.kernels.layout import FLATTEN, SCHEMES, Constants, Table, is_uniform
@@ -21,14 +21,13 @@ from fastis.kernels.table import Batch
 from fastis.methods import Method, from_name
 from fastis.methods.base import FOREVER
 from fastis.misuse import Watch, check_group, check_returned
-from fastis.monitor import Monitored
+from fastis.resume import Resumable
 from fastis.variance import Variance
 
-_STATE_VERSION = 3
 _empty_like, _cpu = torch.empty_like, torch.device("cpu")
 
 
-class Sampler(Monitored):
+class Sampler(Resumable):
     """Draws minibatches by importance sampling, and learns each sample's importance on the way.
 
     A training step calls :meth:`sample` before the forward pass and :meth:`update` after the loss.
@@ -55,6 +54,8 @@ class Sampler(Monitored):
     scheme : "multinomial", "stratified" or "systematic"
         independent draws; one draw from each of B equal slices of the cumulative distribution; or
         one random offset for all slices. The same expectation, with less and less variance.
+    correction : float in [0, 1]
+        weights are (1/(N p))^correction: see :attr:`correction`.
     group : False, optional
         to be given where torch.distributed has several processes, since each of them would draw
         the same samples: False is a process on its own, with a seed of its own. (A process group,
@@ -101,6 +102,7 @@ class Sampler(Monitored):
         max_duplicates: float = 2.0,
         flatten: str = "cap",
         scheme: str = "multinomial",
+        correction: float = 1.0,
         group: Any = None,
         device: torch.device | str | None = None,
         seed: int | None = None,
@@ -126,6 +128,7 @@ class Sampler(Monitored):
             "group": group,
             "seed": check.integer("seed", seed, 0, 2**64 - 1),
         }
+        self.correction = correction
         device = torch.get_default_device() if device is None else torch.device(device)
         with torch.inference_mode(False):  # else no update outside of it could write its tensors
             self._use(self._new_table(warmup_draws, torch.empty(0, device=device).device))
@@ -184,6 +187,8 @@ class Sampler(Monitored):
         else:
             with self._table.lock:
                 self._method.next_batch(self._table, batch)
+        if self._correction != 1.0:
+            batch.weights.pow_(self._correction)
         return batch
 
     def update(
@@ -229,6 +234,8 @@ class Sampler(Monitored):
         observation = observe(self._table.device, self._observed_of, batch, out)
         if indices is not None:
             check_returned(batch, indices)
+        if self._correction != 1.0:
+            observation = with_coefficients(observation, self._correction)
         kernels = kernels_for("table", self._device_type)
         if self._method.fused and kernels.IS_ATOMIC:
             kernels.update(self._table, observation)
@@ -257,9 +264,13 @@ class Sampler(Monitored):
             as :meth:`update`, before anything has changed: nothing was drawn then.
         """
         observation = observe(self._table.device, self._observed_of, batch, out)
+        if self._correction != 1.0:
+            observation = with_coefficients(observation, self._correction)
         next_batch = self._new_batch()
         with self._table.lock:
             self._method.update_and_draw(self._table, observation, next_batch)
+        if self._correction != 1.0:
+            next_batch.weights.pow_(self._correction)
         self._watch.silent = False
         if getattr(out, "weighted", None) is not True:
             self._watch.not_surely_weighted(batch, out)
@@ -283,6 +294,40 @@ class Sampler(Monitored):
 
     def _new_batch(self) -> Batch:
         return Batch(_empty_like(self._like.indices), _empty_like(self._like.weights))
+
+    # What can be changed during a run ------------------------------------------------------------
+
+    @property
+    def correction(self) -> float:
+        """In [0, 1], settable at any time: ``batch.weights`` are ``(1/(N p))^correction``.
+
+        1 is unbiased. Below, the objective leans towards the samples that are drawn often, and the
+        less the nearer to 1; prioritized replay (Schaul et al. 2015) anneals it towards 1. At 0
+        all weights are 1.
+
+        Probabilities stay as they are. :meth:`update` takes 1/(N p) back from the weights, by the
+        correction then in force, so that the variance traces, N_ems and S are those of the unbiased
+        estimate (but for ``|G|^2``; at 0 nothing is left to take back, and they are those of
+        uniform draws). :meth:`lr_factor` is 1 below 1. Saved with the state. A CUDA graph keeps the
+        correction that it was captured with.
+
+        Raises
+        ------
+        TypeError, ValueError
+            for no number in [0, 1], and for other than 1 with a method that has no such
+            coefficients.
+        """
+        return self._correction
+
+    @correction.setter
+    def correction(self, wanted: float) -> None:
+        found = check.number("correction", wanted, 0.0, 1.0)
+        if found != 1.0 and not self._method.has_coefficients:
+            raise ValueError(
+                f"correction must be 1 for method {self._method.name!r}, whose weights are not "
+                f"1/(N p), got {wanted!r}"
+            )
+        self._arguments["correction"] = self._correction = found
 
     @property
     def uniform(self) -> bool:
@@ -312,68 +357,6 @@ class Sampler(Monitored):
                 f"batch_size={self.batch_size} from num_samples={self.num_samples}"
             )
         self._table.draw_uniformly(wanted)
-
-    # Saving --------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to go on bit for bit, as new tensors.
-
-        Tensors, numbers and strings only: fit for ``torch.save`` and ``weights_only=True``. All of
-        one moment, also while another thread draws and updates (O(N), during which that one waits).
-        Raises nothing of its own.
-        """
-        with torch.inference_mode(False), self._table.lock:
-            return {
-                "version": _STATE_VERSION,
-                "settings": self._settings(),
-                **self._table.snapshot(),
-            }
-
-    def _settings(self) -> dict[str, Any]:
-        settings = {k: v for k, v in self._arguments.items() if k not in ("method", "group")}
-        return {**settings, "method": self._method.name, "options": self._method.options()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over :meth:`state_dict` of a sampler with the same arguments, from any device.
-
-        ``num_samples`` may have grown: what was appended to the data set is unseen then, and a
-        warning says so. An epoch, also of the uniform ones at the start, is one of the new N.
-
-        It goes into the tensors that are there, so that a CUDA graph captured before goes on with
-        the state loaded. The seed is part of the state and taken over too; a graph, however, keeps
-        the seed that it was captured with: capture anew when it differs.
-
-        Every number is checked first, so that also a file from elsewhere or a damaged one either
-        gives a table that is right or is refused. O(N).
-
-        Raises
-        ------
-        ValueError
-            for a version, setting, shape or number that the state of this sampler can't have.
-        TypeError
-            for a state that is no dict, and what is no dense ``torch.Tensor`` of the right dtype.
-
-        Both say what was expected and what came; nothing has changed then.
-        """
-        theirs = saved.upgraded(state)
-        state = saved.grown(self._table, theirs, self._method.memory)
-        seed = saved.checked_seed(state, _STATE_VERSION, self._settings())
-        with torch.inference_mode(False):
-            tensors = saved.checked(self._table, state, self._method.memory_ranges)
-            with self._table.lock:
-                self._table.load(tensors, seed)
-                if state is not theirs:
-                    self._method.grow(self._table)
-                self._watch.silent = False
-                self._arguments["seed"] = seed
-
-    def __getstate__(self) -> dict[str, Any]:
-        arguments = {**self._arguments, "device": str(self.device)}
-        return {"arguments": arguments, "state": saved.as_arrays(self.state_dict())}
-
-    def __setstate__(self, pickled: dict[str, Any]) -> None:
-        self.__init__(**pickled["arguments"])  # type: ignore[misc]
-        self.load_state_dict(saved.as_tensors(pickled["state"]))
 
 
 def _duplicates(max_duplicates: float, num_samples: int, batch_size: int, used: bool) -> float:

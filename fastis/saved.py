@@ -71,7 +71,8 @@ def upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
     """A state of version 1 or 2 as one of version 3; anything else as it is.
 
     Version 1 called the samples' states records, and had no gain: until the next update it is taken
-    to be the factor. Up to version 2 nobody could ask for uniform draws, and none paused.
+    to be the factor. Up to version 2 nobody could ask for uniform draws, none paused, and the
+    correction was always 1.
     """
     if isinstance(state, Mapping) and _is_same(state.get("version"), 1):
         state = _with_gain(state)
@@ -89,7 +90,8 @@ def upgraded(state: Mapping[str, Any]) -> Mapping[str, Any]:
     ):
         variance = _readable("state_dict['variance']", variance)
         state = {**state, "variance": torch.cat([variance, variance.new_tensor([-1.0])])}
-    return {**state, "settings": _never_pausing(state.get("settings")), "version": 3}
+    settings = _never_pausing(state.get("settings"))
+    return {**state, "settings": settings, "correction": 1.0, "version": 3}
 
 
 def _never_pausing(settings: Any) -> Any:
@@ -186,6 +188,15 @@ def checked_seed(state: Mapping[str, Any], version: int, settings: dict[str, Any
         if name != "seed" and not _is_same(theirs.get(name), value):
             raise ValueError(f"state_dict must have {name}={value!r}, got {theirs.get(name)!r}")
     return check.integer("state_dict's seed", theirs.get("seed"), 0, 2**64 - 1)
+
+
+def checked_correction(state: Mapping[str, Any], may_differ: bool) -> float:
+    """The exponent of the coefficients; 1 for a method that has none."""
+    correction = state.get("correction")
+    if correction is None:
+        raise ValueError("state_dict must have a correction, got None")
+    least = 0.0 if may_differ else 1.0
+    return check.number("state_dict's correction", correction, least, 1.0)
 
 
 def _is_same(theirs: Any, ours: Any) -> bool:

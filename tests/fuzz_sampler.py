@@ -19,7 +19,7 @@ from torch import Tensor
 import fastis
 from fastis import methods
 from fastis.kernels.code import exponent_of, mantissa_of
-from fastis.kernels.layout import DRAWS, EXPONENT, LAST, SEEN, TOTAL
+from fastis.kernels.layout import EXPONENT, LAST, SEEN, TOTAL
 
 # Whose coefficients are 1 / (N p) of Sampler.probabilities().
 EXACT = ("emais", "loss", "scan", "uniform", "rais")
@@ -101,7 +101,7 @@ class Session:
     def run(self, length: int) -> None:
         steps = (
             [self.step] * 10 + [self.ahead, self.fused, self.fused, self.sweep, self.partial]
-            + [self.wrong, self.wrong, self.save, self.copied, self.read]
+            + [self.wrong, self.wrong, self.save, self.copied, self.read, self.change]
         )  # fmt: skip
         for _ in range(length):
             with fastis.backend("reference" if self.turns and self.case.chance(0.3) else "cpu"):
@@ -138,7 +138,7 @@ class Session:
         least = 1e-38 if self.sampler.method.name in EXACT else 0.0  # 0: left out by self_paced
         assert float(batch.weights.min()) >= least, "a weight is not positive"
         if p is not None and self.sampler.method.name in EXACT:
-            wanted = (1 / (self.n * p[batch.indices])).float()
+            wanted = (1 / (self.n * p[batch.indices])).pow(self.sampler.correction).float()
             torch.testing.assert_close(batch.weights, wanted, rtol=3e-7, atol=0)
         if p is not None and self.sampler.method.name != "presampling":
             assert bool((p[batch.indices] > 0).all())
@@ -234,6 +234,15 @@ class Session:
         case.must_raise(lambda: self.sampler.update_and_sample(batch, out))
         assert same(before, self.sampler.state_dict()), "changed by a call that raised"
 
+    def change(self) -> None:
+        """What the user may change during a run."""
+        case, sampler = self.case, self.sampler
+        case.count("change")
+        if self.size <= self.n:
+            sampler.uniform = case.chance(0.4)
+        if sampler.method.has_coefficients:
+            sampler.correction = case.pick(1.0, 1.0, 0.5, 0.0)
+
     def save(self) -> None:
         """Goes on with another sampler that took over the state: it draws the same."""
         case = self.case
@@ -295,7 +304,7 @@ class Session:
         total = sum(s << shift for shift, s in enumerate(sums.tolist()) if s)
         assert scalars[TOTAL] == total, "the total is not the sum of the integers"
         plain = type(self.sampler.method).probabilities is methods.Method.probabilities
-        if plain and self.small and scalars[DRAWS] >= table.constants.warmup_draws:
+        if plain and self.small and self.sampler.phase == "importance":
             p = self.sampler.probabilities()
             shifts = (exponent_of(codes) - e0).tolist()
             pairs = zip(mantissa_of(codes).tolist(), shifts, seen.tolist(), strict=True)

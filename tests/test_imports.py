@@ -23,7 +23,8 @@ ORDER = [
     "kernels.batch_norm",
     *("kernels.reference", "kernels.cpu", "kernels.cuda", "kernels.triton"),
     *("check", "batch", "scored", "autograd", "operators", "loss", "any_loss", "categorical"),
-    *("saved", "methods", "coefficients", "batch_norm", "variance", "misuse", "monitor", "sampler"),
+    *("saved", "methods", "coefficients", "batch_norm", "variance", "misuse"),
+    *("monitor", "resume", "sampler"),
     *("rates", "in_flight", "data", "checkpoint", "lr", "gradients", "estimators", "config"),
 ]
 

@@ -74,6 +74,16 @@ def test_asking_for_uniform_draws_reads_nothing(launched, name):
             steps(sampler, 2)
 
 
+@pytest.mark.parametrize("name", ["emais", "rais"])
+def test_a_correction_reads_nothing(launched, name):
+    sampler = sampler_on_meta(name)
+    sampler._table.counts_on_host = {DRAWS: 41, UPDATES: 41}
+    with no_host_reads():
+        for correction in (0.0, 0.5, 1.0):
+            sampler.correction = correction
+            steps(sampler, 2)
+
+
 def test_refreshes_read_nothing_in_between(launched):
     method = EMAIS(refresh_every=100, score_fn=lambda i: torch.empty(len(i), device=META))
     sampler = sampler_on_meta(method)

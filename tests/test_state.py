@@ -143,12 +143,12 @@ def test_states_of_the_first_version_go_on_as_there(any_backend, name):
     renamed = {"states" if k == "records" else k: v for k, v in saved["state"].items()}
     # Without a gain: until the next update the factor stands for it.
     renamed["variance"] = torch.cat([renamed["variance"], renamed["variance"][-1:]])
-    # Nobody could ask for uniform draws, and nothing paused.
+    # Nobody could ask for uniform draws, nothing paused, and the correction was 1.
     renamed["scalars"] = torch.cat([renamed["scalars"], torch.tensor([NEVER, 0])])
     renamed["variance"] = torch.cat([renamed["variance"], renamed["variance"].new_tensor([-1.0])])
     if "floor" in (options := renamed["settings"]["options"]):
         renamed["settings"] = {**renamed["settings"], "options": {**options, "least_gain": 0.0}}
-    assert equal_states(sampler.state_dict(), {**renamed, "version": 3})
+    assert equal_states(sampler.state_dict(), {**renamed, "version": 3, "correction": 1.0})
     for indices, weights in zip(saved["indices"], saved["weights"], strict=True):
         batch = sampler.sample()
         assert torch.equal(batch.indices, indices)
