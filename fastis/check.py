@@ -15,7 +15,7 @@ from __future__ import annotations
 import numbers
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -27,6 +27,13 @@ from fastis.kernels.loss import CrossEntropyOptions, Denominator
 LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REDUCTIONS = ("mean", "sum", "none")
 _NOT_CLASS_WEIGHTS = ", a coefficient a sample (torch's weight of classes is class_weights=)"
+_AS_LONG = dict.fromkeys((torch.int32, torch.int16, torch.int8), ": pass target.long()")
+_NAMES_OF_TORCH = {
+    "weight": "weights of the classes are class_weights= (of cross_entropy), weights= are the "
+    "coefficients of the samples",
+    "size_average": "use reduction=",
+    "reduce": "use reduction=",
+}
 _PYTHON = torch._C.DispatchKey.Python
 
 
@@ -205,6 +212,14 @@ def vector(
 # Arguments of the losses
 
 
+def unknown_arguments(function: str, names: Iterable[str]) -> NoReturn:
+    """Raises what Python would, and what the name that torch has is called here."""
+    name = next(iter(names))
+    hint = _NAMES_OF_TORCH.get(name)
+    advice = f": {hint}" if hint else ""
+    raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{advice}")
+
+
 def logits(name: str, value: Any, shapes: str, dims: tuple[int, ...]) -> None:
     """A floating tensor with an allowed number of dimensions."""
     if not isinstance(value, Tensor):
@@ -248,7 +263,7 @@ def class_target(like: Tensor, value: Any) -> Tensor:
     if isinstance(value, Tensor) and value.dtype not in (torch.int64, torch.uint8):
         raise TypeError(
             "target must hold int64 class indices or floating-point class probabilities, "
-            f"got {value.dtype}"
+            f"got {value.dtype}{_AS_LONG.get(value.dtype, '')}"
         )
     found = unwrapped(tensor("target", value))
     why = f" for logits of shape {list(like.shape)} (the class dimension is the last one)"

@@ -11,7 +11,7 @@ all that passes on.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
+    **unknown: NoReturn,
 ) -> ScoredLoss:
     """Cross-entropy with the score of every sample, from one pass over the logits.
 
@@ -94,6 +95,8 @@ def cross_entropy(
         for a class index out of range, before anything is computed (CPU). On other devices the
         sample's loss, score and gradient become NaN instead.
     """
+    if unknown:
+        check.unknown_arguments("cross_entropy", unknown)
     if (
         not isinstance(logits, Tensor)
         or logits.dtype not in _LOGITS
@@ -156,6 +159,7 @@ def binary_cross_entropy_with_logits(
     label_reduction: str | None = None,
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
+    **unknown: NoReturn,
 ) -> ScoredLoss:
     """Binary cross-entropy with the score of every sample, from one pass over the logits.
 
@@ -195,6 +199,8 @@ def binary_cross_entropy_with_logits(
     TypeError, ValueError
         for a wrong type, dtype, shape, device or option, naming the argument.
     """
+    if unknown:
+        check.unknown_arguments("binary_cross_entropy_with_logits", unknown)
     check.logits("logits", logits, "[B], [B, L] or [B, ...]", tuple(range(1, 9)))
     return _elementwise(
         "binary_cross_entropy_with_logits", logits, target, weights,
@@ -210,6 +216,7 @@ def mse_loss(
     label_reduction: str | None = None,
     reduction: str = "mean",
     denominator: float | Tensor | None = None,
+    **unknown: NoReturn,
 ) -> ScoredLoss:
     """Squared error with the score of every sample, from one pass over the prediction.
 
@@ -239,6 +246,8 @@ def mse_loss(
     TypeError, ValueError
         for a wrong type, dtype, shape, device or option, naming the argument.
     """
+    if unknown:
+        check.unknown_arguments("mse_loss", unknown)
     check.logits("prediction", prediction, "[B], [B, L] or [B, ...]", tuple(range(1, 9)))
     return _elementwise(
         "mse_loss", prediction, target, weights, None, label_reduction, reduction, denominator
