@@ -42,6 +42,41 @@ class Batch(NamedTuple):
             self.weights.to(device, non_blocking=non_blocking),
         )
 
+    def mix(self, permutation: Tensor) -> Batch:
+        """The minibatch with the coefficients of pairs: position b is mixed with position
+        ``permutation[b]``, as mixup and CutMix do.
+
+        Both parents were drawn, so that the coefficient of a pair is the product of theirs; a
+        sample that is its own partner keeps its own. The estimate then has the expectation that it
+        has under uniform draws, if draws are independent (``scheme="multinomial"``). Hand the
+        result to the loss and to :meth:`fastis.Sampler.update`: a pair's score goes to the sample
+        at b. Equal::
+
+            partner = weights[permutation]
+            Batch(indices, torch.where(permutation == torch.arange(B), weights, weights * partner))
+
+        Parameters
+        ----------
+        permutation : Tensor
+            int64 ``[B]`` on the minibatch's device, e.g. ``torch.randperm(B)``.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            for another type, dtype or shape; positions outside of the minibatch.
+        """
+        if not isinstance(permutation, Tensor) or permutation.dtype != torch.int64:
+            kind = permutation.dtype if isinstance(permutation, Tensor) else type(permutation)
+            raise TypeError(f"permutation must be an int64 tensor, got {kind}")
+        if permutation.shape != self.weights.shape:
+            raise ValueError(
+                f"permutation must have shape {list(self.weights.shape)}, got "
+                f"{list(permutation.shape)}"
+            )
+        alone = permutation == torch.arange(len(permutation), device=permutation.device)
+        pairs = self.weights * self.weights[permutation]
+        return Batch(self.indices, torch.where(alone, self.weights, pairs))
+
 
 class Observation(NamedTuple):
     """What one minibatch of n draws has shown, on the table's device, contiguous and detached."""
