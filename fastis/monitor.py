@@ -183,7 +183,7 @@ class Monitored(MinibatchSource):
             ``(mu2 + tr V_uni / B) / (mu2 + tr V_is / B)``, with mu2 the squared norm of the mean
             gradient: between 1 and N_ems / B, and nearer to 1 the less noise there is.
 
-        1 while draws are uniform, with a :attr:`correction` below 1, and for methods that define no
+        1 while draws are uniform, with a ``correction`` below 1, and for methods that define no
         adjustment. RAIS has a gain of its own, by either rule. A loss without ``mean_grad`` counts
         as mu2 = 0, which makes the rules one.
 

@@ -308,7 +308,7 @@ class Sampler(Resumable):
         Probabilities stay as they are. :meth:`update` takes 1/(N p) back from the weights, by the
         correction then in force, so that the variance traces, N_ems and S are those of the unbiased
         estimate (but for ``|G|^2``; at 0 nothing is left to take back, and they are those of
-        uniform draws). :meth:`lr_factor` is 1 below 1. Saved with the state. A CUDA graph keeps the
+        uniform draws). ``lr_factor()`` is 1 below 1. Saved with the state. A CUDA graph keeps the
         correction that it was captured with.
 
         Raises
