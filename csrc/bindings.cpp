@@ -173,10 +173,12 @@ PYBIND11_MODULE(_C, m) {
   py::class_<fastis::Table>(m, "Table")
       .def(py::init(&make_table))
       .def_readwrite("seed", &fastis::Table::seed)
+      .def_readwrite("least_gain", &fastis::Table::least_gain)
       .def_property_readonly("address", [](const fastis::Table& t) { return uintptr_t(&t); });
   py::class_<fastis::DeviceTable>(m, "DeviceTable")
       .def(py::init(&make_device_table))
       .def_readwrite("seed", &fastis::DeviceTable::seed)
+      .def_readwrite("least_gain", &fastis::DeviceTable::least_gain)
       .def_property_readonly("address", [](const fastis::DeviceTable& t) { return uintptr_t(&t); });
   m.attr("DEVICE_WORK") = sizeof(fastis::Work) / sizeof(int64_t);
 

@@ -3,12 +3,14 @@ from typing import Any
 class Table:
     def __init__(self, tensors: dict[str, int], constants: dict[str, Any]) -> None: ...
     seed: int
+    least_gain: float
     @property
     def address(self) -> int: ...
 
 class DeviceTable:
     def __init__(self, tensors: dict[str, int], constants: dict[str, Any]) -> None: ...
     seed: int
+    least_gain: float
     @property
     def address(self) -> int: ...
 

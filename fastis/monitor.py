@@ -151,6 +151,9 @@ class Monitored(MinibatchSource):
             return f"gain not known: method {self._method.name!r} does not estimate it"
         if self.correction != 1.0:
             return "gain not known while the correction is below 1"
+        least = self._table.constants.least_gain
+        if phase == "uniform" and not self._table.uniform and least > 0:
+            return f"gain below {least:g}: draws are uniform while no more is predicted"
         if phase == "uniform":
             return "gain not known while draws are uniform"
         if step < warmup + UPDATES_TO_KNOW:

@@ -132,6 +132,7 @@ class Sampler(Resumable):
         device = torch.get_default_device() if device is None else torch.device(device)
         with torch.inference_mode(False):  # else no update outside of it could write its tensors
             self._use(self._new_table(warmup_draws, torch.empty(0, device=device).device))
+            self._pause_or_not()
 
     def _constants(self, warmup_draws: int) -> Constants:
         a = self._arguments
@@ -308,8 +309,9 @@ class Sampler(Resumable):
         Probabilities stay as they are. :meth:`update` takes 1/(N p) back from the weights, by the
         correction then in force, so that the variance traces, N_ems and S are those of the unbiased
         estimate (but for ``|G|^2``; at 0 nothing is left to take back, and they are those of
-        uniform draws). ``lr_factor()`` is 1 below 1. Saved with the state. A CUDA graph keeps the
-        correction that it was captured with.
+        uniform draws). ``lr_factor()`` is 1 below 1, and EMAIS does not pause where little gain is
+        predicted, since variance is not all that is wanted then. Saved with the state. A CUDA graph
+        keeps the correction that it was captured with.
 
         Raises
         ------
@@ -328,6 +330,13 @@ class Sampler(Resumable):
                 f"1/(N p), got {wanted!r}"
             )
         self._arguments["correction"] = self._correction = found
+        if hasattr(self, "_like"):  # else it is being made
+            self._pause_or_not()
+
+    def _pause_or_not(self) -> None:
+        """Lets the method pause importance sampling with a correction of 1 only."""
+        least_gain = self._method.constants().get("least_gain", 0.0)
+        self._table.pause_below(least_gain if self._correction == 1.0 else 0.0)
 
     @property
     def uniform(self) -> bool:

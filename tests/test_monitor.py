@@ -136,10 +136,20 @@ def test_the_prediction_comes_when_it_is_known():
     ],
 )
 def test_the_prediction_says_what_a_gain_means(gain, verdict):
-    sampler = fastis.Sampler(60, 6, method=EMAIS(warmup_epochs=0), seed=1)
+    sampler = fastis.Sampler(60, 6, method=EMAIS(warmup_epochs=0, least_gain=0.0), seed=1)
     drive(sampler, UPDATES_TO_KNOW)
     sampler._table.variance[GAIN] = gain
     assert sampler.prediction() == verdict
+
+
+def test_the_prediction_while_importance_sampling_pauses():
+    sampler = fastis.Sampler(60, 6, method=EMAIS(warmup_epochs=0), seed=1)
+    loop(sampler, torch.ones(60), None, UPDATES_TO_KNOW + 10)
+    assert sampler.phase == "uniform"
+    wanted = "gain below 1.25: draws are uniform while no more is predicted"
+    assert sampler.prediction() == wanted
+    sampler.uniform = True
+    assert sampler.prediction() == "gain not known while draws are uniform"
 
 
 @pytest.mark.parametrize("name", ["scan", "confidence", "self_paced", "prioritized"])

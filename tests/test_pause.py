@@ -76,8 +76,36 @@ def test_uniform_draws_are_whole_epochs_with_coefficients_of_one(any_backend):
 
 
 def test_without_a_least_gain_it_never_pauses(any_backend):
-    s = sampler(EMAIS(smoothing=0.9, tau=5.0, warmup_epochs=1))
+    s = sampler(EMAIS(least_gain=0.0, smoothing=0.9, tau=5.0, warmup_epochs=1))
     assert "uniform" not in learn(s, alike, 120)
+
+
+def test_the_default_pauses_and_the_published_settings_do_not():
+    for method, expected in ((EMAIS, "uniform"), (EMAIS.published, "importance")):
+        s = sampler(method(smoothing=0.9, warmup_epochs=1))
+        learn(s, alike, 60)
+        assert s.phase == expected
+
+
+@pytest.mark.parametrize("correction", [0.0, 0.5])
+def test_it_does_not_pause_with_a_correction_below_1(any_backend, correction):
+    s = sampler(correction=correction)
+    assert "uniform" not in learn(s, alike, 60)
+    s.correction = 1.0
+    learn(s, alike, 60)
+    assert s.phase == "uniform"
+    s.correction = correction
+    assert set(learn(s, alike, 60)) == {"importance"}
+    assert s.sample().weights.unique().tolist() != [1.0] or correction == 0
+
+
+def test_a_loaded_correction_ends_a_pause():
+    s = sampler()
+    learn(s, alike, 60)
+    state = s.state_dict() | {"correction": 0.5}
+    other = sampler()
+    other.load_state_dict(state)
+    assert (s.phase, other.phase) == ("uniform", "importance")
 
 
 def test_what_the_user_asks_for_comes_first(any_backend):

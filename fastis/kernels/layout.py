@@ -301,6 +301,21 @@ class Table:
                 self.scalars[UNIFORM_FROM] = NEVER
             self.uniform = wanted
 
+    def pause_below(self, least_gain: float) -> None:
+        """The gain below which importance sampling pauses. With 0 it never does, and goes on at the
+        next draw. Waits for nothing."""
+        with self.lock:
+            self.constants = replace(self.constants, least_gain=least_gain)
+            if self._view is not None:
+                self._view.least_gain = least_gain
+            if least_gain > 0:
+                return
+            paused = self.variance[PAUSED_EFFICIENCY] >= 0
+            word = self.scalars[PAUSE]
+            self.scalars[PAUSE] = torch.where(paused, self.scalars[DRAWS] * 2, word)
+            self.variance[:TRACE_IS] *= ~paused  # of another distribution
+            self.variance[PAUSED_EFFICIENCY] = -1.0
+
     def check_indices(self, indices: Tensor) -> None:
         """Raises IndexError unless all ``indices`` of a minibatch are those of samples.
 
