@@ -120,6 +120,12 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
     def __iter__(self) -> Iterator[tuple[Batch, Any]]:  # type: ignore[override]
         _check_dataset(self.dataset, self.sampler)
         self._pass = None
+        new = _Pass(self)
+        self._pass = weakref.ref(new)
+        return new
+
+    def _begin(self) -> tuple[Iterator[Any], int]:
+        """torch's iterator of a pass, and the place in it at which it begins."""
         begin = self._position or 0
         self._in_flight.begin(len(self) - begin)
         self._in_flight.fill(self.ahead)
@@ -127,9 +133,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         with _kept(self.generator, begin) if resumed else contextlib.nullcontext():
             iterator = super().__iter__()
         self._position = None
-        new = _Pass(self, iterator, begin)
-        self._pass = weakref.ref(new)
-        return new
+        return iterator, begin
 
     def _get_iterator(self) -> Any:
         """torch's iterator, of a view of this loader: with what workers need in place of what users
@@ -166,9 +170,9 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         """Takes over :meth:`state_dict`, also of a loader with another number of workers.
 
         The next minibatches are those that were under way, with their coefficients, then those that
-        the saved run would have drawn. A pass that is under way here ends. ``generator`` gets its
-        state back, where both loaders have one; workers' seeds follow from it as in torch, and are
-        others in a resumed pass.
+        the saved run would have drawn. A pass that is under way here ends, or begins anew if it has
+        handed out nothing yet. ``generator`` gets its state back, where both loaders have one;
+        workers' seeds follow from it as in torch, and are others in a resumed pass.
 
         Raises
         ------
@@ -190,11 +194,15 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
             position = check.integer("state_dict['position']", position, 0, len(self))
         generator = _restored(self.generator, state_dict.get("generator"))
         self.sampler.load_state_dict(state_dict["sampler"])
-        self._pass = None
+        under_way = self._under_way()
         self._in_flight.replace(batches)
         self.ahead, self._position = ahead, position
         if generator is not None:
             self.generator.set_state(generator)
+        if under_way is not None and under_way.is_new:
+            under_way.begin()
+        else:
+            self._pass = None
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: workers and a pass that is under way stay behind."""
@@ -207,9 +215,19 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
 class _Pass(Iterator[tuple[Batch, Any]]):
     """One pass over a loader, around torch's iterator of one."""
 
-    def __init__(self, loader: DataLoader, iterator: Iterator[Any], position: int) -> None:
-        self._loader, self._iterator, self._length = loader, iterator, len(loader)
-        self.position = position  # of the minibatch that is handed out next
+    def __init__(self, loader: DataLoader) -> None:
+        self._loader, self._length = loader, len(loader)
+        self.begin()
+
+    def begin(self) -> None:
+        """Where the loader says, which may have loaded a state since."""
+        self._iterator, self._begun_at = self._loader._begin()
+        self.position = self._begun_at  # of the minibatch that is handed out next
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing has been handed out."""
+        return self.position == self._begun_at
 
     def __next__(self) -> tuple[Batch, Any]:
         loader = self._loader
@@ -311,8 +329,9 @@ class _OwnMinibatches:
             "a fastis.DataLoader can't be taken apart: its minibatches were about to be given to "
             "another DataLoader, where their coefficients would be lost. Iterate over the "
             "fastis.DataLoader itself: leave it out of accelerator.prepare(), and move each "
-            "minibatch by batch.to(device); keep a trainer from putting in a sampler of its own; "
-            "to resume, load the loader's state_dict instead of skipping minibatches"
+            "minibatch by batch.to(device); keep a trainer from putting in a sampler of its own "
+            "(Lightning: Trainer(use_distributed_sampler=False)); to resume, load the loader's "
+            "state_dict instead of skipping minibatches"
         )
 
 

@@ -68,11 +68,11 @@ class EffectiveBatchLR(LRScheduler):
         for an optimizer whose family is not known (name it), or a bad argument.
 
     The factor is renewed at every :meth:`step`: once an epoch for a scheduler that steps once an
-    epoch. A rate that is a float needs the factor on the host: with a sampler on a GPU every step
-    then waits until the device has done all that came before. Where that counts, make the rate a
-    tensor on the sampler's device, as for capturable optimizers
-    (``Adam(..., lr=torch.tensor(1e-3, device="cuda"))``): it is changed where it lies, and nothing
-    is read.
+    epoch, unless :meth:`renew` is called in between. A rate that is a float needs the factor on the
+    host: with a sampler on a GPU every step then waits until the device has done all that came
+    before. Where that counts, make the rate a tensor on the sampler's device, as for capturable
+    optimizers (``Adam(..., lr=torch.tensor(1e-3, device="cuda"))``): it is changed where it lies,
+    and nothing is read.
 
     A rate set by hand, by ``group["lr"] *= 0.1`` as well as by ``group["lr"] = 0.01``, is the one
     in force. Without the factor it is ``group["lr"]`` divided by the last factor, and from there
@@ -124,6 +124,13 @@ class EffectiveBatchLR(LRScheduler):
         Takes the arguments of the inner scheduler's: a metric (ReduceLROnPlateau), an epoch (timm).
         """
         self._scaling(self._advance, *args, **kwargs)
+
+    def renew(self) -> None:
+        """Scales the rates by the present factor, without a step of the inner scheduler.
+
+        For after every update, where that one steps once an epoch.
+        """
+        self._scaling(lambda: None)
 
     def step_update(self, *args: Any, **kwargs: Any) -> None:
         """As :meth:`step`, for a scheduler of timm's after every update."""

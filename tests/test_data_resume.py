@@ -107,6 +107,23 @@ def test_resumed_twice():
     assert_same(run(loader, 25), drawn_ahead(4, 54)[29:])
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_pass_that_has_handed_out_nothing_begins_anew_from_the_state(workers):
+    """Trainers may call ``iter`` before they load."""
+    state = saved_after(make(num_workers=workers), 7)
+    expected = drawn_ahead(2 * workers, PER_PASS)[7:]
+    loader = make(seed=9, num_workers=workers, persistent_workers=workers == 2)
+    passing = iter(loader)
+    loader.load_state_dict(state)
+    found = []
+    for batch, _ in passing:
+        learn(loader, batch)
+        found.append(batch)
+    assert len(found) == PER_PASS - 7
+    assert_same(found, expected)
+    assert passes(loader, 1) == [PER_PASS]
+
+
 def test_a_state_is_of_its_moment():
     loader = make(num_workers=1)
     run(loader, 7)

@@ -26,6 +26,7 @@ ORDER = [
     *("saved", "methods", "coefficients", "batch_norm", "variance", "misuse"),
     *("monitor", "resume", "sampler"),
     *("rates", "in_flight", "data", "checkpoint", "lr", "gradients", "estimators", "config"),
+    "integrations",
 ]
 
 

@@ -65,6 +65,19 @@ def test_tensor_rates_are_scaled_in_place():
         assert float(held) == pytest.approx(0.5 ** (step + 2) * 3)
 
 
+def test_the_factor_is_renewed_between_the_steps_of_a_schedule():
+    optimizer, sampler = sgd(lr=1.0), FakeSampler()
+    scheduler = fastis.EffectiveBatchLR(StepLR(optimizer, 1, gamma=0.5), sampler, max_factor=8.0)
+    for factor in (2.0, 3.0, 16.0):
+        sampler.factor = factor
+        optimizer.step()
+        scheduler.renew()
+        assert rate(optimizer) == min(factor, 8.0)
+        assert scheduler.last_epoch == 0
+    scheduler.step()
+    assert rate(optimizer) == 4.0
+
+
 # An optimizer, wrappers ---------------------------------------------------------------------------
 
 
