@@ -21,6 +21,7 @@ NOT_RUN = {
     "compiles for a minute": 1,
     "needs a GPU": 2,
 }
+NEEDS = {"docs/recipes/lightning.md": "lightning"}  # pages that import a library of their own
 # What a page may take for granted: a network, data, and a loop that has left its uniform epochs.
 PREAMBLE = """
 import torch
@@ -78,6 +79,8 @@ def _as_it_was():
 @pytest.mark.usefixtures("_as_it_was")
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=name_of)
 def test_blocks_run(page, capsys):
+    if name_of(page) in NEEDS:
+        pytest.importorskip(NEEDS[name_of(page)])
     namespace: dict = {"__name__": "page"}
     exec(PREAMBLE, namespace)
     for block in blocks(page):

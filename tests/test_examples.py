@@ -13,7 +13,9 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # Arguments by file: a file that is not here is a failure.
 SHORT = {
     "dataloader.py": ["--samples", "320", "--epochs", "3"],
+    "train_lightning.py": ["--samples", "320", "--epochs", "3"],
 }
+NEEDS = {"train_lightning.py": "lightning"}  # examples that import a library of their own
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +30,8 @@ def run(monkeypatch, capsys):
     """Runs an example; what it prints."""
 
     def run(name: str, *arguments: str) -> str:
+        if name in NEEDS:
+            pytest.importorskip(NEEDS[name])
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
         return capsys.readouterr().out
@@ -42,6 +46,14 @@ def test_every_example_is_run():
 @pytest.mark.parametrize("name", SHORT)
 def test_examples_run(run, name):
     assert run(name, *SHORT[name])
+
+
+def test_the_lightning_example_goes_on_from_its_checkpoint(run, tmp_path):
+    options = ["--samples", "640", "--workers", "0", "--folder", str(tmp_path)]
+    shown = run("train_lightning.py", *options, "--epochs", "6")  # of 10 steps, saved at the 50th
+    assert shown.startswith("step 60: test error")
+    assert "epoch=4-step=50.ckpt" in {path.name for path in tmp_path.iterdir()}
+    assert run("train_lightning.py", *options, "--epochs", "8").startswith("step 80: ")
 
 
 def test_the_data_loaders_example_goes_on_from_its_checkpoint(run, tmp_path):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import csv
+import re
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +34,7 @@ pytestmark = [
         "You defined a `validation_step` but have no",
         "Be aware that when using `ckpt_path`",
         "`training_step` returned `None`",
+        "LeafSpec",
     )
 ]
 N, B = 200, 10
@@ -154,6 +159,14 @@ def test_an_early_end_of_an_epoch_loses_nothing():
     learnt, drawn = callback.sampler.step, len(callback.sampler.drawn)
     assert learnt == 6 * 8
     assert drawn - learnt <= 6 + 3, "one an epoch was handed out and skipped by the module"
+
+
+def test_the_loader_may_be_a_data_modules():
+    class Data(lightning.LightningDataModule):
+        def train_dataloader(self):
+            return make_loader()
+
+    assert_same(*trained(fit={"datamodule": Data()}), by_hand())
 
 
 def test_lightning_moves_the_batch_as_a_whole():
@@ -359,17 +372,88 @@ def test_draws_are_uniform_from_some_step_on():
     assert module.got[80].weights.shape == (B,)
 
 
+# The documentation, and the library's older name --------------------------------------------------
+
+
+def test_the_diff_of_the_documentation(monkeypatch, tmp_path):
+    """Five lines, and both scripts train."""
+    monkeypatch.chdir(tmp_path)
+    page = Path(__file__).parents[2] / "docs/recipes/lightning.md"
+    (diff,) = re.findall(r"^```diff\n(.*?)^```$", page.read_text(), flags=re.M | re.S)
+    lines = diff.splitlines()
+    assert sum(line.startswith("+") for line in lines) == 5
+    torch.manual_seed(0)
+    train = TensorDataset(torch.randn(300, 20), torch.randint(10, (300,)))
+    for sign, steps in (("-", 30), ("+", 20)):  # of 300 samples the last minibatch is left out
+        names = {"torch": torch, "F": F, "DataLoader": torch.utils.data.DataLoader, "train": train}
+        code = "\n".join(line[1:] for line in lines if not line or line[0] in (" ", sign))
+        exec(compile(code, str(page), "exec"), names)
+        assert names["trainer"].global_step == steps
+    assert names["trainer"].callbacks[0].sampler.step == steps
+
+
+OLDER_NAME = """
+import sys, warnings
+
+warnings.simplefilter("ignore")
+if {alone}:  # pytorch_lightning is installed without lightning
+    sys.modules["lightning"] = None
+import pytorch_lightning, torch, fastis
+from fastis.integrations.lightning import ImportanceSampling
+
+
+class Module(pytorch_lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(5, 3)
+
+    def training_step(self, minibatch, batch_idx):
+        batch, (x, y) = minibatch
+        return fastis.cross_entropy(self.layer(x), y, batch.weights)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+data = torch.utils.data.TensorDataset(torch.randn(200, 5), torch.randint(3, (200,)))
+callback = ImportanceSampling(adjust_lr=True)
+trainer = pytorch_lightning.Trainer(
+    max_epochs=3, accelerator="cpu", callbacks=[callback], logger=False, enable_checkpointing=False
+)
+trainer.fit(Module(), fastis.DataLoader(data, fastis.Sampler(200, 10)))
+assert callback.sampler.step == 60
+assert trainer.optimizers[0].param_groups[0]["lr"] != 0.1
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("alone", [False, True])
+def test_the_library_by_its_older_name(alone):
+    pytest.importorskip("pytorch_lightning")
+    code = OLDER_NAME.format(alone=alone)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 # Checkpoints --------------------------------------------------------------------------------------
+
+
+class Asking(Module):
+    """Has the training data loaded, and iterated over, before the Trainer loads any state."""
+
+    def configure_optimizers(self):
+        assert self.trainer.estimated_stepping_batches > 0
+        return super().configure_optimizers()
 
 
 class Adjusted:
     """A module and a callback with all that a resumed run must get back."""
 
-    def __init__(self, workers, **trainer):
-        self.workers, self.trainer = workers, trainer
+    def __init__(self, workers, module=Module, **trainer):
+        self.workers, self.module, self.trainer = workers, module, trainer
 
     def run(self, *callbacks, fit=None):
-        module = Module(self.workers, schedule=cosine)
+        module = self.module(self.workers, schedule=cosine)
         callback = ImportanceSampling(adjust_lr=True, uniform_from=0.9)
         trainer = make_trainer(callback, *callbacks, **self.trainer)
         trainer.fit(module, **(fit or {}))
@@ -391,12 +475,19 @@ def assert_goes_on(runs, whole, path, fit=None):
 
 
 @pytest.mark.parametrize(
-    ("workers", "limit"),
-    [(0, {}), (2, {}), (0, {"max_steps": 95}), (0, {"limit_train_batches": 15})],
+    ("workers", "limit", "module"),
+    [
+        (0, {}, Module),
+        (2, {}, Asking),
+        (0, {"max_steps": 95}, Module),
+        (0, {"limit_train_batches": 15}, Module),
+    ],
+    ids=["epochs", "2 workers", "max_steps", "limit_train_batches"],
 )
-def test_a_resumed_run_ends_bit_for_bit_as_the_whole_one(tmp_path, workers, limit):
+def test_a_resumed_run_ends_bit_for_bit_as_the_whole_one(tmp_path, workers, limit, module):
     """From the middle of an epoch, its last step and its end."""
-    runs, per_epoch = Adjusted(workers, **limit), limit.get("limit_train_batches", PER_EPOCH)
+    runs = Adjusted(workers, module, **limit)
+    per_epoch = limit.get("limit_train_batches", PER_EPOCH)
     whole = runs.run(
         ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=7, save_top_k=-1),
         ModelCheckpoint(tmp_path, "last-{step}", every_n_train_steps=per_epoch, save_top_k=-1),
