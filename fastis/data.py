@@ -199,7 +199,7 @@ class DataLoader(torch.utils.data.DataLoader[Any]):
         self.ahead, self._position = ahead, position
         if generator is not None:
             self.generator.set_state(generator)
-        if under_way is not None and under_way.is_new:
+        if under_way is not None and under_way.position == under_way.begun_at:
             under_way.begin()
         else:
             self._pass = None
@@ -220,14 +220,9 @@ class _Pass(Iterator[tuple[Batch, Any]]):
         self.begin()
 
     def begin(self) -> None:
-        """Where the loader says, which may have loaded a state since."""
-        self._iterator, self._begun_at = self._loader._begin()
-        self.position = self._begun_at  # of the minibatch that is handed out next
-
-    @property
-    def is_new(self) -> bool:
-        """Whether nothing has been handed out."""
-        return self.position == self._begun_at
+        """Where the loader stands, also anew: it may have loaded a state since."""
+        self._iterator, self.begun_at = self._loader._begin()
+        self.position = self.begun_at  # of the minibatch that is handed out next
 
     def __next__(self) -> tuple[Batch, Any]:
         loader = self._loader
