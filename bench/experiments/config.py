@@ -28,6 +28,7 @@ LATER = (
 # fastis' own settings of EMAIS and its kin; a configuration without options has the published ones.
 OURS: dict[str, Any] = {"floor": 0.1, "tau_scale": 0.25}
 OURS_WITH_GAIN: dict[str, Any] = {"options": OURS, "lr_rule": "gain"}
+DEFAULTS: dict[str, Any] = {"options": OURS | {"least_gain": 1.25}, "lr_rule": "gain"}
 
 
 def config_key(config: dict[str, Any]) -> str:
@@ -86,8 +87,10 @@ class RunConfig:
     @property
     def variant(self) -> str:
         """The method with whatever sets it apart from the published settings, in words."""
-        if self.options == OURS and self.lr_rule == "gain":
+        if self.options == DEFAULTS["options"] and self.lr_rule == "gain":
             extras = ["default"]
+        elif self.options == OURS and self.lr_rule == "gain":
+            extras = ["default but for pauses"]
         else:
             extras = [f"{name} {value}" for name, value in sorted(self.options.items())]
             extras += [] if self.lr_rule == "linear" else [self.lr_rule]

@@ -187,7 +187,7 @@ class Run:
         """What the sampler and the scheduler say now, and the training time so far."""
         return {
             **self._variance_reading(),
-            "lr_factor": float(self.sampler.lr_factor(self.config.optimizer, self.config.lr_rule)),
+            "lr_factor": float(self.sampler.lr_factor(*self.config.factor_of)),
             "gain": float(self.sampler.lr_factor("sgd", "gain")),  # the predicted speed-up
             "lr": float(self.optimizer.param_groups[0]["lr"]),
             "seconds": self.train_seconds,

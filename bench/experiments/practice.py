@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bench.experiments.config import OURS, OURS_WITH_GAIN, RunConfig
+from bench.experiments.config import DEFAULTS, OURS, OURS_WITH_GAIN, RunConfig
 from bench.experiments.experiment import Experiment, Once, Rows, Settings, collector, searched
 from bench.experiments.tasks import TASKS
 from bench.report import Row
@@ -67,14 +67,14 @@ SETTINGS = {
 }
 # Those that are repeated, and those of seed 0 alone.
 CANDIDATES: Ways = {
-    "published": ("emais", {}),
     "gain": ("emais", OURS_WITH_GAIN),
+    "pausing": ("emais", DEFAULTS),
 }
 TRIED: Ways = {
+    "published": ("emais", {}),
     "linear": ("emais", {"options": OURS}),
     "root": ("emais", {"options": OURS, "lr_rule": "root"}),
     "rate kept": ("emais", {"options": OURS, "lr_adjust": False}),
-    "pausing": ("emais", OURS_WITH_GAIN | {"options": OURS | {"least_gain": 1.25}}),
 }
 
 
@@ -250,11 +250,24 @@ class Budgets:
             if 0 <= a < len(sizes) and 0 <= b < len(self.rates)
         ]
 
+    def first_cell(
+        self, settings: Settings, rows: Rows, method: str, seconds: float
+    ) -> tuple[int, float] | None:
+        """Where a search starts: at the best of the next shorter time; None until it is known."""
+        shorter = [other for other in self.seconds if other < seconds]
+        if not shorter:
+            return self.start
+        best = self.search(settings, rows, method, max(shorter))[1]
+        return None if best is None else (best.batch_size, best.lr)
+
     def search(
         self, settings: Settings, rows: Rows, method: str, seconds: float
     ) -> tuple[list[RunConfig], RunConfig | None]:
         """The runs so far, and the best one once all cells around it are there."""
-        visited = {self.start: self.config(settings, method, seconds, self.start)}
+        start = self.first_cell(settings, rows, method, seconds)
+        if start is None:
+            return [], None
+        visited = {start: self.config(settings, method, seconds, start)}
         while True:
             best = best_of(list(visited.values()), rows)
             if best is None:
@@ -314,7 +327,8 @@ def budget_runs(budgets: Budgets, settings: Settings, rows: Rows) -> list[RunCon
 @experiment("The best within a time, minibatch size and rate tuned: LeNet-5 on Fashion-MNIST")
 def budgets_fashion(settings: Settings, rows: Rows) -> list[RunConfig | Once]:
     """A search starts in the middle of a grid of minibatch sizes (powers of 2) and rates (1, 2, 5,
-    10), and goes to the cell of least test error of seed 0 until all cells around it are there.
+    10), that of a longer time where the one before ended, and goes to the cell of least test error
+    of seed 0 until all cells around it are there.
     Every schedule decays to the end of its own budget. Lengths come from the time of a step on an
     idle core, EMAIS' own time included."""
     return budget_runs(FASHION, settings, rows)

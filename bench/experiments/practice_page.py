@@ -105,9 +105,37 @@ def defaults_section(rows: Rows, folder: Path) -> str:
             line.append(f"{cell(uniform, metric, digits)} ({len(uniform.rows)})")
             lines.append([*line, *(against(group, uniform, metric, digits) for group in others)])
         parts.append(f"{title} (number of seeds):\n\n" + markdown_table(lines, aligned=False))
+    parts += [worst_table(compared)] if compared else []
     waiting = [task for task in practice.SETTINGS if task not in compared]
     parts += [f"Not yet measured: {', '.join(waiting)}."] if waiting else []
     return section("defaults", found, *parts)
+
+
+def worst_table(compared: dict[str, dict[str, Group]]) -> str:
+    """Of each option with several seeds: the task where it does worst, as a ratio of means."""
+    lines = [["option", "test error over SGD-Scan's: worst, best", "train loss: worst, best"]]
+    for name in practice.CANDIDATES:
+        line = [name]
+        for metric in ("test_error", "train_loss"):
+            found = {
+                task: mean_ratio(of[name], of["SGD-Scan"], metric) for task, of in compared.items()
+            }
+            ratios = {task: ratio for task, ratio in found.items() if ratio is not None}
+            if ratios:
+                ends = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
+                line.append("; ".join(f"{ratios[task]:.3f} ({task})" for task in ends))
+        if len(line) == 3:
+            lines.append(line)
+    return markdown_table(lines, aligned=False)
+
+
+def mean_ratio(group: Group, reference: Group, metric: str) -> float | None:
+    """Of the means over the seeds that both have."""
+    ours, theirs = group.by_seed(metric), reference.by_seed(metric)
+    seeds = ours.keys() & theirs.keys()
+    if len(seeds) < 2:
+        return None
+    return fmean(ours[seed] for seed in seeds) / fmean(theirs[seed] for seed in seeds)
 
 
 def against(group: Group, reference: Group, metric: str, digits: int) -> str:
@@ -179,6 +207,7 @@ def budget_table(budgets: Budgets, rows: Rows) -> tuple[str, list[Group], dict]:
     settings = settings_for(budgets.dataset, rows)
     lines = [["seconds", "method", "minibatch", "rate", "steps", "seeds"]]
     lines[0] += ["test error, %", "train loss", "test error minus SGD-Scan's"]
+    lines[0].append("least train loss of seed 0, at")
     everything: list[Group] = []
     chosen: dict[str, list[tuple[int, Group]]] = {name: [] for name in practice.COMPARED}
     for seconds in budgets.seconds:
@@ -194,9 +223,48 @@ def budget_table(budgets: Budgets, rows: Rows) -> tuple[str, list[Group], dict]:
             line += [str(best.iterations), str(len(group.rows)), cell(group, "test_error", 2)]
             line.append(cell(group, "train_loss", 4))
             line.append("-" if uniform is None else unpaired(group, uniform))
-            lines.append(line)
+            lines.append([*line, least_loss(visited, rows)])
             uniform = uniform or group
     return markdown_table(lines, aligned=False), everything, chosen
+
+
+def least_loss(visited: Sequence[RunConfig], rows: Rows) -> str:
+    """Of all cells of a search, with its minibatch size and rate."""
+    losses = {c: rows[c.key]["final"]["train_loss"] for c in visited}
+    there = {c: loss for c, loss in losses.items() if loss is not None}
+    least = min(there, key=there.__getitem__)
+    return f"{there[least]:.4f} ({least.batch_size}, {least.lr:g})"
+
+
+def time_to(points: Sequence[tuple[int, Group]], metric: str, target: float) -> str:
+    """Seconds until the means over seeds reach ``target``, between two budgets by the logarithm of
+    the time."""
+    before: tuple[int, float] | None = None
+    for seconds, group in points:
+        value = fmean(group.finals(metric))
+        if value <= target:
+            if before is None:
+                return f"at most {seconds}"
+            share = (before[1] - target) / (before[1] - value)
+            return f"{before[0] * (seconds / before[0]) ** share:.0f}"
+        before = seconds, value
+    return "not reached"
+
+
+def time_table(chosen: dict[str, list[tuple[int, Group]]]) -> str:
+    """How soon each method reaches what SGD-Scan reaches in its longest budget."""
+    reference = chosen["SGD-Scan"]
+    if len(reference) < 2:
+        return ""
+    lines = [["to SGD-Scan's of the longest budget", "value", *(f"{name}, s" for name in chosen)]]
+    for title, metric, digits in (
+        ("test error, %", "test_error", 2),
+        ("train loss", "train_loss", 4),
+    ):
+        target = fmean(reference[-1][1].finals(metric))
+        times = [time_to(points, metric, target) for points in chosen.values()]
+        lines.append([title, f"{target:.{digits}f}", *times])
+    return markdown_table(lines, aligned=False)
 
 
 def unpaired(group: Group, reference: Group) -> str:
@@ -212,7 +280,8 @@ def budget_section(name: str, budgets: Budgets, rows: Rows, folder: Path) -> str
     table, everything, chosen = budget_table(budgets, rows)
     out = folder / f"{name}.png"
     drawn = practice_plot.draw(chosen, out)
-    return section(name, everything, table, f"![{name}]({out.name})" if drawn else "")
+    figure = f"![{name}]({out.name})" if drawn else ""
+    return section(name, everything, table, time_table(chosen), figure)
 
 
 def write(folder: Path, rows: Rows) -> Path:

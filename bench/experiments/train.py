@@ -28,7 +28,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from bench.experiments.config import OURS_WITH_GAIN, RunConfig, latest
+from bench.experiments.config import DEFAULTS, RunConfig, latest
 from bench.experiments.datasets import data_name
 from bench.experiments.methods import check_config
 from bench.experiments.models import MODELS
@@ -42,7 +42,7 @@ RATES = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.2)
 BEST_RATE = {"emais": 0.07, "scan": 0.07, "uniform": 0.07}
 OTHERS_RATE = {"sgd": 0.01, "adam": 0.001}
 SEARCHED = Path(__file__).parents[1] / "results" / "main_job.jsonl"
-OWN_SETTINGS = {"emais": OURS_WITH_GAIN, "loss": OURS_WITH_GAIN}
+OWN_SETTINGS = {"emais": DEFAULTS, "loss": DEFAULTS}
 WITHOUT_COEFFICIENTS = ("scan", "uniform")
 RESULTS = "results.jsonl"
 
