@@ -1,0 +1,1 @@
+"""fastis in other libraries' trainers: one module each, imported when asked for."""
