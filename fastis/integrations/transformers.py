@@ -18,7 +18,6 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from torch.utils.data import IterableDataset, RandomSampler
-from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 import fastis
 from fastis import check
@@ -118,7 +117,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         self._made_for: Any = None  # the training set that the sampler was made for
         self._random_state: str | None = None  # checkpoint whose random state is to be loaded
         self._is_weighted = True  # the minibatch that is trained on
-        self._loss_is_checked = False
+        self._shift: bool | None = None  # of labels against logits, once it is known
         super().__init__(*args, **kwargs)
         _check_arguments(self)
         self.sampler = self._make_sampler() if self.train_dataset is not None else sampler
@@ -225,7 +224,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if "decoder_input_ids" not in inputs and self._is_encoder_decoder():
             prepare = self.model.prepare_decoder_input_ids_from_labels
             inputs["decoder_input_ids"] = prepare(labels=labels)
-        self._check_own_loss(inputs, labels)
+        if self._shift is None and type(self).scored_loss is Trainer.scored_loss:
+            self._compare_with_own_loss(inputs, labels)
         outputs = model(**inputs)
         out = self.scored_loss(outputs, labels, part.weights.to(labels.device, non_blocking=True))
         part.learn(out, self.sampler)
@@ -283,10 +283,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 
     def _aligned(self, labels: Tensor) -> Tensor:
         """Labels in the place of the logits that predict them: of causal models, one earlier."""
-        kind = LOSS_MAPPING.get(getattr(self._bare_model(), "loss_type", None))
-        if kind is not ForCausalLMLoss or self._is_encoder_decoder() or labels.dim() != 2:
-            return labels
-        return F.pad(labels, (0, 1), value=_IGNORED)[:, 1:]
+        return F.pad(labels, (0, 1), value=_IGNORED)[:, 1:] if self._shift else labels
 
     def _bare_model(self) -> Any:
         return getattr(self.model, "get_base_model", lambda: self.model)()  # inside of PEFT's
@@ -310,30 +307,35 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             raise ValueError("train_dataset must have labels other than -100, got none")
         return count / len(chosen)
 
-    def _check_own_loss(self, inputs: Mapping[str, Any], labels: Tensor) -> None:
-        """Once: without coefficients, the loss must be the one that the model itself computes."""
-        if self._loss_is_checked or type(self).scored_loss is not Trainer.scored_loss:
-            return
+    def _compare_with_own_loss(self, inputs: Mapping[str, Any], labels: Tensor) -> None:
+        """Once: the loss must be the one that the model computes itself, which also says whether
+        labels are shifted. Without coefficients, in evaluation mode, on the first inputs."""
+        name = type(self._bare_model()).__name__
         if "labels" not in inspect.signature(type(self._bare_model()).forward).parameters:
-            self._loss_is_checked = True
-            return
+            raise TypeError(
+                f"model must take labels, to tell its loss by, got {name}, which does not: "
+                "override scored_loss(outputs, labels, weights)"
+            )
         self.model.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = self.model(**inputs, labels=labels)
         self.model.train()
         logits = _logits_of(outputs)
-        theirs = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
-        ours = self._loss(logits, labels, None).loss
-        tolerance = 1e-3 if theirs.dtype == torch.float32 else 2e-2  # it may be of 8 bits
-        if not bool(theirs.isfinite()):  # no label in this one
+        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+        theirs, ours = float(loss), []
+        if not math.isfinite(theirs):  # not a single label
             return
-        if not math.isclose(float(theirs), float(ours), rel_tol=tolerance, abs_tol=1e-5):
-            raise ValueError(
-                f"model must have the cross-entropy (or the squared error) of its logits for a "
-                f"loss, which is {float(ours):.6g} here, got {float(theirs):.6g} from "
-                f"{type(self.model).__name__}: override scored_loss(outputs, labels, weights)"
-            )
-        self._loss_is_checked = True
+        tolerance = 1e-3 if loss.dtype == torch.float32 else 2e-2  # a half may have 8 bits
+        for self._shift in (False, True) if logits.dim() == 3 else (False,):
+            ours.append(self._loss(logits, labels, None).item())
+            if math.isclose(theirs, ours[-1], rel_tol=tolerance, abs_tol=1e-5):
+                return
+        self._shift = None
+        raise ValueError(
+            f"model must have the cross-entropy (or squared error) of its logits for a loss, "
+            f"{' or, shifted, '.join(f'{value:.6g}' for value in ours)} here, got {theirs:.6g} "
+            f"from {name}: override scored_loss(outputs, labels, weights)"
+        )
 
     # Schedule, log, checkpoints ------------------------------------------------------------------
 
@@ -341,10 +343,11 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         """As there, in a :class:`fastis.EffectiveBatchLR` where that was asked for."""
         schedule = super().create_scheduler(num_training_steps, optimizer)
         if self.effective_batch_lr is not False and not isinstance(schedule, EffectiveBatchLR):
-            if str(self.args.lr_scheduler_type) in ("reduce_lr_on_plateau", "greedy"):
+            kind = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
+            if kind in ("reduce_lr_on_plateau", "greedy"):
                 raise ValueError(
                     "lr_scheduler_type must be one that steps without a metric with "
-                    f"effective_batch_lr, got {self.args.lr_scheduler_type}"
+                    f"effective_batch_lr, got {kind}"
                 )
             options = {} if self.effective_batch_lr is True else self.effective_batch_lr
             self.lr_scheduler = schedule = EffectiveBatchLR(schedule, self.sampler, **options)
