@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from torch.utils.data import IterableDataset, RandomSampler
@@ -22,6 +21,14 @@ from torch.utils.data import IterableDataset, RandomSampler
 import fastis
 from fastis import check
 from fastis.data import DataLoader
+from fastis.integrations.model_loss import (
+    IGNORED,
+    OVERRIDE,
+    aligned,
+    find_shift,
+    logits_of,
+    model_loss,
+)
 from fastis.integrations.parts import KEY, InParts, Parts, check_whole
 from fastis.lr import EffectiveBatchLR
 from fastis.methods import Method
@@ -29,7 +36,6 @@ from fastis.sampler import Sampler
 from fastis.scored import ScoredLoss
 
 _FILE = "fastis.pt"  # in a checkpoint's folder
-_IGNORED = -100  # Hugging Face's label of what has no loss
 _COUNTED = 1024  # samples, at most, that the mean number of tokens is taken from
 _OF_WORKERS = (
     *("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "worker_init_fn"),
@@ -112,7 +118,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
             raise ValueError("method must be left out where a sampler is given: it has its own")
         self.tokens_per_sample = tokens_per_sample
         self.effective_batch_lr = effective_batch_lr
-        self.loader: DataLoader | None = None
+        self.loader: Any = None
         self._given, self._method = sampler, "emais" if method is None else method
         self._made_for: Any = None  # the training set that the sampler was made for
         self._random_state: str | None = None  # checkpoint whose random state is to be loaded
@@ -120,7 +126,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         self._shift: bool | None = None  # of labels against logits, once it is known
         super().__init__(*args, **kwargs)
         _check_arguments(self)
-        self.sampler = self._make_sampler() if self.train_dataset is not None else sampler
+        self.sampler: Any = self._make_sampler() if self.train_dataset is not None else sampler
 
     def _make_sampler(self) -> Sampler:
         """Of minibatches of one step of the optimizer."""
@@ -248,42 +254,17 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         ScoredLoss
             of the losses of fastis.
         """
-        logits, smoother = _logits_of(outputs), self.label_smoother
-        smoothing = 0.0 if smoother is None else smoother.epsilon
+        logits, smoother = logits_of(outputs), self.label_smoother
         denominator = None
         if labels.dim() == 2 and logits.dim() == 3:
             if self.tokens_per_sample is None:
                 self.tokens_per_sample = self._count_tokens()
             denominator = len(weights) * self.tokens_per_sample
-        return self._loss(logits, labels, weights, smoothing, denominator)
-
-    def _loss(
-        self,
-        logits: Tensor,
-        labels: Tensor,
-        weights: Tensor | None,
-        smoothing: float = 0.0,
-        denominator: float | None = None,
-    ) -> ScoredLoss:
-        """What the model's own loss is, by its configuration and the labels."""
-        kind = _problem_type(getattr(self.model, "config", None), logits, labels)
-        if kind == "single_label_classification":
-            if labels.dim() == 2 and logits.dim() == 2:  # [b, 1]
-                labels = labels.squeeze(1)
-            return fastis.cross_entropy(
-                logits, self._aligned(labels).long(), weights, ignore_index=_IGNORED,
-                label_smoothing=smoothing, denominator=denominator,
-            )  # fmt: skip
-        if smoothing:
-            raise ValueError(f"label_smoothing_factor must be 0 for {kind}, got {smoothing}")
-        labels = labels.to(logits.dtype)
-        if kind == "regression":
-            return fastis.mse_loss(logits.reshape(labels.shape), labels, weights)
-        return fastis.binary_cross_entropy_with_logits(logits, labels, weights)
-
-    def _aligned(self, labels: Tensor) -> Tensor:
-        """Labels in the place of the logits that predict them: of causal models, one earlier."""
-        return F.pad(labels, (0, 1), value=_IGNORED)[:, 1:] if self._shift else labels
+        return model_loss(
+            getattr(self.model, "config", None), logits, labels, weights,
+            shift=self._shift, denominator=denominator,
+            label_smoothing=0.0 if smoother is None else smoother.epsilon,
+        )  # fmt: skip
 
     def _bare_model(self) -> Any:
         return getattr(self.model, "get_base_model", lambda: self.model)()  # inside of PEFT's
@@ -302,40 +283,24 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         count = 0
         for start in range(0, len(chosen), self._train_batch_size):
             items = [dataset[i] for i in chosen[start : start + self._train_batch_size]]
-            count += int((self._aligned(collate(items)["labels"]) != _IGNORED).sum())
+            count += int((aligned(collate(items)["labels"], self._shift) != IGNORED).sum())
         if count == 0:
             raise ValueError("train_dataset must have labels other than -100, got none")
         return count / len(chosen)
 
     def _compare_with_own_loss(self, inputs: Mapping[str, Any], labels: Tensor) -> None:
-        """Once: the loss must be the one that the model computes itself, which also says whether
-        labels are shifted. Without coefficients, in evaluation mode, on the first inputs."""
-        name = type(self._bare_model()).__name__
-        if "labels" not in inspect.signature(type(self._bare_model()).forward).parameters:
+        """Once, on the first inputs, in evaluation mode: is it the loss of the model itself?"""
+        model = self._bare_model()
+        if "labels" not in inspect.signature(type(model).forward).parameters:
             raise TypeError(
-                f"model must take labels, to tell its loss by, got {name}, which does not: "
-                "override scored_loss(outputs, labels, weights)"
+                f"model must take labels, by which its loss can be told, got {type(model).__name__}"
+                f", which does not: {OVERRIDE}"
             )
         self.model.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = self.model(**inputs, labels=labels)
+            self._shift = find_shift(model, outputs, labels)
         self.model.train()
-        logits = _logits_of(outputs)
-        loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
-        theirs, ours = float(loss), []
-        if not math.isfinite(theirs):  # not a single label
-            return
-        tolerance = 1e-3 if loss.dtype == torch.float32 else 2e-2  # a half may have 8 bits
-        for self._shift in (False, True) if logits.dim() == 3 else (False,):
-            ours.append(self._loss(logits, labels, None).item())
-            if math.isclose(theirs, ours[-1], rel_tol=tolerance, abs_tol=1e-5):
-                return
-        self._shift = None
-        raise ValueError(
-            f"model must have the cross-entropy (or squared error) of its logits for a loss, "
-            f"{' or, shifted, '.join(f'{value:.6g}' for value in ours)} here, got {theirs:.6g} "
-            f"from {name}: override scored_loss(outputs, labels, weights)"
-        )
 
     # Schedule, log, checkpoints ------------------------------------------------------------------
 
@@ -401,30 +366,6 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 
 def _as_it_is(part: Any) -> Any:
     return part
-
-
-def _logits_of(outputs: Any) -> Tensor:
-    """The logits; those of a tuple come first, after a loss."""
-    if isinstance(outputs, Mapping):
-        logits = outputs.get("logits")
-    else:
-        logits = next((t for t in outputs if isinstance(t, Tensor) and t.dim() > 0), None)
-    if not isinstance(logits, Tensor):
-        raise TypeError(
-            f"model must return logits, got {type(outputs).__name__} without: override "
-            "scored_loss(outputs, labels, weights)"
-        )
-    return logits
-
-
-def _problem_type(config: Any, logits: Tensor, labels: Tensor) -> str:
-    """As transformers decides it where the configuration says nothing."""
-    if given := getattr(config, "problem_type", None):
-        return str(given)
-    if logits.dim() == 2 and logits.shape[1] == 1:
-        return "regression"
-    is_class = not labels.is_floating_point()
-    return "single_label_classification" if is_class else "multi_label_classification"
 
 
 def _check_arguments(trainer: Any) -> None:
