@@ -110,15 +110,15 @@ def check_whole(parts: Sequence[Any], first_step: int | None) -> None:
     first_step : int or None
         of the epoch: where a resumed run must go on.
     """
-    found = [part.get(KEY) if isinstance(part, Mapping) else None for part in parts]
-    numbers = [part.number if isinstance(part, Part) else None for part in found]
-    if numbers != list(range(len(found))) or len({id(part.batch) for part in found}) > 1:
+    found = [part[KEY] if isinstance(part, Mapping) and KEY in part else None for part in parts]
+    numbers = [getattr(part, "number", None) for part in found]
+    if numbers != list(range(len(found))) or len({id(part.batch) for part in found}) > 1:  # type: ignore[union-attr]
         raise RuntimeError(
             "the training loader must be that of get_train_dataloader() of this Trainer, which "
             f"gives all parts of a minibatch in order, got parts {numbers}"
         )
-    if first_step is not None and found and found[0].step != first_step:
+    steps = {part.step for part in found}  # type: ignore[union-attr]
+    if first_step is not None and steps and steps != {first_step}:
         raise RuntimeError(
-            f"the training loader must go on at step {first_step} of the epoch, got step "
-            f"{found[0].step}"
+            f"the training loader must go on at step {first_step} of the epoch, got step {steps}"
         )

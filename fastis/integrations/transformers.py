@@ -185,8 +185,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     def num_examples(self, dataloader: Any) -> int:
         """As there: samples, not parts."""
         if isinstance(dataloader.dataset, Parts):
-            return self.sampler.num_samples
-        return super().num_examples(dataloader)  # type: ignore[no-any-return]
+            return int(self.sampler.num_samples)
+        return int(super().num_examples(dataloader))
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Any], None]:
         """The parts of the next minibatch. Nothing is counted: no divisor depends on the draw."""

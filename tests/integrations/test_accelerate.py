@@ -185,7 +185,7 @@ def test_other_ways_say_what_to_do(accelerator):
 
 def test_several_processes_are_refused(accelerator):
     loader = fastis.DataLoader(TensorDataset(X, Y), fastis.Sampler(N, B, seed=0))
-    with pytest.raises(ValueError, match="accelerator must be of one process, .* one of 2"):
+    with pytest.raises(ValueError, match=r"accelerator must be of one process, .* one of 2"):
         prepare(accelerator(processes=2), loader)
 
 
