@@ -26,7 +26,7 @@ ORDER = [
     *("saved", "methods", "coefficients", "batch_norm", "variance", "misuse"),
     *("monitor", "resume", "sampler"),
     *("rates", "in_flight", "data", "checkpoint", "lr", "gradients", "estimators", "config"),
-    *("integrations.model_loss", "integrations.parts", "integrations"),
+    *("integrations.parts", "integrations.model_loss", "integrations"),
 ]
 
 

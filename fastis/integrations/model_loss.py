@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastis.check import describe
+from fastis.integrations.parts import InParts
 from fastis.loss import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from fastis.scored import ScoredLoss
 
 IGNORED = -100  # the label of what has no loss
+_COUNTED = 1024  # samples
 OVERRIDE = "override scored_loss(outputs, labels, weights)"
 
 
@@ -42,6 +44,36 @@ def logits_of(outputs: Any) -> Tensor:
 def aligned(labels: Tensor, shift: bool | None) -> Tensor:
     """Labels ``[b, T]`` in the place of the logits that predict them: shifted, one earlier."""
     return F.pad(labels, (0, 1), value=IGNORED)[:, 1:] if shift else labels
+
+
+def mean_tokens(dataset: Any, in_parts: InParts, shift: bool | None) -> float:
+    """Mean number of labels of a sample that have a loss.
+
+    A constant divisor of the sum over tokens; a minibatch's own number would bias the estimate
+    (transformers issue 34198). Counted over 1024 samples at equal distances, at most.
+
+    Parameters
+    ----------
+    dataset : torch.utils.data.Dataset
+        map-style.
+    in_parts : InParts
+        the collator, which makes ``"labels"`` ``[b, T]``.
+    shift : bool
+        as in :func:`model_loss`.
+
+    Raises
+    ------
+    ValueError
+        where there are none.
+    """
+    total, size = len(dataset), in_parts.size
+    chosen, count = range(0, total, math.ceil(total / _COUNTED)), 0
+    for start in range(0, len(chosen), size):
+        inputs = in_parts.collate([dataset[i] for i in chosen[start : start + size]])
+        count += int((aligned(inputs["labels"], shift) != IGNORED).sum())
+    if count == 0:
+        raise ValueError(f"train_dataset must have labels other than {IGNORED}, got none")
+    return count / len(chosen)
 
 
 def model_loss(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,21 +23,16 @@ import fastis
 from fastis import check
 from fastis.data import DataLoader
 from fastis.integrations.model_loss import (
-    IGNORED,
-    OVERRIDE,
-    aligned,
-    find_shift,
-    logits_of,
-    model_loss,
-)
+    OVERRIDE, find_shift, logits_of, mean_tokens, model_loss,
+)  # fmt: skip
 from fastis.integrations.parts import KEY, InParts, Parts, check_whole
 from fastis.lr import EffectiveBatchLR
 from fastis.methods import Method
+from fastis.methods.base import FOREVER
 from fastis.sampler import Sampler
 from fastis.scored import ScoredLoss
 
 _FILE = "fastis.pt"  # in a checkpoint's folder
-_COUNTED = 1024  # samples, at most, that the mean number of tokens is taken from
 _OF_WORKERS = (
     *("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "worker_init_fn"),
     *("multiprocessing_context", "generator", "timeout", "in_order"),
@@ -92,6 +88,11 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         iterable data sets, ``train_sampling_strategy="group_by_length"``, ``compute_loss_func``,
         ``auto_find_batch_size``, ``ignore_data_skip``, ``use_liger_kernel``. At the first step:
         for a model whose own loss is another one; override :meth:`scored_loss` then.
+
+    Warns
+    -----
+    UserWarning
+        where the whole run is no longer than the sampler's uniform warm-up.
 
     Equivalent to::
 
@@ -258,7 +259,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         denominator = None
         if labels.dim() == 2 and logits.dim() == 3:
             if self.tokens_per_sample is None:
-                self.tokens_per_sample = self._count_tokens()
+                self.tokens_per_sample = mean_tokens(
+                    self.loader.dataset, self.loader.collate_fn, self._shift
+                )
             denominator = len(weights) * self.tokens_per_sample
         return model_loss(
             getattr(self.model, "config", None), logits, labels, weights,
@@ -274,19 +277,6 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         return bool(getattr(config, "is_encoder_decoder", False)) and hasattr(
             self.model, "prepare_decoder_input_ids_from_labels"
         )
-
-    def _count_tokens(self) -> float:
-        """Mean number of labels that have a loss, over samples at equal distances."""
-        dataset, collate = self.loader.dataset, self.loader.collate_fn.collate
-        total = len(dataset)
-        chosen = range(0, total, math.ceil(total / _COUNTED))
-        count = 0
-        for start in range(0, len(chosen), self._train_batch_size):
-            items = [dataset[i] for i in chosen[start : start + self._train_batch_size]]
-            count += int((aligned(collate(items)["labels"], self._shift) != IGNORED).sum())
-        if count == 0:
-            raise ValueError("train_dataset must have labels other than -100, got none")
-        return count / len(chosen)
 
     def _compare_with_own_loss(self, inputs: Mapping[str, Any], labels: Tensor) -> None:
         """Once, on the first inputs, in evaluation mode: is it the loss of the model itself?"""
@@ -307,6 +297,8 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """As there, in a :class:`fastis.EffectiveBatchLR` where that was asked for."""
         schedule = super().create_scheduler(num_training_steps, optimizer)
+        if self.sampler is not None:
+            _warn_of_short_run(self.sampler, num_training_steps)
         if self.effective_batch_lr is not False and not isinstance(schedule, EffectiveBatchLR):
             kind = getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type)
             if kind in ("reduce_lr_on_plateau", "greedy"):
@@ -388,6 +380,17 @@ def _check_arguments(trainer: Any) -> None:
         raise ValueError(
             "compute_loss_func must be None, got a function of no coefficients: override "
             "scored_loss(outputs, labels, weights) of fastis.integrations.transformers.Trainer"
+        )
+
+
+def _warn_of_short_run(sampler: Sampler, steps: int) -> None:
+    warmup = sampler._table.constants.warmup_draws
+    if sampler._method.has_coefficients and steps <= warmup < FOREVER:
+        warnings.warn(
+            f"all {steps} steps are drawn uniformly, since the sampler's first epochs, {warmup} "
+            "steps, are its warm-up: train for more epochs, or give "
+            "method=fastis.methods.EMAIS(warmup_epochs=1)",
+            stacklevel=3,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import fastis
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from fastis.integrations import model_loss  # noqa: E402
 from fastis.integrations.transformers import Trainer  # noqa: E402
 
 N, B, CLASSES, WORDS = 48, 8, 3, 40
@@ -194,8 +196,7 @@ def test_tokens_have_a_constant_divisor(tmp_path, parts, given):
 
 
 def test_tokens_are_counted_over_samples_at_equal_distances(tmp_path, monkeypatch):
-    module = __import__("fastis.integrations.transformers", fromlist=["_"])
-    monkeypatch.setattr(module, "_COUNTED", 10)
+    monkeypatch.setattr(model_loss, "_COUNTED", 10)
     rows = texts()
     chosen = rows[::5]
     trainer = trained(tmp_path, gpt2(), rows, max_steps=1)
@@ -408,6 +409,23 @@ def test_columns_that_the_model_does_not_take_are_removed(tmp_path):
     for row in rows:
         del row["labels"]
     assert trained(tmp_path, Plain(), rows).sampler.step == 20
+
+
+@pytest.mark.parametrize(("steps", "short"), [(12, True), (13, False)])
+def test_run_that_ends_with_the_warm_up_is_warned_of(tmp_path, steps, short):
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        trained(tmp_path, Plain(), sentences(), max_steps=steps)
+        trained(tmp_path, Plain(), sentences(), max_steps=2, options={"method": "scan"})
+    messages = [str(w.message) for w in heard if "are drawn uniformly" in str(w.message)]
+    assert len(messages) == short
+    assert all(m.startswith("all 12 steps") for m in messages)
+
+
+def test_mixed_precision(tmp_path):
+    trainer = trained(tmp_path, bert(), sentences(), bf16=True, learning_rate=0.01)
+    assert trainer.sampler.step == 20
+    assert trainer.sampler.skipped == 0
 
 
 # Other losses -------------------------------------------------------------------------------------
