@@ -22,9 +22,7 @@ from torch.utils.data import IterableDataset, RandomSampler
 import fastis
 from fastis import check
 from fastis.data import DataLoader
-from fastis.integrations.model_loss import (
-    OVERRIDE, find_shift, logits_of, mean_tokens, model_loss,
-)  # fmt: skip
+from fastis.integrations.model_loss import OVERRIDE, find_shift, logits_of, mean_tokens, model_loss
 from fastis.integrations.parts import KEY, InParts, Parts, check_whole
 from fastis.lr import EffectiveBatchLR
 from fastis.methods import Method
