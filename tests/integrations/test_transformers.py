@@ -428,6 +428,23 @@ def test_mixed_precision(tmp_path):
     assert trainer.sampler.skipped == 0
 
 
+def test_loader_has_the_trainers_arguments_for_workers(tmp_path):
+    args = arguments(
+        tmp_path,
+        dataloader_num_workers=2,
+        dataloader_prefetch_factor=3,
+        dataloader_persistent_workers=True,
+        dataloader_multiprocessing_context="fork",
+    )
+    given = {"model": Plain(), "args": args, "train_dataset": sentences()}
+    trainer, theirs = Trainer(**given), transformers.Trainer(**given).get_train_dataloader()
+    trainer.get_train_dataloader()
+    for name in ("num_workers", "prefetch_factor", "persistent_workers", "multiprocessing_context"):
+        assert getattr(trainer.loader, name) == getattr(theirs, name), name
+    assert trainer.loader.worker_init_fn.func is theirs.worker_init_fn.func
+    assert trainer.get_train_dataloader().dataset.loader is trainer.loader, "made once"
+
+
 # Other losses -------------------------------------------------------------------------------------
 
 
