@@ -455,6 +455,7 @@ def test_loader_has_the_trainers_arguments_for_workers(tmp_path):
         (lambda y: y, "regression", 1),
         (lambda y: [float(y == c) for c in range(CLASSES)], "multi_label_classification", CLASSES),
         (lambda y: [float(y == c) for c in range(CLASSES)], None, CLASSES),
+        (lambda y: [float(y == c) for c in range(CLASSES)], "regression", CLASSES),
     ],
 )
 def test_losses_of_other_problems(tmp_path, labels, kind, count):
