@@ -125,8 +125,8 @@ def model_loss(
 
 
 def _problem_type(config: Any, logits: Tensor, labels: Tensor) -> str:
-    if given := getattr(config, "problem_type", None):
-        return str(given)
+    if stated := getattr(config, "problem_type", None):
+        return str(stated)
     if logits.dim() == 2 and logits.shape[1] == 1:
         return "regression"
     is_class = not labels.is_floating_point()

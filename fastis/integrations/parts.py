@@ -100,7 +100,7 @@ class InParts:
         return [self.collate(items[i : i + self.size]) for i in range(0, len(items), self.size)]
 
 
-def check_whole(parts: Sequence[Any], first_step: int | None) -> None:
+def check_complete(parts: Sequence[Any], first_step: int | None) -> None:
     """Refuses what is not the parts of one minibatch, all and in order.
 
     Parameters

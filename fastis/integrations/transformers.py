@@ -23,7 +23,7 @@ import fastis
 from fastis import check
 from fastis.data import DataLoader
 from fastis.integrations.model_loss import OVERRIDE, find_shift, logits_of, mean_tokens, model_loss
-from fastis.integrations.parts import KEY, InParts, Parts, check_whole
+from fastis.integrations.parts import KEY, InParts, Parts, check_complete
 from fastis.lr import EffectiveBatchLR
 from fastis.methods import Method
 from fastis.methods.base import FOREVER
@@ -118,7 +118,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         self.tokens_per_sample = tokens_per_sample
         self.effective_batch_lr = effective_batch_lr
         self.loader: Any = None
-        self._given, self._method = sampler, "emais" if method is None else method
+        self._sampler_of_user, self._method = sampler, "emais" if method is None else method
         self._made_for: Any = None  # the training set that the sampler was made for
         self._random_state: str | None = None  # checkpoint whose random state is to be loaded
         self._is_weighted = True  # the minibatch that is trained on
@@ -132,17 +132,17 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         self._made_for, args = self.train_dataset, self.args
         _check_dataset(self.train_dataset)
         size = self._train_batch_size * args.gradient_accumulation_steps
-        if self._given is None:
+        if self._sampler_of_user is None:
             seed = args.seed if args.data_seed is None else args.data_seed
             return Sampler(
                 len(self.train_dataset), size, method=self._method, device=args.device, seed=seed
             )
-        if self._given.batch_size != size:
+        if self._sampler_of_user.batch_size != size:
             raise ValueError(
                 f"sampler must have batch_size={size}, per_device_train_batch_size * "
-                f"gradient_accumulation_steps, got {self._given.batch_size}"
+                f"gradient_accumulation_steps, got {self._sampler_of_user.batch_size}"
             )
-        return self._given
+        return self._sampler_of_user
 
     def call_model_init(self, trial: Any = None) -> Any:
         """As there; a new model is trained with a new sampler."""
@@ -199,7 +199,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         if resumed:
             self._load_rng_state(self._random_state)
         parts, _ = super().get_batch_samples(*args)
-        check_whole(parts, self.state.global_step % len(self.loader) if resumed else None)
+        check_complete(parts, self.state.global_step % len(self.loader) if resumed else None)
         self._is_weighted = not parts
         return parts, None
 
@@ -383,7 +383,7 @@ def _check_arguments(trainer: Any) -> None:
 
 def _warn_of_short_run(sampler: Sampler, steps: int) -> None:
     warmup = sampler._table.constants.warmup_draws
-    if sampler._method.has_coefficients and steps <= warmup < FOREVER:
+    if steps <= warmup < FOREVER:
         warnings.warn(
             f"all {steps} steps are drawn uniformly, since the sampler's first epochs, {warmup} "
             "steps, are its warm-up: train for more epochs, or give "
