@@ -175,10 +175,9 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
                 **{name: getattr(theirs, name) for name in _OF_WORKERS if hasattr(theirs, name)},
             )
         # Its own generator: torch's loaders draw a number when a pass begins.
-        generator = torch.Generator()
         parts = Parts(self.loader, self.args.gradient_accumulation_steps)
         return torch.utils.data.DataLoader(
-            parts, batch_size=None, collate_fn=_as_it_is, generator=generator
+            parts, batch_size=None, collate_fn=_as_it_is, generator=torch.Generator()
         )
 
     def num_examples(self, dataloader: Any) -> int:
