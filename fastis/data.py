@@ -323,10 +323,11 @@ class _OwnMinibatches:
         raise RuntimeError(
             "a fastis.DataLoader can't be taken apart: its minibatches were about to be given to "
             "another DataLoader, where their coefficients would be lost. Iterate over the "
-            "fastis.DataLoader itself: leave it out of accelerator.prepare(), and move each "
-            "minibatch by batch.to(device); keep a trainer from putting in a sampler of its own "
-            "(Lightning: Trainer(use_distributed_sampler=False)); to resume, load the loader's "
-            "state_dict instead of skipping minibatches"
+            "fastis.DataLoader itself; under Accelerate prepare it by "
+            "fastis.integrations.accelerate.prepare(accelerator, loader), for Hugging Face's "
+            "Trainer use fastis.integrations.transformers.Trainer; keep a trainer from putting in "
+            "a sampler of its own (Lightning: Trainer(use_distributed_sampler=False)); to resume, "
+            "load the loader's state_dict instead of skipping minibatches"
         )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -45,6 +48,28 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         return
     if option.numprocesses is None and option.dist == "no" and not option.usepdb:
         option.numprocesses, option.dist = min(cores, 4), "worksteal"
+
+
+def _declare_operators_of_torchvision() -> None:
+    """Lets a torchvision be imported that was built for another torch: timm needs no more of it.
+
+    The index of packages has it for CUDA, and its library does not load beside a torch without.
+    torchvision then goes on without its operators, but for some whose names it wants to exist.
+    """
+    found = importlib.util.find_spec("torchvision")
+    if found is None or found.origin is None:
+        return
+    folder = Path(found.origin).parent
+    try:
+        for library in folder.glob("_C*.so"):
+            torch.ops.load_library(library)
+    except OSError:
+        text = (folder / "_meta_registrations.py").read_text()
+        for name in re.findall(r'register_fake\("(torchvision::\w+)"\)', text):
+            torch.library.define(name, "(Tensor a) -> Tensor")
+
+
+_declare_operators_of_torchvision()
 
 
 class Observation(NamedTuple):

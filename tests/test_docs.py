@@ -6,11 +6,13 @@ run here has the comment ``<!-- not run: reason -->`` on the line before it.
 
 from __future__ import annotations
 
+import random
 import re
 import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +23,6 @@ NOT_RUN = {
     "compiles for a minute": 1,
     "needs a GPU": 2,
 }
-NEEDS = {"docs/recipes/lightning.md": "lightning"}  # pages that import a library of their own
 # What a page may take for granted: a network, data, and a loop that has left its uniform epochs.
 PREAMBLE = """
 import torch
@@ -71,16 +72,18 @@ def name_of(page: Path) -> str:
 @pytest.fixture
 def _as_it_was():
     """Pages seed torch and may define classes; the other tests don't see it."""
-    state = torch.get_rng_state()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
     yield
-    torch.set_rng_state(state)
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    np.random.set_state(states[2])  # noqa: NPY002
 
 
 @pytest.mark.usefixtures("_as_it_was")
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=name_of)
 def test_blocks_run(page, capsys):
-    if name_of(page) in NEEDS:
-        pytest.importorskip(NEEDS[name_of(page)])
+    for library in re.findall(r"^from fastis\.integrations\.(\w+)", page.read_text(), flags=re.M):
+        pytest.importorskip(library)
     namespace: dict = {"__name__": "page"}
     exec(PREAMBLE, namespace)
     for block in blocks(page):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import runpy
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SHORT = {
     "dataloader.py": ["--samples", "320", "--epochs", "3"],
     "train_lightning.py": ["--samples", "320", "--epochs", "3"],
+    "train_timm.py": ["--samples", "128", "--epochs", "3"],
+    "train_transformers.py": ["--samples", "256", "--epochs", "3"],
 }
-NEEDS = {"train_lightning.py": "lightning"}  # examples that import a library of their own
 
 
 @pytest.fixture(autouse=True)
@@ -25,13 +27,25 @@ def _generator_as_it_was():
     torch.set_rng_state(state)
 
 
+def libraries(path: Path) -> set[str]:
+    """What an example imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(str(node.module))
+    return {name.partition(".")[0] for name in names}
+
+
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs an example; what it prints."""
+def run(monkeypatch, capsys, tmp_path):
+    """Runs an example, in a folder of its own, if its libraries are installed; what it prints."""
 
     def run(name: str, *arguments: str) -> str:
-        if name in NEEDS:
-            pytest.importorskip(NEEDS[name])
+        for library in libraries(EXAMPLES / name):
+            pytest.importorskip(library)
+        monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [name, *arguments])
         runpy.run_path(str(EXAMPLES / name), run_name="__main__")
         return capsys.readouterr().out
@@ -63,3 +77,13 @@ def test_the_data_loaders_example_goes_on_from_its_checkpoint(run, tmp_path):
     assert shown[0] == "goes on from step 50"
     assert shown[1].startswith("step 50: test error"), "the rest of an epoch: nothing"
     assert shown[-1].startswith("step 80: ")
+
+
+def test_the_trainers_example_goes_on_from_its_checkpoint(run):
+    options = ["--samples", "640", "--folder", "runs"]  # 10 steps an epoch
+    whole = run("train_transformers.py", *options, "--epochs", "6")  # the 50th of which saves
+    resumed = run("train_transformers.py", *options, "--epochs", "6", "--resume")
+    last = whole.splitlines()[-1]
+    assert last.startswith("gain not yet known: 60 of")
+    assert resumed.splitlines()[-1] == last
+    assert "'epoch': '1'" not in resumed
