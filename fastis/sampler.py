@@ -16,7 +16,7 @@ from fastis import check
 from fastis.batch import Scored, observe, with_coefficients
 from fastis.categorical import seed_from
 from fastis.kernels import kernels_for
-from fastis.kernels.layout import FLATTEN, SCHEMES, Constants, Table, is_uniform
+from fastis.kernels.layout import FLATTEN, SCHEMES, Constants, Table, is_uniform, may_read
 from fastis.kernels.table import Batch
 from fastis.methods import Method, from_name
 from fastis.methods.base import FOREVER
@@ -203,7 +203,7 @@ class Sampler(Resumable):
         Parameters
         ----------
         batch : Batch
-            as drawn (any length n, in fact: also an evaluation sweep's, with weights of 1).
+            as drawn, or of any other length n; for an evaluation pass there is :meth:`refresh`.
         out : ScoredLoss, a sequence of them, or a float tensor [B]
             of the whole minibatch, or its parts in order (gradient accumulation); or the scores
             themselves: a residual, a TD error. Without ``mean_grad`` the variance traces take
@@ -275,6 +275,49 @@ class Sampler(Resumable):
         if getattr(out, "weighted", None) is not True:
             self._watch.not_surely_weighted(batch, out)
         return next_batch
+
+    def refresh(self, indices: Tensor, out: Scored | Sequence[Scored] | Tensor) -> None:
+        """Takes over scores from outside of the draws: of an evaluation pass over the training set.
+
+        No iteration of ``.step`` and no part of the variance: N_ems, S and the learning rate's
+        factor stay those of the minibatches drawn, which as many calls of :meth:`update` with
+        weights of 1 would replace by those of uniform ones. In any number of calls::
+
+            for i in torch.arange(num_samples).split(1000):
+                with torch.no_grad():
+                    out = fastis.cross_entropy(model(x[i]), y[i])  # the loss to be reported, too
+                sampler.refresh(i, out)
+
+        Parameters
+        ----------
+        indices : Tensor
+            int64 ``[n]``, of which samples; any n.
+        out : ScoredLoss, a sequence of them, or a float tensor [n]
+            as in :meth:`update`; computed without coefficients.
+
+        Scores enter the moving averages at the present iteration. A sample that has been observed
+        in it already, by an earlier ``refresh``, stays as it is; so does, in the next ``update``,
+        one that has just been refreshed: the network is still the same.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            as :meth:`update`; TypeError also for methods that do not average the scores of the
+            samples (all but emais and loss).
+        """
+        table = self._table
+        indices = check.tensor("indices", indices)
+        indices = check.vector("indices", indices, None, (torch.int64,), indices.device)
+        none = torch.ones_like(indices, dtype=torch.float32)
+        observation = observe(table.device, self._observed_of, Batch(indices, none), out)
+        if may_read(table.device):
+            table.check_indices(observation.indices, "indices")
+        if self._method.fused and kernels_for("table", self._device_type).IS_ATOMIC:
+            self._method.refresh(table, observation)
+        else:
+            with table.lock:
+                self._method.refresh(table, observation)
+        self._watch.silent = False
 
     def __iter__(self) -> NoReturn:
         raise TypeError(
