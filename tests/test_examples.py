@@ -12,6 +12,9 @@ import torch
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # Arguments by file: a file that is not here is a failure.
 SHORT = {
+    "accumulation_amp.py": ["--samples", "512", "--epochs", "8"],
+    "compiled.py": ["--steps", "100", "--backend", "aot_eager"],
+    "plain_loop.py": ["--samples", "640", "--epochs", "4"],
     "dataloader.py": ["--samples", "320", "--epochs", "3"],
 }
 
@@ -42,6 +45,14 @@ def test_every_example_is_run():
 @pytest.mark.parametrize("name", SHORT)
 def test_examples_run(run, name):
     assert run(name, *SHORT[name])
+
+
+def test_the_plain_loops_example_draws_what_it_logs(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "sampler.png"
+    shown = run("plain_loop.py", *SHORT["plain_loop.py"], "--plot", str(picture)).splitlines()
+    assert shown[-1] == "gain not yet known: 40 of 320 updates, of which 20 are warm-up"
+    assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_data_loaders_example_goes_on_from_its_checkpoint(run, tmp_path):
