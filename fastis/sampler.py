@@ -108,6 +108,9 @@ class Sampler(Resumable):
         seed: int | None = None,
     ) -> None:
         check_group(group)
+        if hasattr(num_samples, "__getitem__"):
+            kind = type(num_samples).__name__
+            raise TypeError(f"num_samples must be an int, got {kind}: pass its length, len(...)")
         n = check.integer("num_samples", num_samples, 1, 2**32 - 1)
         b = check.integer("batch_size", batch_size, 1, 2**31 - 1)
         seed = seed_from(None, _cpu) if seed is None else seed
@@ -178,8 +181,10 @@ class Sampler(Resumable):
 
         May run ahead of :meth:`update` (prefetching): coefficients stay those of the draw.
         """
-        if self._watch.silent:
-            self._watch.drawn()
+        watch = self._watch
+        watch.draws += 1
+        if watch.updates == 0:
+            watch.drawn()
         batch = self._new_batch()
         kernels = kernels_for("table", self._device_type)
         if self._method.fused and kernels.IS_ATOMIC:
@@ -225,7 +230,7 @@ class Sampler(Resumable):
         -----
         UserWarning
             once, for a loss to be differentiated that was computed without the coefficients of a
-            minibatch that has some.
+            minibatch that has some; once, for an epoch more updates than draws.
 
         Non-finite scores, and those from 2^60 on, leave their samples' states unchanged and are
         counted in ``.skipped``; scores below 2^-100 all weigh the same. A sample drawn twice is
@@ -242,9 +247,12 @@ class Sampler(Resumable):
         else:
             with self._table.lock:
                 self._method.update(self._table, observation)
-        self._watch.silent = False
+        watch = self._watch
+        watch.updates += 1
+        if watch.updates > watch.draws + watch.patience:
+            watch.updated_too_often()
         if getattr(out, "weighted", None) is not True:
-            self._watch.not_surely_weighted(batch, out)
+            watch.not_surely_weighted(batch, out)
 
     def update_and_sample(self, batch: Batch, out: Scored | Sequence[Scored] | Tensor) -> Batch:
         """:meth:`update`, then :meth:`sample`: exactly these two, in one launch on a CUDA device.
@@ -271,7 +279,8 @@ class Sampler(Resumable):
             self._method.update_and_draw(self._table, observation, next_batch)
         if self._correction != 1.0:
             next_batch.weights.pow_(self._correction)
-        self._watch.silent = False
+        self._watch.updates += 1
+        self._watch.draws += 1
         if getattr(out, "weighted", None) is not True:
             self._watch.not_surely_weighted(batch, out)
         return next_batch
@@ -317,7 +326,7 @@ class Sampler(Resumable):
         else:
             with table.lock:
                 self._method.refresh(table, observation)
-        self._watch.silent = False
+        self._watch.learnt()
 
     def __iter__(self) -> NoReturn:
         raise TypeError(

@@ -59,6 +59,7 @@ def test_a_pass_in_parts_is_one_pass(any_backend):
     assert parts.step == whole.step == 60
 
 
+@pytest.mark.filterwarnings("ignore:.*more updates than minibatches drawn")
 def test_n_ems_outlives_an_evaluation_pass():
     """By updates with weights of 1 it would be that of uniform minibatches."""
     refreshed, updated = (fastis.Sampler(N, B, seed=4) for _ in range(2))
