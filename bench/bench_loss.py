@@ -7,6 +7,8 @@ nearest caches:
 
 - ``step``: ``fastis.cross_entropy`` forward and backward, score and mean gradient included, against
   ``F.cross_entropy`` forward and backward (no score);
+- ``own backward``: the step with ``out.backward()`` in place of ``out.loss.backward()``, against
+  the latter;
 - ``kernel``: the compiled function alone on outputs that exist, gradient written, against the
   forward pass of ``F.cross_entropy`` alone;
 - ``unfused``: the usual way to the same score (log_softmax, softmax, norm) beside the torch step.
@@ -45,7 +47,12 @@ TARGETS = {
 
 
 # What is compared, and with what.
-PEERS = {"step": "torch step", "unfused": "torch step", "kernel": "torch forward"}
+PEERS = {
+    "step": "torch step",
+    "own backward": "step",
+    "unfused": "torch step",
+    "kernel": "torch forward",
+}
 
 
 def steps(logits: torch.Tensor, target: torch.Tensor) -> dict[str, Callable[[], object]]:
@@ -61,6 +68,12 @@ def steps(logits: torch.Tensor, target: torch.Tensor) -> dict[str, Callable[[], 
         out.loss.backward()
         return out.score
 
+    def own_backward() -> torch.Tensor:
+        logits.grad = None
+        out = fastis.cross_entropy(logits, target)
+        out.backward()
+        return out.score
+
     def unfused() -> torch.Tensor:
         logits.grad = None
         log_p = torch.log_softmax(logits, 1)
@@ -70,7 +83,12 @@ def steps(logits: torch.Tensor, target: torch.Tensor) -> dict[str, Callable[[], 
             g[torch.arange(len(target)), target] -= 1
             return g.norm(dim=1)
 
-    return {"torch step": theirs, "step": ours, "unfused": unfused}
+    return {
+        "torch step": theirs,
+        "step": ours,
+        "own backward": own_backward,
+        "unfused": unfused,
+    }
 
 
 def kernels(logits: torch.Tensor, target: torch.Tensor) -> dict[str, Callable[[], object]]:
@@ -94,12 +112,13 @@ def kernels(logits: torch.Tensor, target: torch.Tensor) -> dict[str, Callable[[]
 
 def check(logits: torch.Tensor, target: torch.Tensor) -> None:
     """Nothing wrong gets a number."""
-    theirs, ours, unfused = steps(logits, target).values()
+    theirs, ours, own_backward, unfused = steps(logits, target).values()
     theirs()
     expected = logits.grad.clone()
-    score = ours()
-    torch.testing.assert_close(logits.grad, expected, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(score, unfused(), rtol=1e-5, atol=1e-6)
+    for step in (ours, own_backward):
+        score = step()
+        torch.testing.assert_close(logits.grad, expected, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(score, unfused(), rtol=1e-5, atol=1e-6)
 
 
 def measure(shape: tuple[int, int], seconds: float) -> Times:

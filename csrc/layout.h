@@ -84,7 +84,8 @@ struct Pointer {
   FASTIS_HD T* operator->() const { return address; }
 };
 
-// What is learnt of a minibatch of n, in the order of fastis.batch.Observation.
+// What is learnt of a minibatch of n, in the order of fastis.batch.Observation. Without weights and
+// score it was not drawn: the states learn of it, and neither the variance averages nor the clock.
 struct Observation {
   Pointer<const int64_t> indices;  // [n]
   Pointer<const float> weights;    // [n] coefficients that they were drawn with

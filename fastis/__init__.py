@@ -11,11 +11,13 @@ from fastis.checkpoint import load_checkpoint, save_checkpoint
 from fastis.coefficients import batch_weights
 from fastis.config import show_config
 from fastis.data import DataLoader
+from fastis.figures import contact_sheet, plot
 from fastis.kernels import backend
 from fastis.kernels.table import Batch
 from fastis.loss import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from fastis.lr import EffectiveBatchLR, EffectiveIterationsLR
 from fastis.sampler import Sampler
+from fastis.scalars import log
 from fastis.scored import ScoredLoss
 
 __version__ = "0.1.0"
@@ -31,12 +33,15 @@ __all__ = [
     "backend",
     "batch_weights",
     "binary_cross_entropy_with_logits",
+    "contact_sheet",
     "cross_entropy",
     "estimators",
     "from_losses",
     "load_checkpoint",
+    "log",
     "methods",
     "mse_loss",
+    "plot",
     "sample",
     "save_checkpoint",
     "scored_loss",

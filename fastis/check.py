@@ -45,9 +45,13 @@ def describe(value: object) -> str:
 
 
 def _short(value: object) -> str:
-    """Its repr, unless it has more digits than anyone would read (or Python would print)."""
+    """Its repr, unless that is longer than anyone would read (or Python would print)."""
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an int of {value.bit_length()} bits"
+    if isinstance(value, (tuple, list)) and any(isinstance(part, Tensor) for part in value):
+        return f"of {', '.join(type(part).__name__ for part in value[:8])}"
+    if isinstance(value, dict) and any(isinstance(part, Tensor) for part in value.values()):
+        return f"of {', '.join(map(repr, list(value)[:8]))}"
     return repr(value)
 
 
@@ -188,7 +192,8 @@ def _of_dtype(name: str, value: Tensor, dtypes: Sequence[torch.dtype]) -> None:
 def _on_device(name: str, value: Tensor, device: torch.device) -> None:
     """Moving it there would be a hidden copy."""
     if value.device != device:
-        raise ValueError(f"{name} must be on {device}, got {value.device}")
+        advice = " (batch.to(device) moves a minibatch)" if name == "weights" else ""
+        raise ValueError(f"{name} must be on {device}, got {value.device}{advice}")
 
 
 def vector(
@@ -223,11 +228,16 @@ def unknown_arguments(function: str, names: Iterable[str]) -> NoReturn:
 def logits(name: str, value: Any, shapes: str, dims: tuple[int, ...]) -> None:
     """A floating tensor with an allowed number of dimensions."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {describe(value)}")
+        several = isinstance(value, (tuple, list, dict))
+        advice = ": for several outputs there is scored_loss" if several else ""
+        raise TypeError(f"{name} must be a tensor, got {describe(value)}{advice}")
     if value.dtype not in LOGITS:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}")
     if value.dim() not in dims or (dims == (2, 3) and value.shape[-1] == 0):
-        raise ValueError(f"{name} must have shape {shapes}, got {list(value.shape)}")
+        images = dims == (2, 3) and value.dim() > 3
+        advice = ": the classes are the last dimension, z.flatten(2).mT; y.flatten(1)"
+        found = f"{list(value.shape)}{advice if images else ''}"
+        raise ValueError(f"{name} must have shape {shapes}, got {found}")
 
 
 def constant(name: str, value: Any, shape: Sequence[int], like: Tensor, why: str = "") -> Tensor:

@@ -15,7 +15,7 @@ import torch.distributed
 from torch import Tensor
 
 from fastis import check
-from fastis.kernels.layout import Table
+from fastis.kernels.layout import NEVER, Table
 from fastis.kernels.table import Batch
 
 LEAST_PATIENCE = 100  # draws: a loader may be so many ahead
@@ -27,30 +27,47 @@ class Watch:
 
     Attributes
     ----------
-    silent : bool
-        No update so far: every draw is counted.
+    draws, updates : int
+        how many, in this process.
+    patience : int
+        so many more of the one than of the other before a word is said.
     """
 
     def __init__(self, table: Table, group: Any) -> None:
-        self.silent = True
+        self.draws = self.updates = 0
         self._group = group
-        learns = table.states is not None or bool(table.memory)
-        patience = max(table.constants.batches_per_epoch, LEAST_PATIENCE)
-        self._patience = patience if learns else None
-        self._draws = self._unweighted = 0
+        self._learns = table.states is not None or bool(table.memory)
+        self.patience = max(table.constants.batches_per_epoch, LEAST_PATIENCE)
+        self._unweighted = 0
         self._may_lack_weights = True
 
+    def learnt(self) -> None:
+        """Something was, other than by an update: draws without one are not odd."""
+        self.updates = max(self.updates, 1)
+
     def drawn(self) -> None:
-        """One more draw, and no update so far."""
-        if self._draws == 0:
+        """A draw, and no update so far."""
+        if self.draws == 1:
             check_group(self._group)  # which may have come after the sampler
-        self._draws += 1
-        if self._draws == self._patience:
+        if self.draws == self.patience and self._learns:
             warnings.warn(
-                f"{self._draws} minibatches drawn and no update so far: the sampler learns nothing "
+                f"{self.draws} minibatches drawn and no update so far: the sampler learns nothing "
                 "until every minibatch's scored loss goes to sampler.update(batch, out)",
                 stacklevel=3,
             )
+
+    def updated_too_often(self) -> None:
+        """An update, of which there were too many more than draws. Without any draw they are
+        meant."""
+        if self.draws == 0:
+            return
+        more, self.patience = self.updates - self.draws, NEVER
+        warnings.warn(
+            f"{more} more updates than minibatches drawn: each of them counts as an iteration. "
+            "Update once for a minibatch, with all of its parts in one list; scores from outside "
+            "of the draws (an evaluation pass) go to sampler.refresh(indices, out)",
+            stacklevel=3,
+        )
 
     def not_surely_weighted(self, batch: Batch, out: Any) -> None:
         """An update whose loss may have been computed without the coefficients.

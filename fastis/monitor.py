@@ -6,7 +6,7 @@ number, a word or a line of text does, once.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -56,8 +56,16 @@ class Monitored(MinibatchSource):
 
     @property
     def method(self) -> Method:
-        """The method with its options."""
+        """The method with its options, for good; uniform draws can be had at any time
+        (:attr:`fastis.Sampler.uniform`)."""
         return self._method
+
+    @method.setter
+    def method(self, wanted: object) -> NoReturn:
+        raise AttributeError(
+            f"method is that of the sampler for good, {self._method.name!r}, and can't be set to "
+            f"{wanted!r}: for uniform draws from now on set sampler.uniform = True"
+        )
 
     @property
     def device(self) -> torch.device:

@@ -73,7 +73,7 @@ class Resumable(Monitored):
                 self._table.load(tensors, seed)
                 if state is not theirs:
                     self._method.grow(self._table)
-                self._watch.silent = False
+                self._watch.learnt()
                 self._arguments["seed"] = seed
             self.correction = correction
 

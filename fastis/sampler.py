@@ -16,7 +16,7 @@ from fastis import check
 from fastis.batch import Scored, observe, with_coefficients
 from fastis.categorical import seed_from
 from fastis.kernels import kernels_for
-from fastis.kernels.layout import FLATTEN, SCHEMES, Constants, Table, is_uniform
+from fastis.kernels.layout import FLATTEN, SCHEMES, Constants, Table, is_uniform, may_read
 from fastis.kernels.table import Batch
 from fastis.methods import Method, from_name
 from fastis.methods.base import FOREVER
@@ -108,6 +108,9 @@ class Sampler(Resumable):
         seed: int | None = None,
     ) -> None:
         check_group(group)
+        if hasattr(num_samples, "__getitem__"):
+            kind = type(num_samples).__name__
+            raise TypeError(f"num_samples must be an int, got {kind}: pass its length, len(...)")
         n = check.integer("num_samples", num_samples, 1, 2**32 - 1)
         b = check.integer("batch_size", batch_size, 1, 2**31 - 1)
         seed = seed_from(None, _cpu) if seed is None else seed
@@ -179,8 +182,10 @@ class Sampler(Resumable):
 
         May run ahead of :meth:`update` (prefetching): coefficients stay those of the draw.
         """
-        if self._watch.silent:
-            self._watch.drawn()
+        watch = self._watch
+        watch.draws += 1
+        if watch.updates == 0:
+            watch.drawn()
         batch = self._new_batch()
         kernels = kernels_for("table", self._device_type)
         if self._method.fused and kernels.IS_ATOMIC:
@@ -204,7 +209,7 @@ class Sampler(Resumable):
         Parameters
         ----------
         batch : Batch
-            as drawn (any length n, in fact: also an evaluation sweep's, with weights of 1).
+            as drawn, or of any other length n; for an evaluation pass there is :meth:`refresh`.
         out : ScoredLoss, a sequence of them, or a float tensor [B]
             of the whole minibatch, or its parts in order (gradient accumulation); or the scores
             themselves: a residual, a TD error. Without ``mean_grad`` the variance traces take
@@ -226,7 +231,7 @@ class Sampler(Resumable):
         -----
         UserWarning
             once, for a loss to be differentiated that was computed without the coefficients of a
-            minibatch that has some.
+            minibatch that has some; once, for an epoch more updates than draws.
 
         Non-finite scores, and those from 2^60 on, leave their samples' states unchanged and are
         counted in ``.skipped``; scores below 2^-100 all weigh the same. A sample drawn twice is
@@ -243,9 +248,12 @@ class Sampler(Resumable):
         else:
             with self._table.lock:
                 self._method.update(self._table, observation)
-        self._watch.silent = False
+        watch = self._watch
+        watch.updates += 1
+        if watch.updates > watch.draws + watch.patience:
+            watch.updated_too_often()
         if getattr(out, "weighted", None) is not True:
-            self._watch.not_surely_weighted(batch, out)
+            watch.not_surely_weighted(batch, out)
 
     def update_and_sample(self, batch: Batch, out: Scored | Sequence[Scored] | Tensor) -> Batch:
         """:meth:`update`, then :meth:`sample`: exactly these two, in one launch on a CUDA device.
@@ -272,10 +280,54 @@ class Sampler(Resumable):
             self._method.update_and_draw(self._table, observation, next_batch)
         if self._correction != 1.0:
             next_batch.weights.pow_(self._correction)
-        self._watch.silent = False
+        self._watch.updates += 1
+        self._watch.draws += 1
         if getattr(out, "weighted", None) is not True:
             self._watch.not_surely_weighted(batch, out)
         return next_batch
+
+    def refresh(self, indices: Tensor, out: Scored | Sequence[Scored] | Tensor) -> None:
+        """Takes over scores from outside of the draws: of an evaluation pass over the training set.
+
+        No iteration of ``.step`` and no part of the variance: N_ems, S and the learning rate's
+        factor stay those of the minibatches drawn, which as many calls of :meth:`update` with
+        weights of 1 would replace by those of uniform ones. In any number of calls::
+
+            for i in torch.arange(num_samples).split(1000):
+                with torch.no_grad():
+                    out = fastis.cross_entropy(model(x[i]), y[i])  # the loss to be reported, too
+                sampler.refresh(i, out)
+
+        Parameters
+        ----------
+        indices : Tensor
+            int64 ``[n]``, of which samples; any n.
+        out : ScoredLoss, a sequence of them, or a float tensor [n]
+            as in :meth:`update`; computed without coefficients.
+
+        Scores enter the moving averages at the present iteration. A sample that has been observed
+        in it already, by an earlier ``refresh``, stays as it is; so does, in the next ``update``,
+        one that has just been refreshed: the network is still the same.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            as :meth:`update`; TypeError also for methods that do not average the scores of the
+            samples (all but emais and loss).
+        """
+        table = self._table
+        indices = check.tensor("indices", indices)
+        indices = check.vector("indices", indices, None, (torch.int64,), indices.device)
+        none = torch.ones_like(indices, dtype=torch.float32)
+        observation = observe(table.device, self._observed_of, Batch(indices, none), out)
+        if may_read(table.device):
+            table.check_indices(observation.indices, "indices")
+        if self._method.fused and kernels_for("table", self._device_type).IS_ATOMIC:
+            self._method.refresh(table, observation)
+        else:
+            with table.lock:
+                self._method.refresh(table, observation)
+        self._watch.learnt()
 
     def __iter__(self) -> NoReturn:
         raise TypeError(

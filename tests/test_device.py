@@ -39,6 +39,10 @@ class Emulator:
     def update(self, table, observation) -> None:
         native().update(table.device_handle, *addresses_of(observation), self.stride)
 
+    def refresh(self, table, indices, observed) -> None:
+        addresses = indices.data_ptr(), 0, observed.data_ptr(), 0, len(indices), 0, 0
+        native().update(table.device_handle, *addresses, self.stride)
+
     def rescale(self, table) -> None:
         native().rescale(table.device_handle, self.stride)
 

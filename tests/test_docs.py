@@ -22,6 +22,7 @@ PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 NOT_RUN = {
     "compiles for a minute": 1,
     "needs a GPU": 2,
+    "needs a logger": 1,
 }
 # What a page may take for granted: a network, data, and a loop that has left its uniform epochs.
 PREAMBLE = """
@@ -91,6 +92,46 @@ def test_blocks_run(page, capsys):
             # Line numbers of an error are those of the page.
             code = "\n" * (block.line - 1) + block.code
             exec(compile(code, name_of(page), "exec"), namespace)
+
+
+# What a script that is changed may take for granted.
+SCRIPT = """
+train = torch.utils.data.TensorDataset(x, y)
+device, epochs = "cpu", 2
+scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+"""
+
+
+def diffs(page: Path) -> list[list[str]]:
+    """The lines of each diff that is to be run."""
+    fence = r"^<!-- run before and after -->\n```diff\n(.*?)^```$"
+    found = re.findall(fence, page.read_text(), flags=re.M | re.S)
+    return [diff.splitlines() for diff in found]
+
+
+@pytest.mark.usefixtures("_as_it_was")
+@pytest.mark.filterwarnings("ignore:.*pin_memory")
+@pytest.mark.parametrize("side", ["-", "+"])
+@pytest.mark.parametrize(
+    "lines",
+    [pytest.param(d, id=f"{name_of(p)}-{i}") for p in PAGES for i, d in enumerate(diffs(p))],
+)
+def test_scripts_run_before_and_after(lines, side):
+    """With five changed lines at most."""
+    assert all(line[:1] in ("", " ", "-", "+") for line in lines)
+    changed = [line for line in lines if line.startswith("+")]
+    assert 1 <= len(changed) <= 5
+    namespace: dict = {"__name__": "page"}
+    exec(PREAMBLE + SCRIPT, namespace)
+    del namespace["sampler"]
+    before = torch.nn.utils.parameters_to_vector(namespace["model"].parameters()).detach().clone()
+    exec("\n".join(line[1:] for line in lines if line[:1] in ("", " ", side)), namespace)
+    after = torch.nn.utils.parameters_to_vector(namespace["model"].parameters())
+    assert not torch.equal(before, after), "it trains"
+    if side == "+":
+        sampler = namespace.get("sampler") or namespace["loader"].sampler
+        assert sampler.step > 1
+        assert torch.equal(sampler.sample().weights, torch.ones(128)) == (sampler.step < 10)
 
 
 def test_blocks_that_do_not_run_are_few_and_compile():

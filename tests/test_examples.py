@@ -13,6 +13,9 @@ import torch
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # Arguments by file: a file that is not here is a failure.
 SHORT = {
+    "accumulation_amp.py": ["--samples", "512", "--epochs", "8"],
+    "compiled.py": ["--steps", "100", "--backend", "aot_eager"],
+    "plain_loop.py": ["--samples", "640", "--epochs", "4"],
     "dataloader.py": ["--samples", "320", "--epochs", "3"],
     "train_lightning.py": ["--samples", "320", "--epochs", "3"],
     "train_timm.py": ["--samples", "128", "--epochs", "3"],
@@ -68,6 +71,14 @@ def test_the_lightning_example_goes_on_from_its_checkpoint(run, tmp_path):
     assert shown.startswith("step 60: test error")
     assert "epoch=4-step=50.ckpt" in {path.name for path in tmp_path.iterdir()}
     assert run("train_lightning.py", *options, "--epochs", "8").startswith("step 80: ")
+
+
+def test_the_plain_loops_example_draws_what_it_logs(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "sampler.png"
+    shown = run("plain_loop.py", *SHORT["plain_loop.py"], "--plot", str(picture)).splitlines()
+    assert shown[-1] == "gain not yet known: 40 of 320 updates, of which 20 are warm-up"
+    assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_data_loaders_example_goes_on_from_its_checkpoint(run, tmp_path):

@@ -26,6 +26,11 @@ def per_sample(z, y):
 ce, mse = fastis.cross_entropy, fastis.mse_loss
 CASES = [
     (TypeError, "logits must be a tensor, got", lambda: ce([1.0], Y)),
+    (TypeError, r"got tuple of Tensor, Tensor: for several outputs there is scored", lambda: ce(
+        (Z, Z), Y)),
+    (TypeError, r"got dict of 'a', 'b': for several", lambda: ce({"a": Z, "b": 1}, Y)),
+    (ValueError, r"got \[2, 5, 8, 8\]: the classes are the last dimension", lambda: ce(
+        torch.randn(2, 5, 8, 8), torch.zeros(2, 8, 8).long())),
     (TypeError, "logits must be float32, .*int64", lambda: ce(Y[:, None], Y)),
     (ValueError, r"logits must have shape \[B, C\] or \[B, T, C\]", lambda: ce(Z[0], Y)),
     (ValueError, r"logits must have shape", lambda: ce(Z[:, :0], Y)),
@@ -46,7 +51,8 @@ CASES = [
     (TypeError, "weights must be a tensor of real", lambda: ce(Z, Y, torch.ones(4).cfloat())),
     (ValueError, r"weights must have shape \[4\], a co", lambda: ce(Z, Y, torch.ones(3))),
     (ValueError, r"weights must have shape \[4\], a co", lambda: mse(Z, P, torch.ones(4, 1))),
-    (ValueError, "weights must be on cpu", lambda: ce(Z, Y, torch.ones(4, **META))),
+    (ValueError, r"weights must be on cpu, got meta \(batch.to\(device\)", lambda: ce(
+        Z, Y, torch.ones(4, **META))),
     (ValueError, "weights must not require grad", lambda: ce(
         Z, Y, torch.ones(4, requires_grad=True))),
     (ValueError, r"class_weights must have shape \[3\]", lambda: ce(

@@ -77,6 +77,50 @@ def test_an_update_that_fails_is_none():
         sampler.sample()
 
 
+# Too many updates --------------------------------------------------------------------------------
+
+
+def test_an_epoch_of_updates_more_than_draws_is_warned_of_once(any_backend):
+    sampler = fastis.Sampler(50, 5, seed=0)
+    for _ in range(misuse.LEAST_PATIENCE):  # each minibatch twice
+        batch = sampler.sample()
+        for _ in range(2):
+            sampler.update(batch, torch.ones(5))
+    batch = sampler.sample()
+    sampler.update(batch, torch.ones(5))
+    advice = (
+        r"^101 more updates than minibatches drawn.*in one list.*sampler.refresh\(indices, out\)"
+    )
+    with pytest.warns(UserWarning, match=advice) as heard:
+        sampler.update(batch, torch.ones(5))
+    assert heard[0].filename == __file__
+    for _ in range(3 * misuse.LEAST_PATIENCE):
+        sampler.update(batch, torch.ones(5))
+
+
+def test_an_evaluation_pass_by_updates_is_heard():
+    sampler = fastis.Sampler(1000, 5, seed=0)
+    drive(sampler, 400)
+    parts = [fastis.Batch(i, torch.ones(4)) for i in torch.arange(1000).split(4)]
+    for part in parts[:200]:
+        sampler.update(part, torch.ones(4))
+    with pytest.warns(UserWarning, match="201 more updates than minibatches drawn"):
+        sampler.update(parts[200], torch.ones(4))
+
+
+def test_updates_that_are_meant():
+    sampler = fastis.Sampler(50, 5, seed=0)
+    for _ in range(3 * misuse.LEAST_PATIENCE):  # a table of scores, and draws of one's own
+        sampler.update(batch_of(1, 2, 3), torch.ones(3))
+    late, ahead = ready(), [ready().sample() for _ in range(60)]
+    late.sample()
+    for batch in ahead:  # of the run that was resumed
+        late.update(batch, torch.ones(5))
+    batch = late.sample()
+    for _ in range(3 * misuse.LEAST_PATIENCE):
+        batch = late.update_and_sample(batch, torch.ones(5))
+
+
 # No coefficients ---------------------------------------------------------------------------------
 
 
@@ -111,9 +155,9 @@ def test_a_loss_without_the_coefficients_is_warned_of_once(any_backend, loss, fo
     with pytest.warns(UserWarning, match="pass batch.weights to the loss") as heard:
         sampler.update(batch, out)
     assert heard[0].filename == __file__
-    for _ in range(100):
+    for _ in range(64):  # twice the updates between two looks
         sampler.update(batch, out)
-    assert sampler.step == 102
+    assert sampler.step == 66
 
 
 def test_it_is_found_after_the_warm_up():
@@ -207,6 +251,19 @@ def test_indices_of_another_minibatch_are_an_error(any_backend, indices, error, 
         sampler.update(batch_of(4, 3, 2, 1, 0), torch.ones(5), indices=indices)
     after = sampler.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in ("states", "scalars", "variance"))
+
+
+# As something else --------------------------------------------------------------------------------
+
+
+def test_a_data_set_in_place_of_its_length():
+    with pytest.raises(TypeError, match=r"num_samples must be an int, got TensorDataset: pass its"):
+        fastis.Sampler(torch.utils.data.TensorDataset(x, y), 5)
+
+
+def test_another_method_in_mid_run():
+    with pytest.raises(AttributeError, match=r"'emais', .*'scan': .* set sampler.uniform = True"):
+        ready().method = "scan"
 
 
 # As torch's sampler ------------------------------------------------------------------------------

@@ -91,10 +91,11 @@ struct Products {
 
 FASTIS_HD inline Products products_of(const Observation& o, int64_t i) {
   Products p;
-  if (i < o.n) {
+  if (i < o.n && o.weights != nullptr) {
     const double score = o.score[i], first = double(o.weights[i]) * score;
-    p = {first * first, first * score, first, 0, usable(o.observed[i]) ? 0.0 : 1.0};
+    p = {first * first, first * score, first, 0, 0};
   }
+  if (i < o.n) p.unusable = usable(o.observed[i]) ? 0.0 : 1.0;
   if (i < o.num_classes) p.mean_squared = double(o.mean_grad[i]) * double(o.mean_grad[i]);
   return p;
 }
@@ -117,6 +118,7 @@ FASTIS_HD inline void finish_update(const Table& t, const Observation& o, const 
   const double n = static_cast<double>(o.n), first = p.first / n;
   // In a table with states apply() has counted them.
   if (t.states == nullptr) t.scalars->skipped += static_cast<int64_t>(p.unusable);
+  if (o.weights == nullptr) return;
   smooth(t, {p.second / n, p.uniform / n, first * first, p.mean_squared}, n);
   ++t.scalars->updates;
 }

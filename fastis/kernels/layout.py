@@ -316,7 +316,7 @@ class Table:
             self.variance[:TRACE_IS] *= ~paused  # of another distribution
             self.variance[PAUSED_EFFICIENCY] = -1.0
 
-    def check_indices(self, indices: Tensor) -> None:
+    def check_indices(self, indices: Tensor, name: str = "batch.indices") -> None:
         """Raises IndexError unless all ``indices`` of a minibatch are those of samples.
 
         On a device it waits for that; kernels there leave other rows out instead.
@@ -326,7 +326,7 @@ class Table:
         least, most = (int(value) for value in torch.aminmax(indices))
         if least < 0 or most >= self.constants.num_samples:
             raise IndexError(
-                f"batch.indices must be in [0, {self.constants.num_samples}), got values from "
+                f"{name} must be in [0, {self.constants.num_samples}), got values from "
                 f"{least} to {most}"
             )
 

@@ -134,6 +134,21 @@ class Method:
         if len(observation.indices) > 0:
             table.tick_on_host(UPDATES)
 
+    def refresh(self, table: Table, observation: Observation) -> None:
+        """What was scored outside of the draws: no iteration, and no part of the variance.
+
+        Raises
+        ------
+        TypeError
+            for a method that does not average the scores of the samples.
+        IndexError
+            as :meth:`update`.
+        """
+        raise TypeError(
+            f"method {self.name!r} learns from its own minibatches alone: refresh() is for those "
+            "that average each sample's score, emais and loss"
+        )
+
     def update_and_draw(self, table: Table, observation: Observation, next_batch: Batch) -> None:
         """:meth:`update`, then :meth:`draw` into ``next_batch``; by one kernel if ``fused``."""
         if self.fused:

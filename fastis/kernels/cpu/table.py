@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from fastis.kernels.extension import _C
 from fastis.kernels.layout import Table
 from fastis.kernels.table import Batch, Observation
@@ -22,6 +24,12 @@ def update(table: Table, observation: Observation) -> None:
         0 if mean_grad is None else mean_grad.data_ptr(),
         0 if mean_grad is None else mean_grad.numel(),
     )
+
+
+def refresh(table: Table, indices: Tensor, observed: Tensor) -> None:
+    """See :func:`fastis.kernels.reference.table.refresh`."""
+    addresses = indices.data_ptr(), 0, observed.data_ptr(), 0
+    _C.update(table.handle, *addresses, indices.numel(), 0, 0)
 
 
 def rescale(table: Table) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from fastis.kernels.cuda.launch import launch
 from fastis.kernels.extension import _C
 from fastis.kernels.layout import Table
@@ -14,6 +16,13 @@ def update(table: Table, observation: Observation) -> None:
     """See :func:`fastis.kernels.reference.table.update`. Indices out of range are left out."""
     if observation.indices.numel() > 0:
         launch(_C.cuda_update, table.device, table.device_handle, *_addresses(observation))
+
+
+def refresh(table: Table, indices: Tensor, observed: Tensor) -> None:
+    """See :func:`fastis.kernels.reference.table.refresh`. Indices out of range are left out."""
+    if indices.numel() > 0:
+        addresses = indices.data_ptr(), 0, observed.data_ptr(), 0
+        launch(_C.cuda_update, table.device, table.device_handle, *addresses, len(indices), 0, 0)
 
 
 def rescale(table: Table) -> None:

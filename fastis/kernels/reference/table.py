@@ -65,6 +65,21 @@ def update(table: Table, observation: Observation) -> None:
     table.scalars[UPDATES] += 1
 
 
+def refresh(table: Table, indices: Tensor, observed: Tensor) -> None:
+    """The part of an update that concerns the states: no iteration, no moments.
+
+    Samples that the present iteration has observed already stay as they are.
+
+    Raises
+    ------
+    IndexError
+        as :func:`update`.
+    """
+    table.check_indices(indices)
+    if indices.numel() > 0:
+        _update_state(table, indices, observed)
+
+
 def _update_state(table: Table, indices: Tensor, observed: Tensor) -> None:
     """Kutsuna 2025, Algorithm 1, with weights as integers (math: state table, exactness)."""
     constants, scalars = table.constants, table.scalars
