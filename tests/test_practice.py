@@ -44,11 +44,11 @@ def test_a_search_walks_to_the_least_error_and_looks_around_it():
 
     rows = filled("budgets_fashion", error)
     for seconds in practice.FASHION.seconds:
-        for method in practice.COMPARED:
+        for method in practice.FASHION.compared:
             visited, found = practice.FASHION.search(SETTINGS, rows, method, seconds)
             assert (found.batch_size, found.lr) == best
             cells = {(config.batch_size, config.lr) for config in visited}
-            assert cells >= {best, *practice.FASHION.neighbours(best)}
+            assert cells >= {best, *practice.FASHION.neighbours(best, seconds)}
             assert len(cells) < len(practice.RATES) * len(practice.FASHION.step_ms)
     repeated = {row["config"]["batch_size"] for row in rows.values() if row["config"]["seed"]}
     assert repeated == {256}
@@ -56,7 +56,7 @@ def test_a_search_walks_to_the_least_error_and_looks_around_it():
 
 def test_lengths_fill_the_budget_with_what_the_sampler_costs():
     scan = practice.FASHION.config(SETTINGS, "SGD-Scan", 60, (128, 0.1))
-    emais = practice.FASHION.config(SETTINGS, "EMAIS", 60, (128, 0.1))
+    emais = practice.FASHION.config(SETTINGS, "EMAIS without pauses", 60, (128, 0.1))
     assert scan.iterations * 6.2 == pytest.approx(60_000, rel=1e-3)
     assert emais.iterations * (6.2 + practice.FASTIS_MS) == pytest.approx(60_000, rel=1e-3)
 

@@ -227,22 +227,26 @@ class Budgets:
     start: tuple[int, float]
     seconds: tuple[int, ...]
     others: dict[str, Any] = field(default_factory=dict)
+    compared: Ways = field(default_factory=dict)
 
     def config(
         self, settings: Settings, method: str, seconds: float, cell: tuple[int, float]
     ) -> RunConfig:
         batch_size, lr = cell
-        name, changes = COMPARED[method]
+        name, changes = self.compared[method]
         ms = self.step_ms[batch_size] + (0.0 if name == "scan" else FASTIS_MS)
         values = {"dataset": self.dataset, "model": self.model, **self.others, **changes}
         config = settings.config(name, lr, batch_size=batch_size, **values)
         return replace(config, iterations=10 * round(100 * seconds / ms))
 
-    def neighbours(self, cell: tuple[int, float]) -> list[tuple[int, float]]:
-        """Sizes and rates next to it, one at a time and both in the same direction."""
+    def neighbours(self, cell: tuple[int, float], seconds: float) -> list[tuple[int, float]]:
+        """Sizes and rates next to it, one at a time and both in the same direction; of the longest
+        time, rates alone."""
         sizes = sorted(self.step_ms)
         i, j = sizes.index(cell[0]), self.rates.index(cell[1])
-        moves = ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (-1, -1))
+        moves = [(0, 1), (0, -1)]
+        if seconds < max(self.seconds):
+            moves += [(1, 0), (-1, 0), (1, 1), (-1, -1)]
         near = ((i + down, j + right) for down, right in moves)
         return [
             (sizes[a], self.rates[b])
@@ -272,7 +276,7 @@ class Budgets:
             best = best_of(list(visited.values()), rows)
             if best is None:
                 return list(visited.values()), None
-            around = self.neighbours((best.batch_size, best.lr))
+            around = self.neighbours((best.batch_size, best.lr), seconds)
             if all(cell in visited for cell in around):
                 return list(visited.values()), best
             for cell in around:
@@ -286,6 +290,10 @@ COMPARED: Ways = {
     "SGD-Scan": ("scan", {}),
     "EMAIS": ("emais", OURS_WITH_GAIN),
 }
+WITHOUT_PAUSES: Ways = {
+    "SGD-Scan": ("scan", {}),
+    "EMAIS without pauses": ("emais", OURS_WITH_GAIN),
+}
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
 FASHION = Budgets(
     "fashion_mnist",
@@ -294,6 +302,7 @@ FASHION = Budgets(
     RATES,
     (64, 0.05),
     (20, 60, 180),
+    compared=WITHOUT_PAUSES,
 )
 CIFAR = Budgets(
     "cifar10_plain",
@@ -303,6 +312,7 @@ CIFAR = Budgets(
     (64, 0.1),
     (60, 180),
     SMALL_CNN,
+    WITHOUT_PAUSES | {"EMAIS": ("emais", DEFAULTS)},
 )
 AUGMENTED = replace(
     CIFAR, dataset="cifar10", step_ms={32: 2.86, 64: 5.2, 128: 9.6, 256: 17.6, 512: 36.0}
@@ -319,7 +329,7 @@ BUDGETS = {
 def budget_runs(budgets: Budgets, settings: Settings, rows: Rows) -> list[RunConfig | Once]:
     runs: list[RunConfig | Once] = []
     for seconds in budgets.seconds:
-        for method in COMPARED:
+        for method in budgets.compared:
             runs += searched(*budgets.search(settings, rows, method, seconds))
     return runs
 
@@ -328,7 +338,7 @@ def budget_runs(budgets: Budgets, settings: Settings, rows: Rows) -> list[RunCon
 def budgets_fashion(settings: Settings, rows: Rows) -> list[RunConfig | Once]:
     """A search starts in the middle of a grid of minibatch sizes (powers of 2) and rates (1, 2, 5,
     10), that of a longer time where the one before ended, and goes to the cell of least test error
-    of seed 0 until all cells around it are there.
+    of seed 0 until all cells around it are there (for the longest time, in the rate alone).
     Every schedule decays to the end of its own budget. Lengths come from the time of a step on an
     idle core, EMAIS' own time included."""
     return budget_runs(FASHION, settings, rows)

@@ -16,7 +16,7 @@ from bench.experiments.practice import Budgets
 from bench.experiments.tables import NOT_YET, difference_cell, mean_sd
 from bench.experiments.tasks import TASKS
 from bench.provenance import provenance_line
-from bench.report import markdown_table
+from bench.report import Row, markdown_table, read_rows
 
 PAGE = "PRACTICE.md"
 MOST_SEEDS = 5
@@ -152,7 +152,7 @@ def against(group: Group, reference: Group, metric: str, digits: int) -> str:
 WAYS = {"imbalance": practice.BALANCING, "peers": practice.PEERS, "batch_norm": practice.NORMALISED}
 
 
-def own_rates_section(name: str, dataset: str, rows: Rows) -> str:
+def own_rates_section(name: str, dataset: str, rows: Rows, *parts: str) -> str:
     planned = practice.EXPERIMENTS[name].plan(settings_for(dataset, rows), rows)
     everything = [run.config if isinstance(run, Once) else run for run in planned]
     chosen = [group_of(run, rows) for run in planned if not isinstance(run, Once)]
@@ -168,7 +168,27 @@ def own_rates_section(name: str, dataset: str, rows: Rows) -> str:
         line.append(difference_cell(group, uniform.get(config.iterations), "test_error", 2))
         lines.append(line)
     groups = [group_of(config, rows) for config in everything]
-    return section(name, groups, markdown_table(lines, aligned=False))
+    return section(name, groups, markdown_table(lines, aligned=False), *parts)
+
+
+VARIANCES = "balanced_variance.jsonl"
+
+
+def variance_part(rows: Sequence[Row]) -> str:
+    """What ``balanced_variance.py`` has measured: variances relative to uniform draws."""
+    if not rows:
+        return NOT_YET
+    lines = [["iteration", "gradient of", *rows[0]["ratio"]]]
+    for row in rows:
+        ratios = (f"{ratio:.2f}" for ratio in row["ratio"].values())
+        lines.append([str(row["iteration"]), row["space"], *ratios])
+    text = (
+        "Variance of the gradient of the loss with class weights, over that under uniform draws, "
+        "at iterations of one run of EMAIS with class weights at a rate of 0.1 (exact: over the "
+        "whole training set):"
+    )
+    command = "```sh\npython bench/experiments/balanced_variance.py --data fashion_mnist.npz\n```"
+    return "\n\n".join([text, markdown_table(lines, aligned=False), command])
 
 
 def name_of(experiment: str, group: Group) -> str:
@@ -209,10 +229,10 @@ def budget_table(budgets: Budgets, rows: Rows) -> tuple[str, list[Group], dict]:
     lines[0] += ["test error, %", "train loss", "test error minus SGD-Scan's"]
     lines[0].append("least train loss of seed 0, at")
     everything: list[Group] = []
-    chosen: dict[str, list[tuple[int, Group]]] = {name: [] for name in practice.COMPARED}
+    chosen: dict[str, list[tuple[int, Group]]] = {name: [] for name in budgets.compared}
     for seconds in budgets.seconds:
         uniform: Group | None = None
-        for method in practice.COMPARED:
+        for method in budgets.compared:
             visited, best = budgets.search(settings, rows, method, seconds)
             everything += [group_of(config, rows) for config in visited]
             if best is None:
@@ -295,7 +315,8 @@ def write(folder: Path, rows: Rows) -> Path:
         ("imbalance", "fashion_long_tail"),
         ("batch_norm", "cifar10_plain"),
     ):
-        parts.append(own_rates_section(name, dataset, rows))
+        more = (variance_part(read_rows(folder / VARIANCES)),) if name == "imbalance" else ()
+        parts.append(own_rates_section(name, dataset, rows, *more))
     parts.append(wrong_labels_section(rows))
     out = folder / PAGE
     out.write_text("\n\n".join(parts) + "\n")
