@@ -25,6 +25,7 @@ from fastis.kernels.layout import (
     VAR,
     Table,
 )
+from fastis.kernels.table import Batch
 from fastis.methods import Method
 from fastis.methods.base import DEFAULT_RULE, OPTIMIZERS, PHASES, RULES
 from fastis.variance import Variance
@@ -42,17 +43,23 @@ class Monitored(MinibatchSource):
     _method: Method
     _table: Table
     _variance: Variance
+    _like: Batch
     correction: float
 
     @property
     def num_samples(self) -> int:
         """N."""
-        return self._table.constants.num_samples
+        return int(self._arguments["num_samples"])
 
     @property
     def batch_size(self) -> int:
-        """B."""
-        return self._table.constants.batch_size
+        """B; in a group each process's."""
+        return int(self._arguments["batch_size"])
+
+    @property
+    def global_batch_size(self) -> int:
+        """W B, of all W processes of the group; B of a process on its own."""
+        return len(self._like.indices)
 
     @property
     def method(self) -> Method:
@@ -62,7 +69,7 @@ class Monitored(MinibatchSource):
     @property
     def device(self) -> torch.device:
         """Where the state and the batches live."""
-        return self._table.device
+        return self._like.indices.device
 
     # Where it stands -----------------------------------------------------------------------------
 
