@@ -44,6 +44,7 @@ class Monitored(MinibatchSource):
     _table: Table
     _variance: Variance
     _like: Batch
+    _place = ""  # in a group, for the repr
     correction: float
 
     @property
@@ -272,7 +273,7 @@ class Monitored(MinibatchSource):
             f"Sampler(num_samples={a['num_samples']}, batch_size={a['batch_size']}, "
             f"method={self._method!r}, max_duplicates={a['max_duplicates']:g}, "
             f"flatten={a['flatten']!r}, scheme={a['scheme']!r}, device={str(self.device)!r}, "
-            f"seed={a['seed']}{correction})"
+            f"seed={a['seed']}{correction}{self._place})"
         )
         if self.device.type == "meta":
             return text

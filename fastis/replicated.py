@@ -12,7 +12,6 @@ as a rule by the next ``sample()``: what is between them, ``backward`` above all
 
 from __future__ import annotations
 
-import copyreg
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -78,6 +77,7 @@ class Replicated(Sampler):
     def _join(self, group: Any, arguments: Mapping[str, Any], seed: int) -> int:
         self._exchange = Exchange(group)
         self._processes = self._exchange.size
+        self._place = f", group=<rank {self._exchange.rank} of {self._processes}>"
         return self._exchange.agree(arguments, seed)
 
     def _use(self, table: Table) -> None:
@@ -161,7 +161,12 @@ class Replicated(Sampler):
         state = self.__getstate__()
         alone = {"batch_size": self._processes * self.batch_size, "group": False}
         state["arguments"].update(alone)
-        return copyreg.__newobj__, (Sampler,), state  # type: ignore[attr-defined]
+        return _alone, (), state
+
+
+def _alone() -> Sampler:
+    """Of the class of a process on its own, its state to come."""
+    return Sampler.__new__(Sampler)
 
 
 class _Settled(Variance):
