@@ -65,7 +65,7 @@ class Form(NamedTuple):
 
 
 def sketch(mean_grad: Tensor, updates: Tensor) -> Tensor:
-    """float32 [16] of a mean gradient [C]: itself for C <= 16, else folded with random signs.
+    """float32 [min(C, 16)] of a mean gradient [C]: itself, or folded to 16 with random signs.
 
     Linear, so that the mean of the sketches is the sketch of the mean; and with the squared norm of
     what it is of, in expectation over the signs, which are others in every iteration and alike in
@@ -73,9 +73,10 @@ def sketch(mean_grad: Tensor, updates: Tensor) -> Tensor:
     most sqrt(2/16), a third; the traces take the mean over a hundred iterations and more.
     """
     length = len(mean_grad)
-    if length > SKETCH:
-        mean_grad = mean_grad * random_signs(length, updates)
-    return pad(mean_grad, (0, -length % SKETCH)).view(-1, SKETCH).sum(0)
+    if length <= SKETCH:
+        return mean_grad
+    signed = mean_grad * random_signs(length, updates)
+    return pad(signed, (0, -length % SKETCH)).view(-1, SKETCH).sum(0)
 
 
 def random_signs(length: int, key: Tensor) -> Tensor:
@@ -107,28 +108,32 @@ class Message:
         self._scalars = table.scalars[:DURABLE_SCALARS]
         self._updates = table.scalars[UPDATES]
         self._our_head, self._our_sketch, self._our_columns = _views(self.ours[None], batch_size)
-        self.heads, self._sketches, self._columns = _views(
-            self.everyone.view(size, length), batch_size
-        )
+        rows = self.everyone.view(size, length)
+        self.heads, self._sketches, self._columns = _views(rows, batch_size)
         self._our_scalars = self._our_head[0, :DURABLE_SCALARS]
         self._our_minibatch = self._our_head[0, _MINIBATCH]
         self._written: tuple[Form, int] | None = None
 
     def write(self, form: Form, whole: Batch | None, seen: Observation) -> None:
         """What this process has seen, into ``ours``."""
+        if (form, len(seen.indices)) != self._written:  # else they are there
+            self._write_form(form, len(seen.indices))
         self._our_scalars.copy_(self._scalars)
         if whole is None:
             self._our_minibatch.zero_()
         else:
             torch.sum(whole.indices, 0, out=self._our_minibatch)
-            for column, values in zip(self._our_columns, (seen.observed, seen.score), strict=False):
-                column.copy_(values)
+            values = seen.observed, seen.score
+            for column, value in zip(self._our_columns, values, strict=False):
+                column.copy_(value)
         if seen.mean_grad is not None:
-            self._our_sketch.copy_(sketch(seen.mean_grad, self._updates))
-        words = form, len(seen.indices)
-        if words != self._written:  # else they are there
-            self._our_head[0, _FORM:].copy_(torch.tensor([form.word, words[1]], device="cpu"))
-            self._written = words
+            self._our_gradient.copy_(sketch(seen.mean_grad, self._updates))
+
+    def _write_form(self, form: Form, count: int) -> None:
+        self._our_head[0, _FORM:].copy_(torch.tensor([form.word, count], device="cpu"))
+        self._our_sketch.zero_()
+        self._our_gradient = self._our_sketch[0, : min(max(form.mean_grad, 0), SKETCH)]
+        self._written = form, count
 
     def observation(self, whole: Batch, form: Form) -> Observation:
         """Of the global minibatch; of one that its processes do not agree on, no usable score."""
@@ -182,7 +187,7 @@ def _views(rows: Tensor, batch_size: int) -> tuple[Tensor, Tensor, list[Tensor]]
 
 
 def check_alike(heads: Tensor) -> None:
-    """Refuses heads int64 [W, 11] on the host that are not those of one step.
+    """Refuses heads int64 [W, 11], on the host, that are not those of one step.
 
     Raises
     ------

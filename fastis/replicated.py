@@ -87,6 +87,8 @@ class Replicated(Sampler):
                 "would have to score all candidates, and to the same bits"
             )
         super()._use(table)
+        begin = self._exchange.rank * self.batch_size
+        self._part = slice(begin, begin + self.batch_size)
         self._exchange.use(table, self.batch_size, 1 if self._observed_of is None else 2)
         self._variance = _Settled(table, self._exchange.finish)
 
@@ -107,9 +109,10 @@ class Replicated(Sampler):
 
     def _part_of(self, whole: Batch) -> LocalBatch:
         """This process's part of a minibatch that was drawn, whose tensors may be anywhere."""
-        begin = self._exchange.rank * self.batch_size
-        part = Batch(*(tensor[begin : begin + self.batch_size] for tensor in whole))
-        return LocalBatch.of(part, whole.to(self.device))
+        indices, weights = whole
+        part = Batch(indices[self._part], weights[self._part])
+        on_device = whole if indices.device == self.device else whole.to(self.device)
+        return LocalBatch.of(part, on_device)
 
     def update(
         self,

@@ -48,6 +48,7 @@ class Process:
 def start(folder: Path, size: int, function: Callable[..., Any], *arguments: Any) -> list[Process]:
     """``function(group, *arguments)`` in each of the ``size`` processes of a new group."""
     assert not dist.is_initialized()
+    torch.optim.SGD([torch.ones(1, requires_grad=True)]).step()  # whose imports take seconds
     number = len(list(folder.glob("store*")))
     store = folder / f"store{number}"
     store.touch()

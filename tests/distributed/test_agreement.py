@@ -52,13 +52,17 @@ def test_arguments_that_differ_are_an_error_in_all(tmp_path, argument, values, m
 
 def test_bad_arguments_that_are_the_same_are_named_in_all(tmp_path):
     found = errors(start(tmp_path, 2, lambda g: fastis.Sampler(100, 51, group=g)))
-    assert found == [
-        (
-            "ValueError",
-            "batch_size must be at most num_samples=100, since method 'emais' draws without "
-            "replacement, got 102 in 2 processes",
-        )
-    ] * 2
+    assert (
+        found
+        == [
+            (
+                "ValueError",
+                "batch_size must be at most num_samples=100, since method 'emais' draws without "
+                "replacement, got 102 in 2 processes",
+            )
+        ]
+        * 2
+    )
 
 
 def test_without_a_seed_the_first_ranks_is_everybodys(tmp_path):

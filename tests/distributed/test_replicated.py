@@ -260,7 +260,7 @@ def test_sketches_keep_the_squared_norm():
     generator = torch.Generator().manual_seed(0)
     short = torch.randn(16, generator=generator)
     assert torch.equal(exchange.sketch(short, torch.tensor(5)), short)
-    assert torch.equal(exchange.sketch(short[:3], torch.tensor(5))[:3], short[:3])
+    assert torch.equal(exchange.sketch(short[:3], torch.tensor(5)), short[:3])
     for length in (17, 100, 4096):
         grads = torch.randn(length, generator=generator), torch.ones(length)
         for grad in grads:

@@ -44,9 +44,7 @@ def train(
 ) -> dict[str, Any]:
     """To the last step; calls ``begins(step)`` before each. What the run ends with."""
     torch.manual_seed(1)
-    network = torch.nn.Sequential(
-        torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2)
-    )
+    network = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 2))
     model = DistributedDataParallel(network, process_group=group)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     sampler = fastis.Sampler(N, B, group=group, seed=2)
