@@ -9,9 +9,9 @@ counted at the collective. First it is checked that the processes' parts make up
 
 ``ddp``: LeNet-5 on Fashion-MNIST under DistributedDataParallel, the gradients of a global minibatch
 of 128: against the same loop with uniform draws and PyTorch's loss, and with the scores waited for
-in ``update`` (``waiting``) instead of after ``backward``. Cases take turns; ratios are of one round:
-of steps per second, and of steps per second of processor time, which other programs of the machine
-disturb less.
+in ``update`` (``waiting``) instead of after ``backward``. Cases take turns; ratios are of one
+round: of steps per second, and of steps per second of processor time, which other programs of the
+machine disturb less.
 
 Processes are forked, gloo on one machine, one thread each.
 """
@@ -215,8 +215,9 @@ def ddp(group: Any, rounds: int, calls: int) -> dict[str, Times]:
 
 
 def measure_ddp(report: Report, quick: bool) -> None:
-    for processes in (2,) if quick else (2,):
-        found = in_processes(processes, ddp, *((2, 3) if quick else (80, 2)))[0]
+    rounds = 2 if quick else 80
+    for processes in (2,) if quick else (2, 4):
+        found = in_processes(processes, ddp, rounds, 2)[0]
         for name in ("fastis", "waiting"):
             row = {"what": "ddp", "case": name, "processes": processes, "batch_size": WHOLE}
             for measure, times in found.items():

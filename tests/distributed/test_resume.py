@@ -13,7 +13,7 @@ from test_data import Indices
 
 import fastis
 from distributed.processes import run
-from distributed.test_replicated import N, WHOLE, assert_same_state, drawn, learn
+from distributed.test_replicated import WHOLE, N, assert_same_state, drawn, learn
 from fastis.methods import EMAIS
 
 OPTIONS = {"seed": 8, "method": EMAIS(warmup_epochs=1)}
