@@ -6,8 +6,6 @@ from __future__ import annotations
 import itertools
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import torch
 import fastis
 from distributed.processes import SECONDS, results, run, start
 from distributed.test_replicated import WHOLE, N, alone, assert_same_state, drawn, learn
+from distributed.torchrun import torchrun
 from distributed.training import EVERY, train
 
 STEPS = 45
@@ -135,33 +134,15 @@ def test_the_survivor_can_save_its_sampler(tmp_path):
     assert_same_state({**state, "scalars": 0}, {**expected, "scalars": 0})
 
 
-def torchrun(folder: Path, *arguments: object) -> None:
-    folder.mkdir()
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", "2", "--max-restarts", "1", "--monitor-interval", "0.1"),
-        str(Path(__file__).parent / "training.py"),
-        *map(str, (folder, *arguments)),
-    ]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(fastis.__file__).parents[1]),
-        # Else processes that were started again find the addresses of those before them in the
-        # store, and gloo connects to these (pytorch issues 135712 and 167288).
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    }
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.slow
 def test_torchrun_starts_killed_ranks_again(tmp_path):
     """Elastic restart: a rank kills itself, torchrun starts all again, from the checkpoint."""
     kill = 27
     assert kill % EVERY
-    torchrun(tmp_path / "alone", STEPS)
-    torchrun(tmp_path / "killed", STEPS, kill)
+    script = Path(__file__).parent / "training.py"
+    for name, arguments in (("alone", []), ("killed", [kill])):
+        (tmp_path / name).mkdir()
+        torchrun(script, tmp_path / name, STEPS, *arguments, restarts=1)
     for rank in range(2):
         found, expected = (
             torch.load(tmp_path / name / f"final{rank}.pt", weights_only=True)

@@ -279,6 +279,25 @@ def test_sketches_keep_the_squared_norm():
     assert not torch.equal(signs, exchange.random_signs(1000, torch.tensor(4)))
 
 
+def test_traces_that_are_kept_are_those_of_the_last_update(tmp_path):
+    """``sampler.variance``, held for long, waits for what is under way."""
+
+    def read(group):
+        sampler = fastis.Sampler(N, WHOLE // 2, group=group, seed=0)
+        variance, found = sampler.variance, []
+        for step in range(40):
+            learn(sampler, sampler.sample(), step)
+            found.append(float(variance.trace_is))
+        return found
+
+    one = fastis.Sampler(N, WHOLE, seed=0)
+    expected = []
+    for step in range(40):
+        learn(one, one.sample(), step)
+        expected.append(float(one.variance.trace_is))
+    assert run(tmp_path, 2, read) == [expected] * 2
+
+
 # Methods -----------------------------------------------------------------------------------------
 
 
