@@ -107,9 +107,9 @@ class Message:
         self.everyone = torch.zeros(size * length, dtype=torch.float32, device=table.device)
         self._scalars = table.scalars[:DURABLE_SCALARS]
         self._updates = table.scalars[UPDATES]
-        self._our_head, self._our_sketch, self._our_columns = _views(self.ours[None], batch_size)
-        rows = self.everyone.view(size, length)
-        self.heads, self._sketches, self._columns = _views(rows, batch_size)
+        ours, rows = self.ours[None], self.everyone.view(size, length)
+        self._our_head, self._our_sketch, self._our_columns = _views(ours, batch_size, columns)
+        self.heads, self._sketches, self._columns = _views(rows, batch_size, columns)
         self._our_scalars = self._our_head[0, :DURABLE_SCALARS]
         self._our_minibatch = self._our_head[0, _MINIBATCH]
         self._written: tuple[Form, int] | None = None
@@ -137,7 +137,8 @@ class Message:
 
     def observation(self, whole: Batch, form: Form) -> Observation:
         """Of the global minibatch; of one that its processes do not agree on, no usable score."""
-        observed, *rest = (column.reshape(-1) for column in self._columns)
+        # Kernels go by addresses, and a column of one sample each reshapes without a copy.
+        observed, *rest = (column.reshape(-1).contiguous() for column in self._columns)
         if not observed.is_cpu:  # nobody has looked yet
             agree = (self.heads[1:, :_COMPARED] == self.heads[:1, :_COMPARED]).all()
             observed = torch.where(agree, observed, torch.nan)
@@ -178,9 +179,9 @@ class Message:
         return heads, torch.cuda.current_stream(self.heads.device).record_event()
 
 
-def _views(rows: Tensor, batch_size: int) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Heads int64 [W, 11], sketches [W, 16] and the columns [W, B] of messages [W, n]."""
-    begins = range(_SCORES, rows.shape[1] - batch_size + 1, batch_size)
+def _views(rows: Tensor, batch_size: int, count: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Heads int64 [W, 11], sketches [W, 16] and ``count`` columns [W, B] of messages [W, n]."""
+    begins = (_SCORES + i * batch_size for i in range(count))
     columns = [rows[:, begin : begin + batch_size] for begin in begins]
     heads = rows[:, : 2 * _HEAD].view(torch.int64)
     return heads, rows[:, 2 * _HEAD : _SCORES], columns

@@ -59,11 +59,11 @@ class Sampler(Resumable):
     correction : float in [0, 1]
         weights are (1/(N p))^correction: see :attr:`correction`.
     group : torch.distributed.ProcessGroup or False, optional
-        to be given where torch.distributed has several processes, since each of them would draw
-        the same samples. A process group (``torch.distributed.group.WORLD``, say): one distribution
-        and one global minibatch for all; what its processes draw, in the order of ranks, is what
-        one process with W B draws. All of them make the sampler together, and call :meth:`sample`
-        and :meth:`update` in the same order. False is a process on its own, with a seed of its own.
+        to be given where torch.distributed has several processes, since each would draw the same
+        samples. A process group (``torch.distributed.group.WORLD``, say): one distribution and one
+        global minibatch; what its processes draw, in the order of ranks, is what one draws with
+        W B. All of them make the sampler together, and call :meth:`sample` and :meth:`update` in
+        the same order. False: a process on its own, with a seed of its own.
     device : torch.device or str, optional
         where the state and the minibatches live; None: torch's default device. The data may live
         anywhere.
@@ -98,7 +98,7 @@ class Sampler(Resumable):
     >>> sampler.update(batch, out)
     """
 
-    # The class of samplers with a group; fastis.replicated, which is above this one, sets it.
+    # The class of samplers with a group: fastis.replicated, above this module, sets it.
     _replicated: ClassVar[type[Sampler]]
     _processes = 1
 
@@ -158,12 +158,10 @@ class Sampler(Resumable):
             self._use(self._new_table(warmup_draws, torch.empty(0, device=device).device))
 
     def _join(self, group: Any, arguments: Mapping[str, Any], seed: int) -> int:
-        """The seed: the process's own, for one that is not in a group."""
+        """The seed: its own, for a process that is not in a group."""
         if is_group(group):
-            raise TypeError(
-                f"group must be False for {type(self).__name__}: a subclass of fastis.Sampler for "
-                "several processes has to derive from fastis.replicated.Replicated"
-            )
+            kind = type(self).__name__
+            raise TypeError(f"group must be False for {kind}: derive it from {self._replicated}")
         return seed
 
     def _constants(self, warmup_draws: int) -> Constants:

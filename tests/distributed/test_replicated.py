@@ -91,6 +91,21 @@ def test_on_the_reference_backend_too(tmp_path):
         assert_as_one(tmp_path, 2, 50, {"seed": 3})
 
 
+@pytest.mark.parametrize("method", ["emais", "loss"])
+def test_minibatches_of_one_sample_each(tmp_path, method):
+    """Odd numbers of scores, which leave room at the end of a message."""
+
+    def draws(group):
+        sampler = fastis.Sampler(N, 2 if group is None else 1, group=group, method=method, seed=2)
+        return drawn(sampler, 300, with_losses), sampler.state_dict()
+
+    (first, state), (second, _) = run(tmp_path, 2, draws)
+    expected, expected_state = draws(None)
+    for one, other, whole in zip(first, second, expected, strict=True):
+        assert torch.equal(torch.cat([one[0], other[0]]), whole[0])
+    assert_same_state(state, expected_state)
+
+
 # Ways to update ----------------------------------------------------------------------------------
 
 
