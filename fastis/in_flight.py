@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastis import check
 from fastis.kernels.table import Batch
+from fastis.replicated import LocalBatch, whole_of
 from fastis.sampler import Sampler
 
 
@@ -99,8 +100,10 @@ class InFlight:
                 f"minibatch {expected} must come back first, got {minibatch.number}: something "
                 "between fastis.DataLoader and its workers has changed the order"
             )
-        self._drawn.popleft()
+        drawn = self._drawn.popleft()[0].batch
         self.sent -= 1
+        if isinstance(drawn, LocalBatch):  # the worker has not seen the whole
+            return LocalBatch.of(minibatch.batch, drawn.whole)
         return minibatch.batch
 
     # Saving --------------------------------------------------------------------------------------
@@ -116,17 +119,20 @@ class InFlight:
         return {**self.__dict__, "_drawn": deque((m, None) for m in self._arrived())}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """``indices`` int64 [n, B] and ``weights`` float32 [n, B] of the n under way, in order."""
-        shape = (len(self._drawn), self._sampler.batch_size)
+        """``indices`` int64 [n, B] and ``weights`` float32 [n, B] of the n under way, in order.
+
+        In a group those of the global minibatches, so that any number of processes may go on.
+        """
+        shape = (len(self._drawn), self._sampler.global_batch_size)
         indices = torch.empty(shape, dtype=torch.int64, device="cpu")
         weights = torch.empty(shape, dtype=torch.float32, device="cpu")
         for i, minibatch in enumerate(self._arrived()):
-            indices[i], weights[i] = minibatch.batch
+            indices[i], weights[i] = whole_of(minibatch.batch)
         return {"indices": indices, "weights": weights}
 
     def checked(self, state: Mapping[str, Any]) -> list[Batch]:
         """The minibatches of a state, when the sampler can have drawn them."""
-        n, b = self._sampler.num_samples, self._sampler.batch_size
+        n, b = self._sampler.num_samples, self._sampler.global_batch_size
         indices = _matrix("indices", state.get("indices"), torch.int64, b)
         weights = _matrix("weights", state.get("weights"), torch.float32, b)
         if len(indices) != len(weights):
@@ -148,7 +154,8 @@ class InFlight:
         self._drawn.clear()
         self.begin(0)
         for batch in batches:
-            self._drawn.append((Minibatch(self._number, batch), None))
+            part = self._sampler._part_of(batch)
+            self._drawn.append((Minibatch(self._number, part), None))
             self._number += 1
 
 

@@ -56,6 +56,12 @@ class Watch:
                 stacklevel=3,
             )
 
+    def updated(self) -> None:
+        """An update."""
+        self.updates += 1
+        if self.updates > self.draws + self.patience:
+            self.updated_too_often()
+
     def updated_too_often(self) -> None:
         """An update, of which there were too many more than draws. Without any draw they are
         meant."""
@@ -101,31 +107,33 @@ def check_group(group: Any) -> None:
 
     Raises
     ------
-    TypeError, ValueError
-        for anything but None and False; ValueError also for None where a process group of several
-        ranks is initialised.
+    TypeError
+        for anything but a process group, None and False.
+    ValueError
+        for None where a process group of several ranks is initialised.
     """
-    if group is False:
+    if group is False or is_group(group):
         return
-    distributed = torch.distributed.is_available()
     if group is not None:
-        if not (distributed and isinstance(group, torch.distributed.ProcessGroup)):
-            raise TypeError(
-                "group must be a torch.distributed process group, None or False, got "
-                f"{check.describe(group)}"
-            )
-        raise ValueError(
-            "group must be None or False: one global minibatch of several processes is not built "
-            f"yet, got {check.describe(group)}"
+        raise TypeError(
+            "group must be a torch.distributed process group that this process is in, None or "
+            f"False, got {check.describe(group)}"
         )
-    if distributed and torch.distributed.is_initialized():
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         ranks = torch.distributed.get_world_size()
         if ranks > 1:
             raise ValueError(
                 f"group must be given where torch.distributed has {ranks} processes, or each of "
-                "them draws on its own: group=<process group> for one global minibatch of all (not "
-                "built yet), or group=False for a process on its own, with seed=rank"
+                "them draws on its own: group=<process group> for one global minibatch of all "
+                "(torch.distributed.group.WORLD, say), or group=False for a process on its own, "
+                "with seed=rank"
             )
+
+
+def is_group(group: Any) -> bool:
+    """Whether it is a torch.distributed process group."""
+    available = torch.distributed.is_available()
+    return available and isinstance(group, torch.distributed.ProcessGroup)
 
 
 def check_returned(batch: Batch, indices: Any) -> None:

@@ -25,6 +25,7 @@ from fastis.kernels.layout import (
     VAR,
     Table,
 )
+from fastis.kernels.table import Batch
 from fastis.methods import Method
 from fastis.methods.base import DEFAULT_RULE, OPTIMIZERS, PHASES, RULES
 from fastis.variance import Variance
@@ -42,17 +43,24 @@ class Monitored(MinibatchSource):
     _method: Method
     _table: Table
     _variance: Variance
+    _like: Batch
+    _place = ""  # in a group, for the repr
     correction: float
 
     @property
     def num_samples(self) -> int:
         """N."""
-        return self._table.constants.num_samples
+        return int(self._arguments["num_samples"])
 
     @property
     def batch_size(self) -> int:
-        """B."""
-        return self._table.constants.batch_size
+        """B; in a group each process's."""
+        return int(self._arguments["batch_size"])
+
+    @property
+    def global_batch_size(self) -> int:
+        """W B, of all W processes of the group; B of a process on its own."""
+        return len(self._like.indices)
 
     @property
     def method(self) -> Method:
@@ -70,7 +78,7 @@ class Monitored(MinibatchSource):
     @property
     def device(self) -> torch.device:
         """Where the state and the batches live."""
-        return self._table.device
+        return self._like.indices.device
 
     # Where it stands -----------------------------------------------------------------------------
 
@@ -276,7 +284,7 @@ class Monitored(MinibatchSource):
             f"Sampler(num_samples={a['num_samples']}, batch_size={a['batch_size']}, "
             f"method={self._method!r}, max_duplicates={a['max_duplicates']:g}, "
             f"flatten={a['flatten']!r}, scheme={a['scheme']!r}, device={str(self.device)!r}, "
-            f"seed={a['seed']}{correction})"
+            f"seed={a['seed']}{correction}{self._place})"
         )
         if self.device.type == "meta":
             return text

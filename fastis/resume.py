@@ -39,7 +39,14 @@ class Resumable(Monitored):
 
     def _settings(self) -> dict[str, Any]:
         settings = {k: v for k, v in self._arguments.items() if k not in _NOT_SETTINGS}
-        return {**settings, "method": self._method.name, "options": self._method.options()}
+        # Of a group: the global minibatch's, which any number of processes may share.
+        size = self._table.constants.batch_size
+        return {
+            **settings,
+            "batch_size": size,
+            "method": self._method.name,
+            "options": self._method.options(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over :meth:`state_dict` of a sampler with the same arguments, from any device.

@@ -6,8 +6,8 @@ scored loss after it. Between the two it knows neither the model nor the data.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,10 +17,10 @@ from fastis.batch import Scored, observe, with_coefficients
 from fastis.categorical import seed_from
 from fastis.kernels import kernels_for
 from fastis.kernels.layout import FLATTEN, SCHEMES, Constants, Table, is_uniform, may_read
-from fastis.kernels.table import Batch
+from fastis.kernels.table import Batch, Observation
 from fastis.methods import Method, from_name
 from fastis.methods.base import FOREVER
-from fastis.misuse import Watch, check_group, check_returned
+from fastis.misuse import Watch, check_group, check_returned, is_group
 from fastis.resume import Resumable
 from fastis.variance import Variance
 
@@ -40,7 +40,9 @@ class Sampler(Resumable):
     num_samples : int
         N, the size of the training set; below 2^32.
     batch_size : int
-        B, indices per minibatch; at most N for methods that start or stay without replacement.
+        B, indices per minibatch; at most N for methods that start or stay without replacement. In a
+        ``group`` of W processes each one's: the global minibatch, of which all else speaks, has
+        W B.
     method : str or fastis.methods.Method
         "emais" (Kutsuna 2025), "scan" (uniform without replacement), "uniform" (with), any other
         name of :data:`fastis.methods.BY_NAME`, or an object that carries options, e.g.
@@ -56,22 +58,25 @@ class Sampler(Resumable):
         one random offset for all slices. The same expectation, with less and less variance.
     correction : float in [0, 1]
         weights are (1/(N p))^correction: see :attr:`correction`.
-    group : False, optional
-        to be given where torch.distributed has several processes, since each of them would draw
-        the same samples: False is a process on its own, with a seed of its own. (A process group,
-        for one global minibatch of all, is not built yet.)
+    group : torch.distributed.ProcessGroup or False, optional
+        to be given where torch.distributed has several processes, since each would draw the same
+        samples. A process group (``torch.distributed.group.WORLD``, say): one distribution and one
+        global minibatch; what its processes draw, in the order of ranks, is what one draws with
+        W B. All of them make the sampler together, and call :meth:`sample` and :meth:`update` in
+        the same order. False: a process on its own, with a seed of its own.
     device : torch.device or str, optional
         where the state and the minibatches live; None: torch's default device. The data may live
         anywhere.
     seed : int, optional
         of all randomness, in [0, 2^64). Draw b of iteration t depends on (seed, t, b) and the
         scores alone, on every backend and after any resume. None: a number from torch's default
-        generator, so that ``torch.manual_seed`` decides.
+        generator, so that ``torch.manual_seed`` decides; in a group that of the first rank.
 
     Raises
     ------
     TypeError, ValueError
-        naming the argument, what was expected and what came.
+        naming the argument, what was expected and what came; in a group also, in all processes, for
+        arguments that are not the same in all.
 
     See Also
     --------
@@ -93,6 +98,13 @@ class Sampler(Resumable):
     >>> sampler.update(batch, out)
     """
 
+    # The class of samplers with a group: fastis.replicated, above this module, sets it.
+    _replicated: ClassVar[type[Sampler]]
+    _processes = 1
+
+    def __new__(cls, *_: Any, group: Any = None, **__: Any) -> Sampler:
+        return super().__new__(cls._replicated if is_group(group) and cls is Sampler else cls)
+
     def __init__(
         self,
         num_samples: int,
@@ -111,19 +123,31 @@ class Sampler(Resumable):
         if hasattr(num_samples, "__getitem__"):
             kind = type(num_samples).__name__
             raise TypeError(f"num_samples must be an int, got {kind}: pass its length, len(...)")
+        given = {
+            "num_samples": num_samples,
+            "batch_size": batch_size,
+            "method": method.described() if isinstance(method, Method) else method,
+            "max_duplicates": max_duplicates,
+            "flatten": flatten,
+            "scheme": scheme,
+            "correction": correction,
+            "seed": seed,
+        }
+        seed = self._join(group, given, seed_from(None, _cpu) if seed is None else seed)
         n = check.integer("num_samples", num_samples, 1, 2**32 - 1)
-        b = check.integer("batch_size", batch_size, 1, 2**31 - 1)
-        seed = seed_from(None, _cpu) if seed is None else seed
+        each = check.integer("batch_size", batch_size, 1, (2**31 - 1) // self._processes)
+        b = each * self._processes
         self._method = from_name(method)
         warmup_draws = min(self._method.warmup_draws(n // b), FOREVER)
         if b > n and (warmup_draws > 0 or getattr(self._method, "warmup_epochs", 0) > 0):
             raise ValueError(
                 f"batch_size must be at most num_samples={n}, since method "
                 f"{self._method.name!r} draws without replacement, got {b}"
+                f"{f' in {self._processes} processes' if self._processes > 1 else ''}"
             )
         self._arguments: dict[str, Any] = {
             "num_samples": n,
-            "batch_size": b,
+            "batch_size": each,
             "method": self._method,
             "max_duplicates": _duplicates(max_duplicates, n, b, self._method.has_states),
             "flatten": check.choice("flatten", flatten, ["cap", "mix"]),
@@ -137,9 +161,17 @@ class Sampler(Resumable):
             self._use(self._new_table(warmup_draws, torch.empty(0, device=device).device))
             self._pause_or_not()
 
+    def _join(self, group: Any, arguments: Mapping[str, Any], seed: int) -> int:
+        """The seed: its own, for a process that is not in a group."""
+        if is_group(group):
+            kind = type(self).__name__
+            raise TypeError(f"group must be False for {kind}: derive it from {self._replicated}")
+        return seed
+
     def _constants(self, warmup_draws: int) -> Constants:
         a = self._arguments
-        n, b, duplicates = a["num_samples"], a["batch_size"], a["max_duplicates"]
+        n, duplicates = a["num_samples"], a["max_duplicates"]
+        b = a["batch_size"] * self._processes
         flatten = a["flatten"]
         if duplicates >= b:
             flatten = "none"
@@ -322,12 +354,20 @@ class Sampler(Resumable):
         observation = observe(table.device, self._observed_of, Batch(indices, none), out)
         if may_read(table.device):
             table.check_indices(observation.indices, "indices")
+        self._refresh(observation)
+        self._watch.learnt()
+
+    def _refresh(self, observation: Observation) -> None:
+        table = self._table
         if self._method.fused and kernels_for("table", self._device_type).IS_ATOMIC:
             self._method.refresh(table, observation)
         else:
             with table.lock:
                 self._method.refresh(table, observation)
-        self._watch.learnt()
+
+    def _part_of(self, whole: Batch) -> Batch:
+        """What this process trains on of a minibatch that was drawn: all of it, but in a group."""
+        return whole
 
     def __iter__(self) -> NoReturn:
         raise TypeError(
@@ -386,9 +426,11 @@ class Sampler(Resumable):
             self._pause_or_not()
 
     def _pause_or_not(self) -> None:
-        """Lets the method pause importance sampling with a correction of 1 only."""
+        """Lets the method pause importance sampling with a correction of 1, and where minibatches
+        can be drawn without replacement."""
         least_gain = self._method.constants().get("least_gain", 0.0)
-        self._table.pause_below(least_gain if self._correction == 1.0 else 0.0)
+        pauses = self._correction == 1.0 and self.global_batch_size <= self.num_samples
+        self._table.pause_below(least_gain if pauses else 0.0)
 
     @property
     def uniform(self) -> bool:
@@ -412,10 +454,11 @@ class Sampler(Resumable):
     def uniform(self, wanted: bool) -> None:
         if not isinstance(wanted, bool):
             raise TypeError(f"uniform must be a bool, got {check.describe(wanted)}")
-        if wanted and self.batch_size > self.num_samples:
+        size = self.global_batch_size
+        if wanted and size > self.num_samples:
             raise ValueError(
                 "uniform must be False: there is no drawing without replacement of "
-                f"batch_size={self.batch_size} from num_samples={self.num_samples}"
+                f"{size} from num_samples={self.num_samples}"
             )
         self._table.draw_uniformly(wanted)
 

@@ -20,6 +20,7 @@ SHORT = {
     "train_lightning.py": ["--samples", "320", "--epochs", "3"],
     "train_timm.py": ["--samples", "128", "--epochs", "3"],
     "train_transformers.py": ["--samples", "256", "--epochs", "3"],
+    "train_ddp.py": ["--epochs", "1"],  # in one process; by torchrun: tests/distributed
 }
 
 

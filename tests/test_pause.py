@@ -99,6 +99,12 @@ def test_it_does_not_pause_with_a_correction_below_1(any_backend, correction):
     assert s.sample().weights.unique().tolist() != [1.0] or correction == 0
 
 
+def test_it_does_not_pause_where_a_minibatch_exceeds_the_samples(any_backend):
+    s = sampler(EMAIS(least_gain=9.0, smoothing=0.5, warmup_epochs=0), num_samples=6)
+    assert set(learn(s, alike, 40)) == {"importance"}
+    assert int(s.sample().indices.max()) < 6
+
+
 def test_a_loaded_correction_ends_a_pause():
     s = sampler()
     learn(s, alike, 60)

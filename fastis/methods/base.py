@@ -92,6 +92,10 @@ class Method:
         """Name and value of every option but functions, for saving and comparing."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
 
+    def described(self) -> str:
+        """Name and options, to compare with those in other processes."""
+        return f"{self.name} with {self.options()}"
+
     def warmup_draws(self, batches_per_epoch: int) -> int:
         """How many of the first minibatches are drawn without replacement."""
         raise NotImplementedError
