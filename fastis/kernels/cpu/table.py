@@ -24,6 +24,13 @@ def update(table: Table, observation: Observation) -> None:
     )
 
 
+def fold(table: Table, observation: Observation, iteration: int) -> None:
+    """See :func:`fastis.kernels.reference.table.fold`."""
+    indices, _, observed, _, _ = observation
+    addresses = indices.data_ptr(), 0, observed.data_ptr(), 0, indices.numel(), 0, 0
+    _C.fold(table.handle, *addresses, iteration)
+
+
 def rescale(table: Table) -> None:
     """See :func:`fastis.kernels.reference.table.rescale`."""
     _C.rescale(table.handle)
