@@ -18,7 +18,7 @@ from fastis.methods import EMAIS, Distributed, Loss
 IDS = ["linear tau", "fixed tau, pausing", "loss", "distributed"]
 FOLDING = [
     EMAIS(warmup_epochs=0),
-    EMAIS(warmup_epochs=0, tau=5.0, importance="sum", least_gain=1.5, smoothing=0.5),
+    EMAIS(warmup_epochs=0, tau=5.0, importance="sum", least_gain=1.0001, smoothing=0.5),
     Loss(warmup_epochs=0),
     Distributed(max_age=20),
 ]
