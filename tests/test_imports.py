@@ -25,6 +25,7 @@ ORDER = [
     *("check", "batch", "scored", "autograd", "operators", "loss", "any_loss", "categorical"),
     *("saved", "methods", "coefficients", "batch_norm", "variance", "misuse"),
     *("monitor", "resume", "sampler"),
+    "scoring",
     *("rates", "in_flight", "data", "checkpoint", "lr", "gradients", "estimators", "config"),
 ]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.kernels import kernels_for
+from fastis.kernels import kernels_for, layout
 from fastis.kernels.layout import (
     CODE,
     DRAWS,
@@ -26,6 +26,7 @@ from fastis.kernels.layout import (
     UPDATES,
     VAR,
     Table,
+    may_read,
 )
 from fastis.kernels.state import LARGEST_SCORE
 from fastis.kernels.table import Observation
@@ -120,18 +121,24 @@ class Distributed(Method):
     def _with_constant(self, table: Table, observation: Observation) -> Observation:
         """|x| + c for every score x of n."""
         x = observation.observed.abs()
-        finite = x < LARGEST_SCORE
-        own = torch.where(finite, x.double(), 0).sum() / finite.sum().clamp(min=1)
-        seen = table.scalars[SEEN]
-        of_table = mean_weight(table) / (1 + self.constant)  # constants are in it
-        c = self.constant * torch.where(seen > 0, of_table, own)
-        return observation._replace(observed=x + c.float())
+        mean = mean_weight(table) / (1 + self.constant)  # constants are in it
+        if not (may_read(table.device) and float(mean) > 0):
+            finite = x < LARGEST_SCORE
+            own = torch.where(finite, x.double(), 0).sum() / finite.sum().clamp(min=1)
+            mean = torch.where(mean > 0, mean, own)
+        return observation._replace(observed=x + (self.constant * mean).float())
 
     def _pause_while_few(self, table: Table) -> None:
         """Uniform draws from the next one on, or the end of them, as many scores as there are."""
-        scalars, n = table.scalars, table.constants.num_samples
+        scalars, least = table.scalars, self.min_usable * table.constants.num_samples
+        if may_read(table.device):  # the same at once
+            counts = scalars.tolist()
+            is_few, is_paused = counts[SEEN] < least, layout.is_paused(counts[PAUSE], counts[DRAWS])
+            if is_few != is_paused:
+                scalars[PAUSE] = counts[DRAWS] * 2 + is_few
+            return
         draws, word = scalars[DRAWS], scalars[PAUSE]
-        few = scalars[SEEN] < self.min_usable * n
+        few = scalars[SEEN] < least
         paused = (draws >= word >> 1) == (word & 1).bool()
         scalars[PAUSE].copy_(torch.where(few == paused, word, draws * 2 + few))
 
@@ -139,6 +146,11 @@ class Distributed(Method):
 def mean_weight(table: Table) -> Tensor:
     """0-d float64: the mean importance of the seen samples; 0 if there are none."""
     scalars = table.scalars
+    if may_read(table.device):  # the same at once
+        counts = scalars.tolist()
+        scale_of_one = 2.0 ** (max(counts[EXPONENT], -1000) - 15)
+        value = float(counts[TOTAL]) / float(max(counts[SEEN], 1)) * scale_of_one
+        return scalars.new_tensor(value if counts[SEEN] > 0 else 0.0, dtype=torch.float64)
     mean = scalars[TOTAL].double() / scalars[SEEN].clamp(min=1)
     # A weight is its integer times 2^(e0 - 15), whose bits these are.
     scale = ((scalars[EXPONENT].clamp(min=-1000) - 15 + 1023) << 52).view(torch.float64)
