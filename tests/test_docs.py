@@ -20,6 +20,7 @@ PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 NOT_RUN = {
     "compiles for a minute": 1,
     "needs a GPU": 2,
+    "needs Ray": 1,
 }
 # What a page may take for granted: a network, data, and a loop that has left its uniform epochs.
 PREAMBLE = """

@@ -13,6 +13,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # Arguments by file: a file that is not here is a failure.
 SHORT = {
     "dataloader.py": ["--samples", "320", "--epochs", "3"],
+    "distributed_scoring.py": ["--samples", "2000", "--steps", "200", "--scorers", "1"],
 }
 
 

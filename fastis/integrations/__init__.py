@@ -1,0 +1,1 @@
+"""fastis in the loops of others: one module a library, imported only when asked for."""
