@@ -27,6 +27,7 @@ ORDER = [
     *("monitor", "resume", "sampler"),
     "scoring",
     *("rates", "in_flight", "data", "checkpoint", "lr", "gradients", "estimators", "config"),
+    "integrations",
 ]
 
 

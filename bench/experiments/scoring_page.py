@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from bench.experiments.plot import PALETTE, STYLE, log_axis
+from bench.experiments.plot import PALETTE, STYLE, log_axis, reference_line, save
 from bench.experiments.scoring import ScoringConfig
 from bench.provenance import provenance_line
 from bench.report import Row, markdown_table, read_rows
@@ -20,19 +20,23 @@ PAGE, ROWS, TRANSPORT = "SCORING.md", "scoring.jsonl", "scoring_transport.jsonl"
 TRACES = ("uniform", "stale", "ideal")
 INTRODUCTION = """# Scores from other processes
 
-Written by `python bench/experiments/scoring.py --report bench/results` from the rows in this folder;
-nothing is typed in. It shows in kind what Alain et al. 2016 (arXiv 1511.06481) show: the variance of
-ideal, stale and uniform sampling along a run, with one trainer and two scorers, and what the
-constant and the limit of staleness do. Theirs are gradients of all parameters and runs of hours;
-here they are gradients at the logits, on 10,000 images.
+Written by `python bench/experiments/scoring.py --report bench/results` from the rows in this
+folder; nothing is typed in. It shows in kind what Alain et al. 2016 (arXiv 1511.06481) show: the
+variance of ideal, stale and uniform sampling along a run, with one trainer and two scorers, and
+what the constant and the limit of staleness do. Theirs are gradients of all parameters and long
+runs; here they are gradients at the logits, on 10,000 images.
 
 Traces are exact, from the scores of all samples at each twentieth of a run: `ideal` is the trace of
 the covariance with probabilities in proportion to the scores of that moment, `stale` with those in
-force, `uniform` with equal ones. S = (stale - ideal) / (uniform - ideal), with the traces' means over
-the second half of a run and over seeds: 0 for ideal and 1 for uniform sampling. In simulated runs a
-scorer finishes a minibatch every so many steps of the trainer, which makes a run the same on any
-machine.
+force, `uniform` with equal ones. S = (stale - ideal) / (uniform - ideal), with the traces' means
+over the second half of a run and over seeds: 0 for ideal and 1 for uniform sampling. In simulated
+runs a scorer finishes a minibatch every so many steps of the trainer, which makes a run the same on
+any machine.
 """
+
+
+VARIED = ("method", "constant", "max_age", "steps_per_minibatch", "processes")
+NUM_SAMPLES = 10_000  # of the embedded data
 
 
 def second_half(rows: Sequence[Row], name: str) -> float:
@@ -49,19 +53,14 @@ def efficiency(rows: Sequence[Row]) -> float:
 def of(rows: Sequence[Row], **wanted: object) -> list[Row]:
     """The rows of a setting that differs from the default in ``wanted`` alone."""
     setting = {**asdict(ScoringConfig()), **wanted}
-    free = {"seed", "data", "iterations", "lr", "model"} - wanted.keys()
-    return [
-        row
-        for row in rows
-        if all(row["config"][name] == setting[name] for name in setting.keys() - free)
-    ]
+    return [row for row in rows if all(row["config"][name] == setting[name] for name in VARIED)]
 
 
 def sweep(config: Row) -> str:
     """How many steps of the trainer the scorers need for all samples."""
     if not config["steps_per_minibatch"]:
         return "no scorers"
-    minibatches = 10_000 / config["scorer_batch"] / config["scorers"]
+    minibatches = NUM_SAMPLES / config["scorer_batch"] / config["scorers"]
     return f"{minibatches * config['steps_per_minibatch']:.0f}"
 
 
@@ -101,19 +100,20 @@ def table(rows: Sequence[Row], what: str, settings: Sequence[Setting]) -> str:
 
 def processes_table(rows: Sequence[Row]) -> str:
     lines = [["method", "seed", "scores folded", "age of their parameters, steps"]]
-    lines[0] += ["publish and fold, of the time", "monitored S", "exact S"]
+    lines[0] += ["ms a step", "of these publish and fold", "monitored S", "exact S"]
     for row in rows:
         if not row["config"]["processes"]:
             continue
         final = row["final"]
-        part = final["seconds_of_publish_and_fold"] / final["seconds"]
+        each = 1e3 / row["config"]["iterations"]
+        step, part = (each * final[k] for k in ("seconds", "seconds_of_publish_and_fold"))
         ideal, stale, uniform = (
             second_half([row], f"monitored_{name}") for name in ("ideal", "stale", "uniform")
         )
         lines.append(
             [
                 *(row["config"]["method"], str(row["config"]["seed"]), f"{final['folded']:,.0f}"),
-                *(f"{final['mean_age_of_parameters']:.1f}", f"{100 * part:.1f} %"),
+                *(f"{final['mean_age_of_parameters']:.1f}", f"{step:.1f}", f"{part:.1f}"),
                 *(f"{(stale - ideal) / (uniform - ideal):.2f}", f"{efficiency([row]):.2f}"),
             ]
         )
@@ -151,49 +151,50 @@ def draw_traces(axes: Axes, rows: Sequence[Row], title: str) -> None:
         axes.plot(*mean_curve(rows, f"monitored_{name}"), ".", color=colour, alpha=0.6)
     axes.set_title(title)
     axes.set_xlabel("iteration")
-    log_axis(axes)
 
 
-def traces_figure(rows: Sequence[Row], out: Path) -> bool:
+def traces_figure(rows: Sequence[Row], out: Path, text: str) -> str:
     panels = [
         ("simulated, 156 steps a sweep", of(rows)),
         ("simulated, 625 steps a sweep", of(rows, steps_per_minibatch=16)),
         ("three processes", of(rows, processes=True)),
     ]
     if not all(found for _, found in panels):
-        return False
+        return ""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, layout="constrained")
         for axis, (title, found) in zip(axes, panels, strict=True):
             draw_traces(axis, found, title)
+        curves = [mean_curve(found, name)[1] for _, found in panels for name in TRACES]
+        axes[0].set_ylim(np.min(curves) / 1.1, np.max(curves) * 1.1)
+        log_axis(axes[0])
         axes[0].set_ylabel("trace (dots: as monitored)")
         axes[0].legend(frameon=False)
-        return save(figure, out)
+        save(figure, out)
+        plt.close(figure)
+    return f"![{text}]({out.name})"
 
 
-def options_figure(rows: Sequence[Row], out: Path) -> bool:
+def options_figure(rows: Sequence[Row], out: Path, text: str) -> str:
     panels = [
         ("constant, of the mean score", CONSTANTS),
         ("limit of staleness, steps", LIMITS),
         ("steps for a scorer's minibatch", SPEEDS[:-1]),
     ]
     if not all(of(rows, **wanted) for _, settings in panels for _, wanted in settings):
-        return False
+        return ""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), sharey=True, layout="constrained")
         for axis, (title, settings) in zip(axes, panels, strict=True):
             values = [efficiency(of(rows, **wanted)) for _, wanted in settings]
             axis.plot([label for label, _ in settings], values, "o-", color=PALETTE[0])
             axis.set_title(title)
-            axis.set_ylim(0, None)
-        axes[0].set_ylabel("S: 0 ideal, 1 uniform")
-        return save(figure, out)
-
-
-def save(figure: plt.Figure, out: Path) -> bool:
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
-    return True
+            axis.set_ylim(0, 1.05)
+            reference_line(axis, 1.0, "uniform sampling")
+        axes[0].set_ylabel("efficiency S")
+        save(figure, out)
+        plt.close(figure)
+    return f"![{text}]({out.name})"
 
 
 # ---- the page
@@ -202,13 +203,12 @@ def save(figure: plt.Figure, out: Path) -> bool:
 def write(folder: Path) -> Path:
     """Writes the page and its figures into ``folder``, from its rows."""
     rows, transport = read_rows(folder / ROWS), read_rows(folder / TRANSPORT)
-    draw: list[tuple[Callable[[Sequence[Row], Path], bool], str, str]] = [
-        (traces_figure, "scoring_traces.png", "Traces along a run"),
-        (options_figure, "scoring_options.png", "S by constant, limit and speed"),
-    ]
-    figures = [
-        f"![{text}]({name})" if draw_one(rows, folder / name) else ""
-        for draw_one, name, text in draw
+    drawn = [
+        figure(rows, folder / name, text)
+        for figure, name, text in (
+            (traces_figure, "scoring_traces.png", "Traces along a run"),
+            (options_figure, "scoring_options.png", "S by constant, limit and speed"),
+        )
     ]
     base = rows[0]["config"] if rows else asdict(ScoringConfig())
     seeds = len({row["config"]["seed"] for row in rows})
@@ -219,7 +219,7 @@ def write(folder: Path) -> Path:
         f"{base['scorers']} scorers, minibatches of {base['scorer_batch']}, parameters taken every "
         f"{base['refresh_every']} of them**",
         "## Along a run",
-        figures[0],
+        drawn[0],
         table(rows, "method", METHODS),
         "## The constant",
         "c as a part of the mean score; all else as in the run above.",
@@ -231,11 +231,11 @@ def write(folder: Path) -> Path:
         "Steps of the trainer in which a scorer finishes a minibatch. (Minibatches of the trainer "
         "are scored anyway, and count too.)",
         table(rows, "steps", SPEEDS),
-        figures[1],
+        drawn[1],
         "## Three processes",
-        "A trainer and two scorers on shared cores, with whatever staleness there was. The part of "
-        "the time that `publish` and `fold` took is the trainer's whole cost; a step of this small "
-        "network is about a millisecond.",
+        "A trainer and two scorers on two cores that other work shared, with whatever staleness "
+        "there was; times are rough. Parameters were offered before every step, and all scores "
+        "that had arrived were folded.",
         processes_table(rows),
         "```sh\npython bench/experiments/scoring.py --json bench/results/scoring.jsonl\n```",
         provenance_line(rows) if rows else "",

@@ -22,11 +22,11 @@ from fastis.methods import Method
 from fastis.methods.base import PHASES
 from fastis.methods.distributed import mean_weight
 
-_SPAN = 0.5  # of the data: what the averages are over, about
+_SPAN = 0.1  # of the data: what the averages are over, about
 
 
 class Traces:
-    """The three traces, from averages over about half of a sweep.
+    """The three traces, from averages over about a tenth of a sweep.
 
     0-d float64 tensors on the sampler's device; NaN before the first message. The weight in force
     is that of the table, before flattening; 1 for all while draws are uniform. Scores without a

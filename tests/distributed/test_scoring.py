@@ -139,6 +139,7 @@ def test_scores_far_too_old_are_refused(inbox, store):
 def test_of_the_same_sample_the_newest_score_stays(inbox, store):
     parts = [message(3.0, iteration=4), message(5.0, iteration=5), message(4.0, iteration=2)]
     assert fold(inbox, store, *parts) == 3
+    assert inbox.sampler.var[10] > 0, "all three count, the oldest first"
     late = inbox.sampler.mean[10]
     assert fold(inbox, store, message(9.0, iteration=3)) == 1
     assert inbox.sampler.mean[10] == late
@@ -149,14 +150,14 @@ def test_of_the_same_sample_the_newest_score_stays(inbox, store):
 
 
 def test_traces_by_hand():
-    traces = Traces(8, torch.device("cpu"))
+    traces = Traces(40, torch.device("cpu"))
     x, w = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([1.0, 1.0, 2.0])
     traces.add(x, w, 2.0)
     assert float(traces.ideal) == pytest.approx(9 - 2)
     assert float(traces.uniform) == pytest.approx(41 / 3 - 2)
     assert float(traces.stale) == pytest.approx(4 / 3 * (1 + 4 + 18) / 3 - 2)
     traces.add(torch.tensor([4.0]), torch.tensor([1.0]), math.nan)
-    keep = [math.exp(-n / 4) for n in (3, 1)]  # half of the data is 4
+    keep = [math.exp(-n / 4) for n in (3, 1)]  # a tenth of the data is 4
     a, b = keep[1] * (1 - keep[0]), 1 - keep[1]
     mu2 = a * 2.0 / (a + b)
     assert float(traces.ideal) == pytest.approx(((a * 3 + b * 4) / (a + b)) ** 2 - mu2)
@@ -203,7 +204,9 @@ def test_parameters_of_any_size_arrive(store):
     for number, size in enumerate((0, 5, channel.CHUNK, 20 << 20), 1):
         parameters = bytes(range(250)) * (size // 250 + 1)
         sender.publish(parameters[:size])
-        assert reader.newest(number - 1) == (number, parameters[:size])
+        # A set returns before the store has it.
+        found = wait_for(lambda n=number: reader.newest(n - 1))
+        assert found == (number, parameters[:size])
         assert reader.newest(number) is None
 
 
