@@ -197,6 +197,7 @@ PYBIND11_MODULE(_C, m) {
   FASTIS_CPU(batch_norm_backward)
 
   FASTIS_CPU(update)
+  FASTIS_CPU(fold)
   FASTIS_CPU(draw)
   FASTIS_CPU(rescale)
   FASTIS_CPU(copy_state)

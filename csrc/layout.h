@@ -223,8 +223,12 @@ struct UpdateParameters {
   uint64_t theta;           // items above it are capped
 
   FASTIS_HD UpdateParameters(const Table& t, int64_t n)
-      : now(clock_of(t.scalars->updates)),
-        tau(tau_at(t, t.scalars->updates)),
+      : UpdateParameters(t, n, t.scalars->updates) {}
+
+  // ... of an iteration that is not the present one.
+  FASTIS_HD UpdateParameters(const Table& t, int64_t n, int64_t iteration)
+      : now(clock_of(iteration)),
+        tau(tau_at(t, iteration)),
         floor(floor_of(static_cast<uint64_t>(t.scalars->total), t.scalars->seen,
                        exponent_of_table(t), t.floor)),
         exponent(exponent_of_table(t)),

@@ -73,6 +73,18 @@ def update(
     num_classes: int,
     /,
 ) -> None: ...
+def fold(
+    table: int,
+    indices: int,
+    weights: int,
+    observed: int,
+    score: int,
+    n: int,
+    mean_grad: int,
+    num_classes: int,
+    iteration: int,
+    /,
+) -> None: ...
 def copy_state(
     num_scalars: int,
     num_states: int,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastis import check
+from fastis.kernels.layout import LATE, UPDATES, Table, may_read
 from fastis.kernels.table import Batch, Observation
 
 _int64, _float32, _cpu = torch.int64, torch.float32, torch.device("cpu")
@@ -29,6 +30,15 @@ class Scored(Protocol):
     def score(self) -> Tensor: ...
     @property
     def mean_grad(self) -> Tensor | None: ...
+
+
+class Folding(Protocol):
+    """What is asked of a method here."""
+
+    @property
+    def folds(self) -> bool: ...
+    @property
+    def name(self) -> str: ...
 
 
 class _Scores(NamedTuple):
@@ -65,6 +75,37 @@ def observe(
         observed, score, mean_grad = _join(observed_of, out)
     observation = _new_tuple(Observation, (indices, weights, observed, score, mean_grad))
     return observation if _is_ready(device, observation) else _made_ready(device, observation)
+
+
+def folded(
+    table: Table, method: Folding, indices: Tensor, scores: Tensor, iteration: int
+) -> Observation:
+    """The observation of scores that another process computed, for ``Sampler.fold``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        naming its argument, what was expected and what came.
+    """
+    if not method.folds:
+        raise ValueError(
+            "fold needs a method whose table is one of scores (emais, loss, distributed), got "
+            f"{method.name!r}"
+        )
+    check.integer("iteration", iteration, 0)
+    device = table.device
+    if may_read(device):
+        now = int(table.scalars[UPDATES])
+        if not 0 <= now - iteration < LATE:
+            raise ValueError(
+                f"iteration must be in [{max(0, now - LATE + 1)}, {now}], the sampler's step, got "
+                f"{iteration}"
+            )
+    i = check.tensor("indices", indices).detach().to(device, non_blocking=True)
+    x = check.tensor("scores", scores).detach().to(device, non_blocking=True)
+    i = check.vector("indices", i, None, (_int64,), device)
+    x = check.vector("scores", x, len(i), _FLOATS, device).float()
+    return Observation(i, torch.ones_like(x), x, x, None)
 
 
 def with_coefficients(observation: Observation, correction: float) -> Observation:

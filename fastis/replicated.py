@@ -133,6 +133,12 @@ class Replicated(Sampler):
         self.update(batch, out)
         return self.sample()
 
+    def fold(self, indices: Tensor, scores: Tensor, iteration: int) -> None:
+        raise RuntimeError(
+            "fold() is for a process on its own: each process's scores would make tables that "
+            "differ; in a group, refresh(indices, scores) takes in what every process brings"
+        )
+
     def _refresh(self, observation: Observation) -> None:
         """From what every process brings."""
         take_over = super()._refresh

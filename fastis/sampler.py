@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.batch import Scored, observe, with_coefficients
+from fastis.batch import Scored, folded, observe, with_coefficients
 from fastis.categorical import seed_from
 from fastis.kernels import kernels_for
 from fastis.kernels.layout import FLATTEN, SCHEMES, Constants, Table, is_uniform, may_read
@@ -364,6 +364,33 @@ class Sampler(Resumable):
         else:
             with table.lock:
                 self._method.refresh(table, observation)
+
+    def fold(self, indices: Tensor, scores: Tensor, iteration: int) -> None:
+        """Scores that another process computed with the parameters of ``iteration``.
+
+        They come into the state as :meth:`update` would have brought them in then; variance traces
+        and ``.step`` stay. A sample that was observed at that iteration or since stays as it is:
+        late scores undo nothing, and folding the same ones again changes nothing. O(n).
+
+        Parameters
+        ----------
+        indices : int64 tensor [n]
+        scores : float tensor [n]
+            what the method observes: gradient norms, or losses for ``method="loss"``. Not finite
+            ones are counted in ``.skipped``.
+        iteration : int
+            ``.step`` when these parameters were those of the training: at most the present one, and
+            less than 2^20 before it.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            before anything has changed; also for a method that does not average scores. A sampler
+            on a GPU leaves out what is out of range, and does not wait to know.
+        """
+        observation = folded(self._table, self._method, indices, scores, iteration)
+        with self._table.lock:
+            self._method.fold(self._table, observation, int(iteration))
 
     def _part_of(self, whole: Batch) -> Batch:
         """What this process trains on of a minibatch that was drawn: all of it, but in a group."""

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from native import native
 
 import fastis
 from fastis import _C, kernels
+from fastis.kernels.cuda import table as cuda_table
 from fastis.kernels.cuda.table import _addresses as addresses_of
 from fastis.kernels.flatten import distribution
 from fastis.kernels.layout import CODE, LAST, MEAN, SEEN, TOTAL, UPDATES, VALID
@@ -42,6 +44,10 @@ class Emulator:
     def refresh(self, table, indices, observed) -> None:
         addresses = indices.data_ptr(), 0, observed.data_ptr(), 0, len(indices), 0, 0
         native().update(table.device_handle, *addresses, self.stride)
+
+    def fold(self, table, observation, iteration) -> None:
+        with mock.patch.object(cuda_table, "update", self.update):
+            cuda_table.fold(table, observation, iteration)
 
     def rescale(self, table) -> None:
         native().rescale(table.device_handle, self.stride)

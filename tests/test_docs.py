@@ -24,6 +24,7 @@ NOT_RUN = {
     "needs a GPU": 2,
     "needs a logger": 1,
     "needs torchrun": 1,
+    "needs Ray": 1,
 }
 # What a page may take for granted: a network, data, and a loop that has left its uniform epochs.
 PREAMBLE = """

@@ -25,6 +25,7 @@ ORDER = [
     *("check", "batch", "scored", "autograd", "operators", "loss", "any_loss", "categorical"),
     *("saved", "methods", "coefficients", "batch_norm", "variance", "misuse"),
     *("monitor", "resume", "sampler", "scalars", "figures", "exchange", "replicated"),
+    "scoring",
     *("rates", "in_flight", "data", "checkpoint", "lr", "gradients", "estimators", "config"),
     *("integrations.parts", "integrations.model_loss", "integrations"),
 ]

@@ -152,6 +152,52 @@ def test_online_batch_pressure_falls_and_losses_are_recomputed():
     assert probabilities(sampler) == pytest.approx([1 / 40] * 40, rel=QUANTISED)
 
 
+def test_distributed_by_hand(any_backend):
+    method = methods.Distributed(constant=0.1, min_usable=0.5)
+    sampler = fastis.Sampler(5, 1, method=method, max_duplicates=1)
+    sampler.update(batch_of(0, 1), losses_of(1.0, 3.0))
+    assert sampler.phase == "uniform"  # two of five are not half of them
+    assert probabilities(sampler) == [0.2] * 5
+    assert sampler.sample().weights.tolist() == [1.0]
+    sampler.fold(torch.tensor([2, 4, 3]), torch.tensor([6.0, 10.0, math.nan]), 1)
+    assert sampler.phase == "importance"
+    weights = [1 + 0.2, 3 + 0.2, 6 + 0.2, 10 + 0.2]  # c a tenth of the mean score, which was 2
+    mean = sum(weights) / 4
+    assert probabilities(sampler) == normalised(*weights[:3], mean, weights[3])
+    sampler.fold(torch.tensor([3]), torch.tensor([0.0]), 1)
+    c = 0.1 * mean / 1.1  # the mean of the scores from that of the weights, which have c in them
+    assert probabilities(sampler) == normalised(*weights[:3], c, weights[3])
+
+
+def test_distributed_forgets_stale_scores(any_backend):
+    method = methods.Distributed(constant=0.0, max_age=8, min_usable=0.0)  # looked for every step
+    sampler = fastis.Sampler(4, 1, method=method, max_duplicates=1)
+    sampler.update(batch_of(0, 1, 2), losses_of(2.0, 4.0, 6.0))
+    for _ in range(7):
+        sampler.update(batch_of(2), losses_of(6.0))
+    assert sampler.last_seen.tolist() == [0, 0, 7, -1]
+    assert probabilities(sampler) == normalised(2, 4, 6, 4)
+    sampler.update(batch_of(2), losses_of(5.0))  # the next would be the ninth after the first
+    assert sampler.last_seen.tolist() == [-1, -1, 8, -1]
+    assert sampler.stats()["share_unseen"] == 0.75
+    assert probabilities(sampler) == [0.25] * 4  # the mean of the seen
+    sampler.fold(torch.tensor([0, 1]), torch.tensor([1.0, 1.0]), 9)
+    assert probabilities(sampler) == normalised(1, 1, 5, 7 / 3)
+
+
+def test_distributed_forgets_everything_and_starts_again(any_backend):
+    sampler = fastis.Sampler(4, 2, method=methods.Distributed(constant=0.0, max_age=1))
+    sampler.update(batch_of(0, 1), losses_of(1e20**0.5, 1.0))
+    for _ in range(3):
+        sampler.update(batch_of(3), losses_of(math.nan))
+    assert sampler.importance.tolist() == [1] * 4
+    assert sampler.phase == "uniform"
+    again = fastis.Sampler(4, 2, method=sampler.method)
+    again.load_state_dict(sampler.state_dict())
+    again.update(batch_of(0, 1), losses_of(1.0, 3.0))
+    assert probabilities(again) == normalised(1, 3, 2, 2)
+
+
 def test_prioritized_by_hand():
     method = methods.Prioritized(total_steps=10)
     sampler = fastis.Sampler(3, 2, method=method, max_duplicates=2)

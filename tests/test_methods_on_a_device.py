@@ -16,7 +16,7 @@ from fastis import kernels
 from fastis.kernels import layout
 from fastis.kernels.layout import UPDATES
 from fastis.kernels.table import Observation
-from fastis.methods import BY_NAME, prioritized, weighted
+from fastis.methods import BY_NAME, distributed, prioritized, weighted
 from fastis.methods.weighted import distinct, is_first
 
 NUM_SAMPLES, BATCH_SIZE, STEPS = 60, 16, 90
@@ -30,7 +30,7 @@ BY_ROW = {"memory.moments", "memory.gain", "memory.effective_iterations"}
 
 @pytest.fixture
 def unseen_by_the_host(monkeypatch):
-    for module in (layout, weighted, prioritized):
+    for module in (layout, weighted, prioritized, distributed):
         monkeypatch.setattr(module, "may_read", lambda device: False)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastis
 from fastis.kernels.layout import DRAWS, UPDATES
-from fastis.methods import BY_NAME, EMAIS, RAIS
+from fastis.methods import BY_NAME, EMAIS, RAIS, Distributed
 from fastis.methods.base import Method
 
 NUM_SAMPLES, BATCH_SIZE = 320, 16  # 20 minibatches an epoch
@@ -72,6 +72,17 @@ def test_asking_for_uniform_draws_reads_nothing(launched, name):
             sampler.uniform = uniform
             assert sampler.uniform is uniform
             steps(sampler, 2)
+
+
+@pytest.mark.parametrize("method", ["emais", "loss", Distributed(max_age=16)], ids=str)
+def test_scores_from_elsewhere_read_nothing(launched, method):
+    sampler = sampler_on_meta(method)
+    indices = torch.empty(40, dtype=torch.int64, device=META)
+    with no_host_reads():
+        for iteration in range(20):
+            sampler.update(sampler.sample(), observed())
+            sampler.fold(indices, torch.empty(40, device=META), iteration)
+    assert launched.count("cuda_update") == 40
 
 
 @pytest.mark.parametrize("name", ["emais", "rais"])

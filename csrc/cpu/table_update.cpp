@@ -146,9 +146,9 @@ void add_to_tree(const Table& t, const Block& block, int exponent, Spread& sprea
   s.ceiling = std::max(s.ceiling, static_cast<int64_t>(weight_of(largest, exponent)));
 }
 
-void update_states(const Table& t, const Observation& o) {
+void update_states(const Table& t, const Observation& o, int64_t iteration) {
   Scalars& s = *t.scalars;
-  const UpdateParameters p(t, o.n);
+  const UpdateParameters p(t, o.n, iteration);
   // Items of larger codes may be near theta.
   const uint32_t near_code = code_below(s.near_size < 0 ? s.theta : s.near_low, p.exponent);
   bool in_range = true;
@@ -231,13 +231,18 @@ void update(Pointer<const Table> table, const Observation& o) {
   check_indices(t, o);
   if (o.n == 0) return;
   if (t.states != nullptr) {
-    update_states(t, o);
+    update_states(t, o, t.scalars->updates);
   } else {
     for (int64_t b = 0; b < o.n; ++b) t.scalars->skipped += !usable(o.observed[b]);
   }
   if (o.weights == nullptr) return;
   update_variance(t, o);
   ++t.scalars->updates;
+}
+
+void fold(Pointer<const Table> table, const Observation& o, int64_t iteration) {
+  check_indices(*table.address, o);
+  if (o.n > 0) update_states(*table.address, o, iteration);
 }
 
 void rescale(Pointer<const Table> table) { rescale(*table.address); }

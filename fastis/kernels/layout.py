@@ -165,15 +165,17 @@ def may_read(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def without_replacement(table: Table, draw: int) -> bool:
-    """Whether that minibatch is drawn without replacement, with coefficients of 1.
+def is_paused(word: int, draw: int) -> bool:
+    """Whether draws pause from importance sampling: ``scalars[PAUSE]`` says from which draw on
+    (bits 1 and up) they do or don't (bit 0); before that draw it was the other way."""
+    return (draw >= word >> 1) == bool(word & 1)
 
-    ``scalars[PAUSE]`` says from which draw on (bits 1 and up) importance sampling pauses or doesn't
-    (bit 0); before that draw it was the other way.
-    """
+
+def without_replacement(table: Table, draw: int) -> bool:
+    """Whether that minibatch is drawn without replacement, with coefficients of 1."""
     uniform_from, word = int(table.scalars[UNIFORM_FROM]), int(table.scalars[PAUSE])
-    paused = (draw >= word >> 1) == bool(word & 1)
-    return draw < table.constants.warmup_draws or draw >= uniform_from or paused
+    in_warmup = draw < table.constants.warmup_draws
+    return in_warmup or draw >= uniform_from or is_paused(word, draw)
 
 
 class Table:

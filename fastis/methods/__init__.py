@@ -12,6 +12,7 @@ ConfVar         its standard deviation                         none          Cha
 SelfPaced       uniform; losses below a threshold count        0 or equal    Kumar et al. 2010
 OnlineBatch     the rank of the last loss                      none          Loshchilov & Hutter
 Prioritized     a power of the last loss                       in part       Schaul et al. 2015
+Distributed     the last score, also of scorer processes       1/(N p)       Alain et al. 2016
 Scan, Uniform   uniform, without and with replacement          1
 ==============  =============================================  ============  ======================
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 from fastis.methods.base import Method
 from fastis.methods.confidence import Confidence, ConfVar
+from fastis.methods.distributed import Distributed
 from fastis.methods.emais import EMAIS, Loss
 from fastis.methods.online_batch import OnlineBatch
 from fastis.methods.presampling import Presampling
@@ -34,7 +36,7 @@ BY_NAME: dict[str, type[Method]] = {
     m.name: m
     for m in (
         *(EMAIS, Scan, Uniform, Loss, Presampling, RAIS),
-        *(Confidence, ConfVar, SelfPaced, OnlineBatch, Prioritized),
+        *(Confidence, ConfVar, SelfPaced, OnlineBatch, Prioritized, Distributed),
     )
 }
 
@@ -44,6 +46,7 @@ __all__ = [
     "RAIS",
     "ConfVar",
     "Confidence",
+    "Distributed",
     "Loss",
     "Method",
     "OnlineBatch",

@@ -67,6 +67,8 @@ class Method:
     fused: ClassVar[bool] = True
     # Are a minibatch's weights the coefficients 1/(N p) of its draws?
     has_coefficients: ClassVar[bool] = True
+    # Is the table one of scores, so that such may come from elsewhere (:meth:`fold`)?
+    folds: ClassVar[bool] = False
     # Does the learning rate follow N_ems (:meth:`lr_factor`)? If not, the factor is 1.
     adjusts_lr: ClassVar[bool] = False
 
@@ -152,6 +154,16 @@ class Method:
             f"method {self.name!r} learns from its own minibatches alone: refresh() is for those "
             "that average each sample's score, emais and loss"
         )
+
+    def fold(self, table: Table, observation: Observation, iteration: int) -> None:
+        """Scores that another process computed with the parameters of ``iteration``.
+
+        Raises
+        ------
+        IndexError
+            as :meth:`update`.
+        """
+        kernels_for("table", table.device.type).fold(table, observation, iteration)
 
     def update_and_draw(self, table: Table, observation: Observation, next_batch: Batch) -> None:
         """:meth:`update`, then :meth:`draw` into ``next_batch``; by one kernel if ``fused``."""

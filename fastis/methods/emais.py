@@ -68,6 +68,7 @@ class EMAIS(Method):
     name: ClassVar[str] = "emais"
     has_states: ClassVar[bool] = True
     fused: ClassVar[bool] = True  # without a score_fn
+    folds: ClassVar[bool] = True
     adjusts_lr: ClassVar[bool] = True
 
     tau: str | float = "linear"

@@ -32,6 +32,13 @@ def refresh(table: Table, indices: Tensor, observed: Tensor) -> None:
     _C.update(table.handle, *addresses, indices.numel(), 0, 0)
 
 
+def fold(table: Table, observation: Observation, iteration: int) -> None:
+    """See :func:`fastis.kernels.reference.table.fold`."""
+    indices, _, observed, _, _ = observation
+    addresses = indices.data_ptr(), 0, observed.data_ptr(), 0, indices.numel(), 0, 0
+    _C.fold(table.handle, *addresses, iteration)
+
+
 def rescale(table: Table) -> None:
     """See :func:`fastis.kernels.reference.table.rescale`."""
     _C.rescale(table.handle)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastis.kernels.cuda.launch import launch
 from fastis.kernels.extension import _C
-from fastis.kernels.layout import Table
+from fastis.kernels.layout import LATE, PAUSE, UPDATES, Table
 from fastis.kernels.table import Batch, Observation
 
 IS_ATOMIC = False  # the host may be interrupted between two launches
@@ -23,6 +24,26 @@ def refresh(table: Table, indices: Tensor, observed: Tensor) -> None:
     if indices.numel() > 0:
         addresses = indices.data_ptr(), 0, observed.data_ptr(), 0
         launch(_C.cuda_update, table.device, table.device_handle, *addresses, len(indices), 0, 0)
+
+
+def fold(table: Table, observation: Observation, iteration: int) -> None:
+    """See :func:`fastis.kernels.reference.table.fold`. Indices out of range are left out, and all
+    scores, as if they were no numbers, where the iteration is still to come or ``LATE`` ago.
+
+    The update's kernel, for which the clock stands at ``iteration`` meanwhile; what else it moves
+    is put back. All of it in the order of the stream, for which nothing waits.
+    """
+    if observation.indices.numel() == 0:
+        return
+    scalars, variance = table.scalars, table.variance
+    updates, pause, moments = scalars[UPDATES].clone(), scalars[PAUSE].clone(), variance.clone()
+    age = updates - iteration
+    observed = observation.observed.masked_fill((age < 0) | (age >= LATE), torch.nan)
+    scalars[UPDATES].fill_(iteration)
+    update(table, observation._replace(observed=observed))
+    scalars[UPDATES].copy_(updates)
+    scalars[PAUSE].copy_(pause)
+    variance.copy_(moments)
 
 
 def rescale(table: Table) -> None:

@@ -57,7 +57,7 @@ def update(table: Table, observation: Observation) -> None:
     if indices.numel() == 0:
         return
     if table.states is not None:
-        _update_state(table, indices, observed)
+        _update_state(table, indices, observed, int(table.scalars[UPDATES]))
     else:
         table.scalars[SKIPPED] += (~(observed.abs() < LARGEST_SCORE)).sum()
     moments = minibatch_moments(weights.double(), score.double(), mean_grad)
@@ -77,13 +77,29 @@ def refresh(table: Table, indices: Tensor, observed: Tensor) -> None:
     """
     table.check_indices(indices)
     if indices.numel() > 0:
-        _update_state(table, indices, observed)
+        _update_state(table, indices, observed, int(table.scalars[UPDATES]))
 
 
-def _update_state(table: Table, indices: Tensor, observed: Tensor) -> None:
-    """Kutsuna 2025, Algorithm 1, with weights as integers (math: state table, exactness)."""
+def fold(table: Table, observation: Observation, iteration: int) -> None:
+    """The observed scores alone, as of a possibly past ``iteration``: neither moments nor clock.
+
+    A sample that was observed in that iteration or later stays as it is. The weights, the score and
+    the mean gradient of the observation are not read; the table has states.
+
+    Raises
+    ------
+    IndexError
+        as :func:`update`.
+    """
+    table.check_indices(observation.indices)
+    if observation.indices.numel() > 0:
+        _update_state(table, observation.indices, observation.observed, iteration)
+
+
+def _update_state(table: Table, indices: Tensor, observed: Tensor, updates: int) -> None:
+    """Kutsuna 2025, Algorithm 1, with weights as integers (math: state table, exactness), in
+    iteration ``updates``."""
     constants, scalars = table.constants, table.scalars
-    updates = int(scalars[UPDATES])
     total, seen, e0 = (int(scalars[at]) for at in (TOTAL, SEEN, EXPONENT))
     usable = observed.abs() < LARGEST_SCORE
     scalars[SKIPPED] += (~usable).sum()
