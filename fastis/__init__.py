@@ -17,6 +17,7 @@ from fastis.loss import binary_cross_entropy_with_logits, cross_entropy, mse_los
 from fastis.lr import EffectiveBatchLR, EffectiveIterationsLR
 from fastis.sampler import Sampler
 from fastis.scored import ScoredLoss
+from fastis.sharded import ShardedSampler
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "EffectiveIterationsLR",
     "Sampler",
     "ScoredLoss",
+    "ShardedSampler",
     "backend",
     "batch_weights",
     "binary_cross_entropy_with_logits",

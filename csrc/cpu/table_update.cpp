@@ -235,7 +235,7 @@ void update(Pointer<const Table> table, const Observation& o) {
   } else {
     for (int64_t b = 0; b < o.n; ++b) t.scalars->skipped += !usable(o.observed[b]);
   }
-  update_variance(t, o);
+  if (t.keeps_moments) update_variance(t, o);
   ++t.scalars->updates;
 }
 

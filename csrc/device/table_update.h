@@ -117,7 +117,9 @@ FASTIS_HD inline void finish_update(const Table& t, const Observation& o, const 
   const double n = static_cast<double>(o.n), first = p.first / n;
   // In a table with states apply() has counted them.
   if (t.states == nullptr) t.scalars->skipped += static_cast<int64_t>(p.unusable);
-  smooth(t, {p.second / n, p.uniform / n, first * first, p.mean_squared}, n);
+  if (t.keeps_moments) {
+    smooth(t, {p.second / n, p.uniform / n, first * first, p.mean_squared}, n);
+  }
   ++t.scalars->updates;
 }
 
