@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed
 from torch import Tensor
@@ -53,3 +55,22 @@ class Exchange(NamedTuple):
 
 def _alone(message: Tensor) -> Tensor:
     return message[None]
+
+
+def agreed_seed(exchange: Exchange, seed: int, shown: dict[str, Any]) -> int:
+    """The first rank's seed, once all ranks have shown the same arguments. Collective.
+
+    Raises
+    ------
+    ValueError
+        on every rank, where one has been given others.
+    """
+    words = np.array([seed, zlib.crc32(repr(shown).encode())], np.uint64).view(np.int64)
+    found = exchange.gather(torch.from_numpy(words))
+    differing = torch.nonzero(found[:, 1] != found[0, 1]).flatten().tolist()
+    if differing:
+        raise ValueError(
+            f"arguments must be the same on all ranks, got others on ranks {differing} than on "
+            f"rank 0; on rank {exchange.rank}: {shown}"
+        )
+    return int(found[0, 0]) & (2**64 - 1)

@@ -8,27 +8,22 @@ from one distribution.
 from __future__ import annotations
 
 import math
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fastis import check, sharded_state
+from fastis import check
 from fastis.batch import Scored, observe, with_coefficients
 from fastis.categorical import seed_from
-from fastis.exchange import Exchange
+from fastis.exchange import Exchange, agreed_seed
 from fastis.kernels import kernels_for
-from fastis.kernels.code import floors_of
-from fastis.kernels.flatten import others_of, tell_of_others
+from fastis.kernels.flatten import tell_of_others
 from fastis.kernels.layout import (
     FLATTEN,
     SCHEMES,
-    SEEN,
-    TOTAL,
     Constants,
     cap_ratio,
     without_replacement,
@@ -39,7 +34,9 @@ from fastis.kernels.shards import (
     Message,
     Shards,
     exponent_of_shard,
+    floor_is_late,
     shard_probabilities,
+    shard_sizes,
 )
 from fastis.kernels.table import Batch, Share
 from fastis.methods import Method, from_name
@@ -47,13 +44,13 @@ from fastis.methods.base import FOREVER
 from fastis.misuse import check_returned
 from fastis.moments import WINDOW, SharedMoments
 from fastis.sampler import Sampler, _duplicates
+from fastis.sharded_state import ResumableShards
 
 STRATEGIES = ("global", "stratified")
-_FAR = 6  # powers of two that the mean may rise before a shard's floor follows
 _MASK = 2**64 - 1
 
 
-class ShardedSampler(Sampler):
+class ShardedSampler(ResumableShards, Sampler):
     """A :class:`fastis.Sampler` whose table lies in shards, one in each process of a group.
 
     Rank k owns the samples ``sampler.shard``, a range of the indices that is fixed, draws from
@@ -139,7 +136,7 @@ class ShardedSampler(Sampler):
         b = check.integer("batch_size", batch_size, 1, 2**31 - 1)
         self._is_global = check.choice("strategy", strategy, STRATEGIES) == "global"
         self._method = _in_shards(from_name(method))
-        self._sizes = _sizes(n, b, ranks)
+        self._sizes = shard_sizes(n, b, ranks)
         if self._is_global and check.choice("flatten", flatten, ["cap", "mix"]) == "mix":
             raise ValueError("flatten must be 'cap' with strategy='global', got 'mix'")
         of, drawn = (n, ranks * b) if self._is_global else (int(self._sizes.min()), b)
@@ -157,7 +154,9 @@ class ShardedSampler(Sampler):
             "seed": None if seed is None else check.integer("seed", seed, 0, 2**64 - 1),
         }
         self.correction = correction
-        self._arguments["seed"] = self._agreed_seed()
+        shown = {**self._settings(), "correction": self.correction, "rank": None}
+        own_seed = seed_from(None, torch.device("cpu")) if seed is None else seed
+        self._arguments["seed"] = agreed_seed(self._exchange, own_seed, shown)
         warmup = self._method.warmup_draws(int(self._sizes.max()) // b)
         device = torch.get_default_device() if device is None else torch.device(device)
         with torch.inference_mode(False):
@@ -210,22 +209,6 @@ class ShardedSampler(Sampler):
         """Of the rank: for whatever is drawn from the shard alone."""
         return int((self._arguments["seed"] + 0x9E3779B97F4A7C15 * self._exchange.rank) & _MASK)
 
-    def _agreed_seed(self) -> int:
-        """The first rank's, once all ranks have shown the same arguments. Collective."""
-        shown = self._settings() | {"correction": self.correction, "rank": None}
-        seed = self._arguments["seed"]
-        own = seed_from(None, torch.device("cpu")) if seed is None else seed
-        checksum = zlib.crc32(repr(shown).encode())
-        words = np.array([own, checksum], np.uint64).view(np.int64)
-        found = self._exchange.gather(torch.from_numpy(words))
-        differing = torch.nonzero(found[:, 1] != found[0, 1]).flatten().tolist()
-        if differing:
-            raise ValueError(
-                f"arguments must be the same on all ranks, got others on ranks {differing} than on "
-                f"rank 0; here: {shown}"
-            )
-        return int(found[0, 0]) & _MASK
-
     # The step ------------------------------------------------------------------------------------
 
     def sample(self) -> Batch:
@@ -260,7 +243,8 @@ class ShardedSampler(Sampler):
             batch = self._own_draws(gathered.share)
         self._theta = gathered.theta
         self._moments.receive(draw, gathered.moment)
-        self._follow_mean()
+        if floor_is_late(self._table):
+            self._kernels().rescale(self._table)
         return batch
 
     def _own_draws(self, share: Share) -> Batch:
@@ -289,18 +273,6 @@ class ShardedSampler(Sampler):
         exponent = exponent_of_shard(self._table)
         theta = self._theta.of_table(0 if exponent is None else exponent)
         return Message(self._kernels().shard_total(self._table, theta), exponent, moment)
-
-    def _follow_mean(self) -> None:
-        """Raises the floor of this shard, O(N), where the mean of all has risen far beyond what it
-        was at the last rescale: the shard's own total would not tell."""
-        own, others = exponent_of_shard(self._table), others_of(self._table)
-        if own is None or others[1] == 0:
-            return
-        constants, scalars = self._table.constants, self._table.scalars
-        total, seen = int(scalars[TOTAL]), int(scalars[SEEN])
-        base = floors_of(total, seen, own, constants.floor, others).base
-        if math.frexp(base)[1] - 1 - constants.headroom > own + _FAR:
-            self._kernels().rescale(self._table)
 
     def _kernels(self) -> ModuleType:
         return kernels_for("table", self._device_type)
@@ -413,58 +385,6 @@ class ShardedSampler(Sampler):
             f"device={str(self.device)!r}, seed={a['seed']}): rank {a['rank']} of {a['ranks']}, "
             f"samples {self.shard.start} to {self.shard.stop - 1}"
         )
-
-    # Saving --------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's state: with as many ranks the run goes on bit for bit.
-
-        For another number of ranks see :meth:`as_stateful`.
-        """
-        return sharded_state.of_rank(self)
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes over :meth:`state_dict` of the same rank of as many, with the same arguments.
-
-        Raises
-        ------
-        TypeError, ValueError
-            as :meth:`fastis.Sampler.load_state_dict`; nothing has changed then.
-        """
-        sharded_state.load_rank(self, state)
-
-    def as_stateful(self) -> sharded_state.GlobalState:
-        """The table of all ranks for torch.distributed.checkpoint, which reshards it::
-
-            dcp.save({"model": ..., "sampler": sampler.as_stateful()}, checkpoint_id=path)
-            dcp.load({"model": ..., "sampler": sampler.as_stateful()}, checkpoint_id=path)
-
-        Any number of ranks can load it: the states of all samples, and so the probabilities, are
-        the same bit for bit; the draws that follow are others.
-        """
-        return sharded_state.GlobalState(self)
-
-    def __getstate__(self) -> NoReturn:
-        raise TypeError(
-            "a ShardedSampler can't be pickled or copied, since it belongs to a process group: "
-            "save its state_dict(), or as_stateful() by torch.distributed.checkpoint"
-        )
-
-
-def _sizes(num_samples: int, batch_size: int, ranks: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Of every shard, as ``torch.chunk`` and DTensor divide rows."""
-    most = -(-num_samples // ranks)
-    sizes = np.diff(np.minimum(np.arange(ranks + 1, dtype=np.int64) * most, num_samples))
-    if most > 2**32 - 1:
-        raise ValueError(
-            f"num_samples must be below 2^32 a rank, got {num_samples} on {ranks} ranks"
-        )
-    if sizes.min() < batch_size:
-        raise ValueError(
-            f"batch_size must be at most {sizes.min()}, the size of the smallest shard of "
-            f"{num_samples} samples on {ranks} ranks, got {batch_size}"
-        )
-    return sizes
 
 
 def _in_shards(method: Method) -> Method:

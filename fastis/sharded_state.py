@@ -4,7 +4,7 @@ torch.distributed.checkpoint, whose planner gives other ranks other rows of it."
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -215,3 +215,44 @@ def _complete(table: Table, own: dict[str, Tensor]) -> None:
     other.load(own, table.constants.seed)
     reference_table.rescale(other)
     own.update({name: t for name, t in other.snapshot().items() if name in ("states", "scalars")})
+
+
+# The sampler's methods ---------------------------------------------------------------------------
+
+
+class ResumableShards:
+    """What of a :class:`fastis.ShardedSampler` can be saved and loaded."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state: with as many ranks the run goes on bit for bit.
+
+        For another number of ranks see :meth:`as_stateful`.
+        """
+        return of_rank(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over :meth:`state_dict` of the same rank of as many, with the same arguments.
+
+        Raises
+        ------
+        TypeError, ValueError
+            as :meth:`fastis.Sampler.load_state_dict`; nothing has changed then.
+        """
+        load_rank(self, state)
+
+    def as_stateful(self) -> GlobalState:
+        """The table of all ranks for torch.distributed.checkpoint, which reshards it::
+
+            dcp.save({"model": ..., "sampler": sampler.as_stateful()}, checkpoint_id=path)
+            dcp.load({"model": ..., "sampler": sampler.as_stateful()}, checkpoint_id=path)
+
+        Any number of ranks can load it: the states of all samples, and so the probabilities, are
+        the same bit for bit; the draws that follow are others.
+        """
+        return GlobalState(self)
+
+    def __getstate__(self) -> NoReturn:
+        raise TypeError(
+            "a ShardedSampler can't be pickled or copied, since it belongs to a process group: "
+            "save its state_dict(), or as_stateful() by torch.distributed.checkpoint"
+        )

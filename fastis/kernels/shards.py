@@ -27,26 +27,28 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastis.kernels.flatten import unflattened
+from fastis.kernels.code import floors_of
+from fastis.kernels.flatten import others_of, unflattened
 from fastis.kernels.layout import (
     EXPONENT,
     LAST,
     SCHEMES,
     SEEN,
+    TOTAL,
     UNIFORM_WEIGHT,
     Table,
 )
 from fastis.kernels.table import ShardTotal, Share
 
-MESSAGE_WORDS = 2  # int64: 16 bytes
 _LEAST_EXPONENT = -300  # below any e0
 _LARGEST_THETA = 1 << 62  # of a table: no cap
+_FAR = 6  # powers of two that the mean may rise before a shard's floor follows
 _STEEPEST = 4  # theta rises by no more than a quarter a step
 
 
@@ -94,7 +96,8 @@ class Message(NamedTuple):
 class _Messages:
     """The messages of all ranks, a column each."""
 
-    def __init__(self, words: Tensor) -> None:
+    def __init__(self, words: Tensor, sizes: np.ndarray[Any, Any]) -> None:
+        self.sizes = sizes
         low, high = np.ascontiguousarray(words.numpy()).view(np.uint64).T
         self.uncapped = low & np.uint64((1 << 63) - 1)
         self.capped = (high & np.uint64(0xFFFFFFFF)).astype(np.int64)
@@ -104,13 +107,14 @@ class _Messages:
         singles = ((high >> np.uint64(32)) & np.uint64(0xFFFFFF)).astype(np.uint32) << np.uint32(8)
         self.moment = singles.view(np.float32)
 
-    def uncapped_sum(self, ranks: np.ndarray, least: int) -> int:
-        """Over the ranks of a mask, on the scale of ``least``: exact."""
-        total = 0
-        for exponent in np.unique(self.exponent[ranks]):
-            part = self.uncapped[ranks & (self.exponent == exponent)]
+    def total(self, ranks: np.ndarray[Any, Any], least: int, theta: int, unseen_weight: int) -> int:
+        """Of the ranks of a mask, on the scale of ``least``: exact."""
+        seen, unseen = ranks & self.seen, ranks & ~self.seen
+        total = int(self.capped[seen].sum()) * theta + int(self.sizes[unseen].sum()) * unseen_weight
+        for exponent in set(self.exponent[seen].tolist()):
+            part = self.uncapped[seen & (self.exponent == exponent)]
             high, low = part >> np.uint64(32), part & np.uint64(0xFFFFFFFF)
-            total += ((int(high.sum()) << 32) + int(low.sum())) << int(exponent - least)
+            total += ((int(high.sum()) << 32) + int(low.sum())) << exponent - least
         return total
 
 
@@ -128,7 +132,7 @@ class Shards:
     """Who owns what, and how minibatches of all ranks are drawn: the same on all of them."""
 
     rank: int
-    sizes: np.ndarray  # int64 [R]: samples of each rank, all above 0
+    sizes: np.ndarray[Any, Any]  # int64 [R]: samples of each rank, all above 0
     batch_size: int  # of all ranks
     scheme: int
     seed: int
@@ -136,18 +140,18 @@ class Shards:
 
     def gather(self, words: Tensor, theta: Theta) -> Gathered:
         """From the messages of all ranks, int64 [R, 2], sent with this theta."""
-        messages = _Messages(words)
+        messages = _Messages(words, self.sizes)
         seen, everybody = messages.seen, np.ones_like(messages.seen)
         first_ranks = np.arange(len(seen)) < self.rank
         least = int(messages.exponent[seen].min()) if seen.any() else 0
         capped_weight = max(theta.on_scale(least), 1)
         unseen_weight = UNIFORM_WEIGHT
         if seen.any():
-            mean = self._sum(messages, seen, least, capped_weight, 0) // int(self.sizes[seen].sum())
+            mean = messages.total(seen, least, capped_weight, 0) // int(self.sizes[seen].sum())
             unseen_weight = min(max(mean, 1), capped_weight)
 
-        def total_of(ranks: np.ndarray) -> int:
-            return self._sum(messages, ranks, least, capped_weight, unseen_weight)
+        def total_of(ranks: np.ndarray[Any, Any]) -> int:
+            return messages.total(ranks, least, capped_weight, unseen_weight)
 
         own_rank = np.arange(len(seen)) == self.rank
         total, before, own = total_of(everybody), total_of(first_ranks), total_of(own_rank)
@@ -162,14 +166,6 @@ class Shards:
             (math.ldexp(float(others[0]), least - 15), others[1]),
             math.fsum(messages.moment.tolist()) if finite else math.nan,
         )
-
-    def _sum(
-        self, messages: _Messages, ranks: np.ndarray, least: int, theta: int, unseen_weight: int
-    ) -> int:
-        seen, unseen = ranks & messages.seen, ranks & ~messages.seen
-        capped = int(messages.capped[seen].sum())
-        alike = int(self.sizes[unseen].sum())
-        return messages.uncapped_sum(seen, least) + capped * theta + alike * unseen_weight
 
     def _share(
         self,
@@ -219,6 +215,40 @@ class Shards:
             return theta
         too_long = max(0, integer.bit_length() - 62)
         return Theta(integer >> too_long, least + too_long)
+
+
+def shard_sizes(num_samples: int, batch_size: int, ranks: int) -> np.ndarray[Any, Any]:
+    """int64 [R]: samples of each rank, as ``torch.chunk`` and DTensor divide rows.
+
+    Raises
+    ------
+    ValueError
+        for shards that are too large, or smaller than a rank's minibatch.
+    """
+    most = -(-num_samples // ranks)
+    sizes = np.diff(np.minimum(np.arange(ranks + 1, dtype=np.int64) * most, num_samples))
+    if most > 2**32 - 1:
+        raise ValueError(
+            f"num_samples must be below 2^32 a rank, got {num_samples} on {ranks} ranks"
+        )
+    if sizes.min() < batch_size:
+        raise ValueError(
+            f"batch_size must be at most {sizes.min()}, the size of the smallest shard of "
+            f"{num_samples} samples on {ranks} ranks, got {batch_size}"
+        )
+    return sizes
+
+
+def floor_is_late(table: Table) -> bool:
+    """Whether the mean of all shards has risen far beyond what it was at this one's last rescale,
+    which its own total would not tell: a rescale, O(N), raises the floor."""
+    own, others = exponent_of_shard(table), others_of(table)
+    if own is None or others[1] == 0:
+        return False
+    constants, scalars = table.constants, table.scalars
+    total, seen = int(scalars[TOTAL]), int(scalars[SEEN])
+    base = floors_of(total, seen, own, constants.floor, others).base
+    return math.frexp(base)[1] - 1 - constants.headroom > own + _FAR
 
 
 def shard_probabilities(table: Table, share: Share) -> Tensor:
