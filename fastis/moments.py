@@ -100,7 +100,7 @@ class SharedMoments:
         if turn < WINDOW - 1:
             return
         warmup = self._table.constants.warmup_draws
-        if warmup <= draw < warmup + 2 * WINDOW:
+        if 0 < warmup <= draw < warmup + 2 * WINDOW:
             self._table.variance[:TRACE_IS] = 0.0  # another distribution from here on
         elif all(map(math.isfinite, self._received)):
             self._average(self._received, WINDOW)

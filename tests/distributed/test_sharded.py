@@ -261,24 +261,26 @@ def raw_weights(sampler, samplers):
     return [int(w) << own for w in unflattened(sampler._table)]
 
 
-def test_the_cap_is_nearly_met_on_the_way():
-    """What the lag of theta costs: 2.6 % at worst in this run, of scores over several decades."""
+@pytest.mark.parametrize("decades_a_step", [-1 / 30, -1 / 1000, 1 / 100])
+def test_the_cap_is_nearly_met_on_the_way(decades_a_step):
+    """What the lag of theta costs where a step scores 6 % of the samples anew, over decades: 13 %
+    at most in eight runs, and 2.5 % in the median."""
 
     def run(exchange):
-        sampler = ShardedSampler(4000, 16, group=exchange, seed=5)
+        sampler = ShardedSampler(1000, 16, group=exchange, seed=5)
         generator = torch.Generator().manual_seed(exchange.rank)
-        worst = []
-        for step in range(2 * 62 + 60):
+        found = []
+        for step in range(2 * 15 + 80):
             batch = sampler.sample()
-            score = scores(len(batch.indices), generator) * 10.0 ** (-step / 100)
+            score = scores(len(batch.indices), generator) * 10.0 ** (step * decades_a_step)
             sampler.update(batch, observe(score))
-            if step >= 2 * 62:
-                worst.append(float(sampler.probabilities().max()))
-        return worst
+            if step >= 2 * 15:
+                found.append(float(sampler.probabilities().max()))
+        return found
 
     found = torch.tensor(in_threads(4, run)).amax(0) * 64 / 2
-    assert float(found.max()) < 1.05
-    assert float(found.median()) < 1.01
+    assert float(found.max()) < 1.2
+    assert float(found.median()) < 1.05
 
 
 def test_theta_comes_back_from_anywhere():
