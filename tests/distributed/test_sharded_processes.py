@@ -3,7 +3,6 @@ ranks. Each test starts its processes anew."""
 
 from __future__ import annotations
 
-import os
 import socket
 from pathlib import Path
 
@@ -19,7 +18,8 @@ from fastis.methods import EMAIS
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="needs torch.distributed")
 N, B = 600, 8
-METHOD = EMAIS(warmup_epochs=1)
+METHOD = EMAIS(warmup_epochs=1)  # 37 minibatches with 2 ranks, 18 with 4, 25 with 3
+IN_WARMUP, AFTER_WARMUP = 10, 120  # steps until a checkpoint
 
 
 def start(ranks: int, run, *arguments) -> None:
@@ -93,12 +93,6 @@ def count_bytes(rank: int, strategy: str) -> None:
     assert float(sampler.lr_factor()) != 1.0
 
 
-@pytest.mark.parametrize("strategy", ["global", "stratified"])
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_at_most_sixteen_bytes_a_rank_and_step(ranks, strategy):
-    start(ranks, count_bytes, strategy)
-
-
 # DDP ---------------------------------------------------------------------------------------------
 
 
@@ -117,28 +111,23 @@ def average_gradients(rank: int, strategy: str) -> None:
     ddp = DistributedDataParallel(model)
     sampler = ShardedSampler(N, B, strategy=strategy, method=METHOD, seed=3)
     gradients, uneven = [], 0
-    for step in range(900):
+    for step in range(600):
         batch = sampler.sample()
         out = fastis.cross_entropy(ddp(x[batch.indices]), y[batch.indices], batch.weights)
-        if step < 300:
+        if step < 200:
             sampler.update(batch, out)
         ddp.zero_grad()
         out.loss.backward()
-        if step >= 300:
+        if step >= 200:
             uneven += len(batch.indices) != B
             gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     found = torch.stack(gradients).double()
     error = (found.mean(0) - expected).abs() / (found.std(0) / len(found) ** 0.5)
     # 18 numbers; beyond 5 standard errors about once in 1e5.
     assert float(error.max()) < 5
-    assert uneven > 300 or strategy == "stratified"
+    assert uneven > 200 or strategy == "stratified"
     # It would see a mean over rows that forgets how many they are.
     assert float((found.std(0) / len(found) ** 0.5).max()) < 0.1 * float(expected.abs().max())
-
-
-@pytest.mark.parametrize("strategy", ["global", "stratified"])
-def test_ddp_s_gradient_is_that_of_the_data(strategy):
-    start(2, average_gradients, strategy)
 
 
 # torch.distributed.checkpoint --------------------------------------------------------------------
@@ -165,67 +154,74 @@ def everything(sampler: ShardedSampler) -> dict[str, torch.Tensor]:
     return found | {"clocks": scalars[:2].clone(), "variance": sampler._table.variance.clone()}
 
 
-def save(rank: int, folder: Path, steps: int) -> None:
+def save(folder: Path, steps: int) -> None:
     sampler = new_sampler(seed=3)
     train(sampler, steps)
     for _ in range(20):  # theta comes to rest
         sampler.sample()
-    dcp.save({"sampler": sampler.as_stateful()}, checkpoint_id=folder / "dcp")
+    dcp.save({"sampler": sampler.as_stateful()}, checkpoint_id=folder / f"{steps}")
     found = everything(sampler)
-    if rank == 0:
-        torch.save(found, folder / "expected.pt")
+    if dist.get_rank() == 0:
+        torch.save(found, folder / f"{steps}.pt")
 
 
-def load(rank: int, folder: Path) -> None:
+def load(folder: Path, steps: int) -> None:
     sampler = new_sampler(seed=4)
-    dcp.load({"sampler": sampler.as_stateful()}, checkpoint_id=folder / "dcp")
-    found, expected = everything(sampler), torch.load(folder / "expected.pt")
+    dcp.load({"sampler": sampler.as_stateful()}, checkpoint_id=folder / f"{steps}")
+    found, expected = everything(sampler), torch.load(folder / f"{steps}.pt")
     assert torch.equal(found["states"], expected["states"])
     assert torch.equal(found["clocks"], expected["clocks"])
     assert torch.equal(found["variance"], expected["variance"])
-    if int(expected["clocks"][0]) > 80:  # after everybody's warm-up
-        seen_by_all = bool((expected["states"][:, 2] >= 0).all())
-        assert seen_by_all
-        assert sampler._arguments["seed"] == 3
-        return compare_probabilities(sampler, found["p"], expected["p"])
-    assert dist.get_world_size() * B > 0
-    train(sampler, 50)
+    assert sampler._arguments["seed"] == 3
+    if steps == AFTER_WARMUP:
+        # The cap follows R B, which is another number now; below it weights are the same.
+        p, before = found["p"], expected["p"]
+        ratio = (p / before)[(p < p.max()) & (before < before.max())]
+        assert float(ratio.max() / ratio.min()) == pytest.approx(1, abs=1e-12)
+        assert float(p.sum()) == pytest.approx(1, abs=1e-12)
+    train(sampler, 20)
 
 
-def compare_probabilities(sampler, found, expected):
-    # theta follows R B, which is another number now; before that the weights are the same.
-    ratio = found / expected
-    uncapped = (found < found.max()) & (expected < expected.max())
-    spread = ratio[uncapped].max() / ratio[uncapped].min()
-    assert float(spread) == pytest.approx(1, abs=1e-12)
-    assert float(found.sum()) == pytest.approx(1, abs=1e-12)
-    train(sampler, 50)
-
-
-@pytest.mark.parametrize("steps", [20, 120])
-@pytest.mark.parametrize(("ranks", "then"), [(2, 4), (4, 2), (3, 1)])
-def test_a_checkpoint_goes_on_with_other_numbers_of_ranks(tmp_path, ranks, then, steps):
-    start(ranks, save, tmp_path, steps)
-    start(then, load, tmp_path)
-
-
-def load_damaged(rank: int, folder: Path) -> None:
+def load_damaged(folder: Path) -> None:
     sampler = new_sampler(seed=4)
     before = sampler.state_dict()
     state = sampler.as_stateful().state_dict()
-    dcp.load({"sampler": state}, checkpoint_id=folder / "dcp")
+    dcp.load({"sampler": state}, checkpoint_id=folder / f"{AFTER_WARMUP}")
+    other = ShardedSampler(N + 1, B, method=METHOD)
+    with pytest.raises(ValueError, match="num_samples=601"):
+        other.as_stateful().load_state_dict(state)
     state["states"].to_local()[3, 3] = 1 << 30
     with pytest.raises(ValueError, match=r"state_dict\['states'\]"):
         sampler.as_stateful().load_state_dict(state)
-    with pytest.raises(ValueError, match="num_samples=601"):
-        ShardedSampler(N + 1, B, method=METHOD).as_stateful().load_state_dict(state)
     assert torch.equal(sampler.state_dict()["states"], before["states"])
 
 
-def test_a_damaged_checkpoint_is_refused(tmp_path):
-    start(2, save, tmp_path, 60)
-    start(2, load_damaged, tmp_path)
+# One start of processes serves several checks: it takes seconds ----------------------------------
 
 
-def test_environment_is_clean():
-    assert "RANK" not in os.environ
+def check_two(rank: int, folder: Path) -> None:
+    for strategy in ("global", "stratified"):
+        count_bytes(rank, strategy)
+        average_gradients(rank, strategy)
+    save(folder, AFTER_WARMUP)
+
+
+def check_four(rank: int, folder: Path) -> None:
+    load(folder, AFTER_WARMUP)
+    for strategy in ("global", "stratified"):
+        count_bytes(rank, strategy)
+    for steps in (IN_WARMUP, AFTER_WARMUP):
+        save(folder, steps)
+
+
+def check_three(rank: int, folder: Path) -> None:
+    for steps in (IN_WARMUP, AFTER_WARMUP):
+        load(folder, steps)
+    load_damaged(folder)
+
+
+def test_two_processes_send_16_bytes_and_train_without_bias_four_and_three_go_on(tmp_path):
+    """Bytes, DDP's gradient, and a checkpoint of 2 ranks on 4, and of 4 on 3."""
+    start(2, check_two, tmp_path)
+    start(4, check_four, tmp_path)
+    start(3, check_three, tmp_path)
