@@ -45,9 +45,12 @@ class Exchange(NamedTuple):
         ranks = dist.get_world_size(group)
         device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
 
+        # Its name from torch 2.13 on.
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
         def gather(message: Tensor) -> Tensor:
             found = torch.empty(ranks * len(message), dtype=message.dtype, device=device)
-            dist.all_gather_into_tensor(found, message.to(device), group=group)
+            all_gather(found, message.to(device), group=group)
             return found.view(ranks, -1).cpu()
 
         return cls(dist.get_rank(group), ranks, gather if ranks > 1 else _alone, group)

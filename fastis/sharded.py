@@ -99,6 +99,9 @@ class ShardedSampler(ResumableShards, Sampler):
     mean over all R B draws. (A denominator of your own has n where it had B.) A rank that drew
     nothing gets one sample with weight 0, and takes part in all collectives.
 
+    A sample without a score so far has the mean weight of its shard's; in a shard without any, of
+    all shards'.
+
     Equivalent to, with the importance w of all ranks (capped, when there is a cap)::
 
         p = w / w.sum()

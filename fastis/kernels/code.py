@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ctypes import c_float
 from typing import NamedTuple
 
 import torch
@@ -56,4 +57,4 @@ def floors_of(total: int, seen: int, e0: int, eps: float, others: tuple[float, i
 
 
 def _float32(value: float) -> float:
-    return float(torch.tensor(value, dtype=torch.float64, device="cpu").float())
+    return c_float(value).value
