@@ -105,6 +105,8 @@ void fill_table(fastis::Table& t, const py::dict& tensors, const py::dict& const
   t.tau_scale = constants["tau_scale"].cast<float>();
   t.least_gain = constants["least_gain"].cast<double>();
   t.unbiased = constants["unbiased"].cast<bool>();
+  t.shard = constants["shard"].cast<bool>();
+  t.keeps_moments = constants["keeps_moments"].cast<bool>();
   t.importance = static_cast<fastis::Importance>(integer("importance"));
   t.flatten = static_cast<fastis::Flatten>(integer("flatten"));
   t.scheme = static_cast<fastis::Scheme>(integer("scheme"));
@@ -199,6 +201,8 @@ PYBIND11_MODULE(_C, m) {
   FASTIS_CPU(update)
   FASTIS_CPU(fold)
   FASTIS_CPU(draw)
+  FASTIS_CPU(shard_total)
+  FASTIS_CPU(draw_share)
   FASTIS_CPU(rescale)
   FASTIS_CPU(copy_state)
   FASTIS_CPU(check_states)

@@ -32,9 +32,11 @@ FASTIS_HD inline uint64_t weight_of(uint32_t code, int e0) {
   return code == 0 ? 0 : mantissa_of(code) << (exponent_of(code) - e0);
 }
 
-// The largest code whose weight is at most `weight` (at least 2^15).
+// The largest code whose weight is at most `weight`; below 2^15, which all codes weigh at least,
+// one that all are above.
 FASTIS_HD inline uint32_t code_below(uint64_t weight, int e0) {
   int shift = 0;
+  if (weight < 0x8000u) return (static_cast<uint32_t>(e0 + 127) << 23) - 1;
   while (weight >> shift > 0xFFFFu) ++shift;
   const int biased = e0 + shift + 127;
   return biased > 254 ? 0x7F7FFFFFu
@@ -62,11 +64,35 @@ FASTIS_HD inline double two_to(int exponent) {
   return value;
 }
 
-// eps times the mean importance of the seen samples: total / seen in units of 2^(e0 - 15).
-FASTIS_HD inline float floor_of(uint64_t total, int64_t seen, int e0, double eps) {
-  if (seen == 0 || total == 0) return 0.0f;
-  const double mean = static_cast<double>(total) / static_cast<double>(seen);
-  return static_cast<float>(mean * two_to(e0 - 15) * eps);
+// What a table's shard is a part of besides: the sum of the importances there, and of how many
+// samples. Zeros for a table on its own.
+struct Others {
+  double sum;
+  int64_t number;
+};
+
+// The least importance of an item, eps times the mean of all, and what e0 is chosen by, which is at
+// least eps times the mean that the shard's own items then have. One number for a table on its own.
+struct Floors {
+  float wanted, base;
+};
+
+// `total` and `seen` are the shard's own, in units of 2^(e0 - 15).
+FASTIS_HD inline Floors floors_of(uint64_t total, int64_t seen, int e0, double eps,
+                                  const Others& others) {
+  const double sum = static_cast<double>(total) * two_to(e0 - 15);
+  const int64_t all = seen + others.number;
+  const double own = seen > 0 ? sum / static_cast<double>(seen) * eps : 0.0;
+  const double wanted = all > 0 ? (sum + others.sum) / static_cast<double>(all) * eps : 0.0;
+  return {static_cast<float>(wanted), static_cast<float>(wanted > own ? own + eps * wanted : own)};
+}
+
+// The floor of new codes under an e0 in force. Far below the shard's own mean it gives way to what
+// e0 can express; when that mean itself has fallen below it, the next code asks for another e0.
+FASTIS_HD inline float floor_above(const Floors& floors, int e0) {
+  const float least = static_cast<float>(two_to(e0));
+  const float allowed = least < floors.base ? least : floors.base;
+  return floors.wanted > allowed ? floors.wanted : allowed;
 }
 
 }  // namespace fastis

@@ -104,9 +104,9 @@ FASTIS_HD void code_states(Grid& grid, const Table& t, Rescale& found) {
   grid.wait();
 }
 
-// The floor, from a mean in integers relative to the largest weight: the same on every backend.
+// The floors, from a mean in integers relative to the largest weight: the same on every backend.
 template <class Grid>
-FASTIS_HD float floor_of_states(Grid& grid, const Table& t, Rescale& found) {
+FASTIS_HD Floors floors_of_states(Grid& grid, const Table& t, Rescale& found) {
   const int largest = exponent_of(static_cast<uint32_t>(found.largest));
   const int spare = 62 - 16 - ceil_log2(static_cast<uint64_t>(t.num_samples));
   grid.template reduce<Sum>(
@@ -119,7 +119,8 @@ FASTIS_HD float floor_of_states(Grid& grid, const Table& t, Rescale& found) {
       },
       [&](const Sum& sum) { device::atomic_add(&found.sum, static_cast<int64_t>(sum.value)); });
   grid.wait();
-  return floor_of(static_cast<uint64_t>(found.sum), found.seen, largest - spare, t.floor);
+  return floors_of(static_cast<uint64_t>(found.sum), found.seen, largest - spare, t.floor,
+                   t.scalars->others);
 }
 
 // Raises codes to `least`; the sum of the integer weights.
@@ -147,12 +148,13 @@ FASTIS_COLD void rescale(Grid& grid, const Table& t, Rescale& found) {
   code_states(grid, t, found);
   int exponent = exponent_of_table(t);
   if (found.seen > 0) {
-    // Rounding keeps the order: the floor may come after it.
-    const uint32_t least = code_of(floor_of_states(grid, t, found), 0);
+    const Floors floors = floors_of_states(grid, t, found);
     // `headroom` below the floor's exponent, so that the mean may fall by that many powers of two
     // (and rise by about as many) before the next rescale.
-    exponent = exponent_of(least) - t.headroom;
-    raise_codes(grid, t, found, least, exponent);
+    exponent = exponent_of(code_of(floors.base, 0)) - t.headroom;
+    // Rounding keeps the order: the floor may come after it.
+    const float least = static_cast<float>(two_to(exponent));
+    raise_codes(grid, t, found, code_of(floors.wanted, least), exponent);
   }
   grid.once([&] {
     s.valid = found.outside = 0;

@@ -28,7 +28,8 @@ struct Scalars {
   int64_t capped_floor;  // no capped item weighs less than this
   int64_t near_size, near_low, near_high;  // see csrc/cpu/tree.h
   int64_t num_listed, num_flipped;         // see csrc/cpu/tree.h
-  int64_t reserved[3];
+  Others others;  // of the shards beside this one, as last heard of; zeros for a table on its own
+  int64_t reserved;
 };
 static_assert(sizeof(Scalars) == 24 * 8);
 
@@ -109,6 +110,20 @@ struct Batch {
   Pointer<float> weights;    // [B] coefficients
 };
 
+// A rank's part of a minibatch of all shards. Weights there are integers too, 2^shift as large as
+// in the shard, and up to 2^127: the ranks' totals lie side by side in [0, total).
+struct Share {
+  uint64_t seed;         // of the draws, the same on all ranks
+  int64_t first, count;  // draws of the minibatch to look at: no others can be the rank's
+  uint64_t batch_size;   // of all ranks
+  double num_samples;    // of all ranks
+  int shift;
+  uint64_t total_low, total_high;
+  uint64_t before_low, before_high;  // the total of the ranks before this one
+  uint64_t own_low, own_high;        // this rank's
+  uint64_t theta_low, theta_high;    // the weight of capped items
+};
+
 struct Table {
   // Tensors. N: num_samples, K: levels.total().
   State* states = nullptr;       // [N, to a multiple of kLeaf], null for the uniform methods
@@ -135,6 +150,8 @@ struct Table {
   float tau = 0;          // 0: linear; below 0: the state is the last observation
   float tau_scale = 1;
   bool unbiased = true;
+  bool shard = false;         // of a larger table: theta is held, not found
+  bool keeps_moments = true;  // in an update; else they are kept for several tables elsewhere
   Importance importance = Importance::rms;
   Flatten flatten = Flatten::none;
   Scheme scheme = Scheme::multinomial;
@@ -229,8 +246,9 @@ struct UpdateParameters {
   FASTIS_HD UpdateParameters(const Table& t, int64_t n, int64_t iteration)
       : now(clock_of(iteration)),
         tau(tau_at(t, iteration)),
-        floor(floor_of(static_cast<uint64_t>(t.scalars->total), t.scalars->seen,
-                       exponent_of_table(t), t.floor)),
+        floor(floor_above(floors_of(static_cast<uint64_t>(t.scalars->total), t.scalars->seen,
+                                    exponent_of_table(t), t.floor, t.scalars->others),
+                          exponent_of_table(t))),
         exponent(exponent_of_table(t)),
         max_shift(fastis::max_shift(n)),
         valid(t.scalars->valid != 0),

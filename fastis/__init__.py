@@ -19,6 +19,7 @@ from fastis.lr import EffectiveBatchLR, EffectiveIterationsLR
 from fastis.sampler import Sampler
 from fastis.scalars import log
 from fastis.scored import ScoredLoss
+from fastis.sharded import ShardedSampler
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "EffectiveIterationsLR",
     "Sampler",
     "ScoredLoss",
+    "ShardedSampler",
     "backend",
     "batch_weights",
     "binary_cross_entropy_with_logits",

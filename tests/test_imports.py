@@ -19,13 +19,14 @@ PACKAGE = Path(fastis.__file__).parent
 ORDER = [
     *("kernels.extension", "kernels", "kernels.memory", "kernels.layout", "kernels.formats"),
     *("kernels.code", "kernels.flatten", "kernels.quantize", "kernels.alias"),
-    *("kernels.state", "kernels.variance", "kernels.table", "kernels.loss"),
+    *("kernels.state", "kernels.variance", "kernels.table", "kernels.loss", "kernels.shards"),
     "kernels.batch_norm",
     *("kernels.reference", "kernels.cpu", "kernels.cuda", "kernels.triton"),
     *("check", "batch", "scored", "autograd", "operators", "loss", "any_loss", "categorical"),
     *("saved", "methods", "coefficients", "batch_norm", "variance", "misuse"),
     *("monitor", "resume", "sampler", "scalars", "figures", "exchange", "replicated"),
     "scoring",
+    *("ranks", "moments", "sharded_state", "sharded"),
     *("rates", "in_flight", "data", "checkpoint", "lr", "gradients", "estimators", "config"),
     *("integrations.parts", "integrations.model_loss", "integrations"),
 ]

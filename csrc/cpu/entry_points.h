@@ -20,6 +20,14 @@ void fold(Pointer<const Table> table, const Observation& observation, int64_t it
 // The next minibatch: without replacement in the warm-up, by importance (or uniformly) after it.
 void draw(Pointer<const Table> table, const Batch& batch);
 
+// Of a shard with capped items at `theta`: the sum of the others' weights, and how many are capped;
+// 0 and all of them where nothing has been seen, and all are alike.
+void shard_total(Pointer<const Table> table, uint64_t theta, Pointer<int64_t> found /* [2] */);
+
+// The rank's part of the next minibatch of all shards, after shard_total(); how many draws it is.
+int64_t draw_share(Pointer<const Table> table, const Share& share,
+                   const Batch& batch /* [share.count] */);
+
 // Codes, e0 and totals anew from the states of all samples, which have been written from outside.
 void rescale(Pointer<const Table> table);
 

@@ -22,9 +22,10 @@ inline Words multiply_words(Words a, Words b) {
 #endif
 }
 
-// points[b] = floor(R_b total / 2^128) of the `count` draws from number `first` on.
-inline void random_points(uint64_t seed, Stream stream, uint64_t iteration, uint64_t first,
-                          int64_t count, uint64_t total, uint64_t* points) {
+// take(b, R_b) for the 128 bits of each of the `count` draws from number `first` on, in order.
+template <class Take>
+inline void random_words(uint64_t seed, Stream stream, uint64_t iteration, uint64_t first,
+                         int64_t count, const Take& take) {
   constexpr int kAbreast = 2;  // vectors, so that one's products run while the other's wait
   constexpr int kStep = kAbreast * kWords;
   const auto splat_word = [](uint64_t word) { return Words{} + word; };
@@ -58,8 +59,15 @@ inline void random_points(uint64_t seed, Stream stream, uint64_t iteration, uint
       store_as(hi + v * kWords, (c2[v] & kLow) | (c3[v] << 32));
     }
     const int size = count - done < kStep ? static_cast<int>(count - done) : kStep;
-    for (int j = 0; j < size; ++j) points[done + j] = scale({lo[j], hi[j]}, total);
+    for (int j = 0; j < size; ++j) take(done + j, Random128{lo[j], hi[j]});
   }
+}
+
+// points[b] = floor(R_b total / 2^128) of the `count` draws from number `first` on.
+inline void random_points(uint64_t seed, Stream stream, uint64_t iteration, uint64_t first,
+                          int64_t count, uint64_t total, uint64_t* points) {
+  random_words(seed, stream, iteration, first, count,
+               [=](int64_t b, Random128 r) { points[b] = scale(r, total); });
 }
 
 }  // namespace fastis::FASTIS_ISA

@@ -19,6 +19,10 @@ struct Descent {
   int64_t node[kBlock];
 };
 
+using Wide = unsigned __int128;
+
+Wide wide(uint64_t low, uint64_t high) { return Wide{high} << 64 | low; }
+
 // What has weights beside the seen, uncapped items that the prefix sums add up.
 enum class Beside { nothing, unseen, unseen_and_offset };
 
@@ -121,18 +125,24 @@ class Distribution {
  public:
   explicit Distribution(const Table& table) : t_(table) {
     update_cap(t_);
-    const Scalars& s = *t_.scalars;
-    beside_ = s.offset != 0             ? Beside::unseen_and_offset
-              : s.seen < t_.num_samples ? Beside::unseen
-                                        : Beside::nothing;
-    theta_ = static_cast<uint64_t>(s.theta);
-    capped_total_ = s.num_capped > 0 ? s.num_capped * theta_ : 0;
-    total_ =
-        capped_total_ + static_cast<uint64_t>(s.uncapped + (t_.num_samples - s.seen) * s.unseen +
-                                              t_.num_samples * s.offset);
+    read();
+    for_coefficients_ = static_cast<double>(total_);
+    num_samples_ = static_cast<double>(t_.num_samples);
+    theta_for_coefficients_ = static_cast<double>(theta_);
+  }
+
+  // Of a shard, as hold_theta() has left it.
+  Distribution(const Table& table, const Share& share) : t_(table) {
+    read();
+    for_coefficients_ = static_cast<double>(wide(share.total_low, share.total_high));
+    num_samples_ = share.num_samples;
+    theta_for_coefficients_ = static_cast<double>(wide(share.theta_low, share.theta_high));
+    unit_ = two_to(share.shift);
   }
 
   uint64_t total() const { return total_; }
+  uint64_t capped_total() const { return capped_total_; }
+  uint64_t theta() const { return theta_; }
 
   // The items that at most kBlock points fall into, and their coefficients. (Inlined into the loop
   // over blocks, the descents are 2 % slower.)
@@ -160,24 +170,39 @@ class Distribution {
       case Beside::unseen_and_offset:
         descend<Beside::unseen_and_offset>(t_, uncapped);
     }
-    put(capped, found);
-    put(uncapped, found);
+    for (int b = 0; b < capped.size; ++b) {
+      put(capped.position[b], capped.node[b], theta_for_coefficients_, found);
+    }
+    for (int b = 0; b < uncapped.size; ++b) {
+      const double weight = static_cast<double>(uncapped.weight[b]) * unit_;
+      put(uncapped.position[b], uncapped.node[b], weight, found);
+    }
   }
 
  private:
+  void read() {
+    const Scalars& s = *t_.scalars;
+    beside_ = s.offset != 0             ? Beside::unseen_and_offset
+              : s.seen < t_.num_samples ? Beside::unseen
+                                        : Beside::nothing;
+    theta_ = static_cast<uint64_t>(s.theta);
+    capped_total_ = s.num_capped > 0 ? s.num_capped * theta_ : 0;
+    total_ =
+        capped_total_ + static_cast<uint64_t>(s.uncapped + (t_.num_samples - s.seen) * s.unseen +
+                                              t_.num_samples * s.offset);
+  }
+
   // Coefficients are 1 / (N p).
-  void put(const Descent& s, const Batch& found) const {
-    const double total = static_cast<double>(total_), n = static_cast<double>(t_.num_samples);
-    for (int b = 0; b < s.size; ++b) {
-      found.indices[s.position[b]] = s.node[b];
-      found.weights[s.position[b]] =
-          static_cast<float>(total / (n * static_cast<double>(s.weight[b])));
-    }
+  void put(int position, int64_t index, double weight, const Batch& found) const {
+    found.indices[position] = index;
+    found.weights[position] = static_cast<float>(for_coefficients_ / (num_samples_ * weight));
   }
 
   const Table& t_;
   Beside beside_;
   uint64_t total_, theta_, capped_total_;
+  double for_coefficients_, num_samples_, theta_for_coefficients_;  // in units of the total
+  double unit_ = 1;                                                 // of a shard's own weights
 };
 
 // The points of draws b, b + 1, ... below the total.
@@ -205,7 +230,115 @@ void draw_by_importance(const Table& t, uint64_t iteration, const Batch& batch) 
   }
 }
 
+// floor(R total / 2^128): scale() of philox.h for totals below 2^127.
+Wide scale_wide(Random128 r, Wide total) {
+  const uint64_t low = static_cast<uint64_t>(total), high = static_cast<uint64_t>(total >> 64);
+  const Wide a = Wide{r.lo} * high, b = Wide{r.hi} * low;
+  const Wide middle = Wide{static_cast<uint64_t>(a)} + static_cast<uint64_t>(b) +
+                      static_cast<uint64_t>((Wide{r.lo} * low) >> 64);
+  return Wide{r.hi} * high + (a >> 64) + (b >> 64) + (middle >> 64);
+}
+
+// A rank's draws among those of all shards, block by block.
+class ShareOfDraws {
+ public:
+  ShareOfDraws(const Table& table, const Share& share, const Batch& batch)
+      : t_(table),
+        share_(share),
+        batch_(batch),
+        distribution_(table, share),
+        total_(wide(share.total_low, share.total_high)),
+        before_(wide(share.before_low, share.before_high)),
+        own_(wide(share.own_low, share.own_high)),
+        theta_(wide(share.theta_low, share.theta_high)),
+        capped_(theta_ * static_cast<uint64_t>(capped_items())),
+        quotient_(total_ / share.batch_size),
+        remainder_(static_cast<uint64_t>(total_ % share.batch_size)) {}
+
+  // How many are the rank's.
+  int64_t find(uint64_t iteration) {
+    if (t_.scheme == Scheme::systematic) {
+      Wide offset = 0;
+      random_words(share_.seed, Stream::draw, iteration, 0, 1,
+                   [&](int64_t, Random128 r) { offset = scale_wide(r, total_); });
+      for (int64_t b = 0; b < share_.count; ++b) take(slice_point(share_.first + b, offset));
+    } else {
+      const bool sliced = t_.scheme == Scheme::stratified;
+      random_words(share_.seed, Stream::draw, iteration, share_.first, share_.count,
+                   [&](int64_t b, Random128 r) {
+                     const Wide point = scale_wide(r, total_);
+                     take(sliced ? slice_point(share_.first + b, point) : point);
+                   });
+    }
+    flush();
+    return found_;
+  }
+
+ private:
+  // Where nothing has been seen, all items weigh theta.
+  int64_t capped_items() const { return all_alike() ? t_.num_samples : t_.scalars->num_capped; }
+  bool all_alike() const { return t_.states == nullptr || t_.scalars->seen == 0; }
+
+  Wide slice_point(int64_t b, Wide offset) const {
+    const uint64_t at = static_cast<uint64_t>(b);
+    return at * quotient_ + (Wide{at} * remainder_ + offset) / share_.batch_size;
+  }
+
+  void take(Wide point) {
+    const Wide x = point - before_;  // wraps where it lies before
+    if (x >= own_) return;
+    if (x < capped_) {
+      const auto item = static_cast<uint64_t>(x / theta_);
+      points_[size_++] = all_alike() ? item : item * distribution_.theta();
+    } else {
+      points_[size_++] =
+          distribution_.capped_total() + static_cast<uint64_t>((x - capped_) >> share_.shift);
+    }
+    if (size_ == kBlock) flush();
+  }
+
+  void flush() {
+    const Batch found{batch_.indices + found_, batch_.weights + found_};
+    if (all_alike()) {
+      const double total = static_cast<double>(total_), theta = static_cast<double>(theta_);
+      const auto weight = static_cast<float>(total / (share_.num_samples * theta));
+      for (int b = 0; b < size_; ++b) {
+        found.indices[b] = static_cast<int64_t>(points_[b]);
+        found.weights[b] = weight;
+      }
+    } else if (size_ > 0) {
+      distribution_.find(points_, size_, found);
+    }
+    found_ += size_;
+    size_ = 0;
+  }
+
+  const Table& t_;
+  const Share& share_;
+  const Batch& batch_;
+  const Distribution distribution_;
+  const Wide total_, before_, own_, theta_, capped_, quotient_;
+  const uint64_t remainder_;
+  uint64_t points_[kBlock];
+  int size_ = 0;
+  int64_t found_ = 0;
+};
+
 }  // namespace
+
+void shard_total(Pointer<const Table> table, uint64_t theta, Pointer<int64_t> found) {
+  const Table& t = *table.address;
+  const bool none = t.states == nullptr || t.scalars->seen == 0;
+  if (!none) hold_theta(t, theta);
+  const Scalars& s = *t.scalars;
+  found[0] = none ? 0 : s.uncapped + (t.num_samples - s.seen) * s.unseen;
+  found[1] = none ? t.num_samples : s.num_capped;
+}
+
+int64_t draw_share(Pointer<const Table> table, const Share& share, const Batch& batch) {
+  const Table& t = *table.address;
+  return ShareOfDraws(t, share, batch).find(static_cast<uint64_t>(t.scalars->draws++));
+}
 
 void draw(Pointer<const Table> table, const Batch& batch) {
   const Table& t = *table.address;

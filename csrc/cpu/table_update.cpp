@@ -236,7 +236,7 @@ void update(Pointer<const Table> table, const Observation& o) {
     for (int64_t b = 0; b < o.n; ++b) t.scalars->skipped += !usable(o.observed[b]);
   }
   if (o.weights == nullptr) return;
-  update_variance(t, o);
+  if (t.keeps_moments) update_variance(t, o);
   ++t.scalars->updates;
 }
 

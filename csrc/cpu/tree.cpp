@@ -65,7 +65,9 @@ void add_up(const Levels& levels, T* prefix) {
 
 void rebuild(const Table& t) {
   Scalars& s = *t.scalars;
-  const uint64_t theta = t.flatten == Flatten::cap ? find_theta(t) : uint64_t{kNoCap};
+  const uint64_t theta = t.flatten != Flatten::cap ? uint64_t{kNoCap}
+                         : t.shard                 ? static_cast<uint64_t>(s.theta)
+                                                   : find_theta(t);
   const int e0 = exponent_of_table(t);
   std::fill_n(t.prefix, t.levels.total(), 0);
   std::fill_n(t.unseen_prefix, t.levels.total(), 0);

@@ -71,8 +71,12 @@ inline unsigned children_above(const T* prefix, T total, T threshold) {
 // Recomputes codes, e0 and totals from the state, with the floor at the present mean. O(N).
 void rescale(const Table& table);
 
-// Fills the tree from the codes, with theta where it belongs. O(N).
+// Fills the tree from the codes, with theta where it belongs (a shard's: as the scalars have it).
+// O(N).
 void rebuild(const Table& table);
+
+// Brings a shard's tree up to date for capped items that weigh theta.
+void hold_theta(const Table& table, uint64_t theta);
 
 // Brings theta, what is capped and the weight of unseen items up to date: O((changes) log N).
 void update_cap(const Table& table);

@@ -146,6 +146,13 @@ void list_capped(const Table& t) {
   s.num_flipped = 0;
 }
 
+void keep_lists(const Table& t) {
+  const Scalars& s = *t.scalars;
+  if (s.near_size < 0) list_near(t);
+  if (s.near_size > 2 * near_wanted(t)) trim_near(t);
+  if (t.list_capacity > 0) list_capped(t);
+}
+
 void update_theta(const Table& t) {
   Scalars& s = *t.scalars;
   const Unseen unseen(t);
@@ -163,9 +170,7 @@ void update_theta(const Table& t) {
     }
     move_theta(t, next);
   }
-  if (s.near_size < 0) list_near(t);
-  if (s.near_size > 2 * near_wanted(t)) trim_near(t);
-  if (t.list_capacity > 0) list_capped(t);
+  keep_lists(t);
   s.unseen = static_cast<int64_t>(std::min<uint64_t>(s.theta, unseen.weight));
 }
 
@@ -273,6 +278,18 @@ uint64_t find_theta(const Table& t) {
   return t.scalars->seen > 0 ? Histogram(t).theta()
                              // All weigh the same, which no cap can change.
                              : water_level(t, unseen.number * unseen.weight, 0);
+}
+
+void hold_theta(const Table& t, uint64_t theta) {
+  Scalars& s = *t.scalars;
+  if (!s.valid) {
+    s.theta = static_cast<int64_t>(theta);
+    rebuild(t);
+  } else if (theta != static_cast<uint64_t>(s.theta)) {
+    move_theta(t, theta);
+  }
+  if (t.flatten == Flatten::cap) keep_lists(t);
+  s.unseen = static_cast<int64_t>(std::min(theta, Unseen(t).weight));
 }
 
 void update_cap(const Table& t) {

@@ -119,7 +119,9 @@ FASTIS_HD inline void finish_update(const Table& t, const Observation& o, const 
   // In a table with states apply() has counted them.
   if (t.states == nullptr) t.scalars->skipped += static_cast<int64_t>(p.unusable);
   if (o.weights == nullptr) return;
-  smooth(t, {p.second / n, p.uniform / n, first * first, p.mean_squared}, n);
+  if (t.keeps_moments) {
+    smooth(t, {p.second / n, p.uniform / n, first * first, p.mean_squared}, n);
+  }
   ++t.scalars->updates;
 }
 

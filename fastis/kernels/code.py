@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from ctypes import c_float
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -31,9 +34,27 @@ def weight_of(code: Tensor, e0: int) -> Tensor:
     return torch.where(code == 0, 0, mantissa_of(code) << shift)
 
 
-def floor_of(total: int, seen: int, e0: int, eps: float) -> float:
-    """eps times the mean importance of the seen samples, as a float32 value."""
-    if seen == 0 or total == 0:
-        return 0.0
-    value = float(total) / float(seen) * 2.0 ** (e0 - 15) * eps
-    return float(torch.tensor(value, dtype=torch.float64, device="cpu").float())
+class Floors(NamedTuple):
+    """Two float32 values: the least importance of an item, eps times the mean of all, and what e0
+    is chosen by. The same but for a shard of a larger table."""
+
+    wanted: float
+    base: float
+
+    def above(self, e0: int) -> float:
+        """The floor of new codes under an e0 in force; far below a shard's mean: what e0 allows."""
+        return max(self.wanted, min(_float32(2.0**e0), self.base))
+
+
+def floors_of(total: int, seen: int, e0: int, eps: float, others: tuple[float, int]) -> Floors:
+    """From a table's own total of weights (in units of 2^(e0 - 15)) and number of seen samples, and
+    from the sum of the importances in ``others``, the shards beside it, and their number there."""
+    own_sum = float(total) * 2.0 ** (e0 - 15)
+    everything = seen + others[1]
+    own = own_sum / float(seen) * eps if seen > 0 else 0.0
+    wanted = (own_sum + others[0]) / float(everything) * eps if everything > 0 else 0.0
+    return Floors(_float32(wanted), _float32(own + eps * wanted if wanted > own else own))
+
+
+def _float32(value: float) -> float:
+    return c_float(value).value

@@ -14,6 +14,8 @@ from fastis.kernels.layout import (
     FLATTEN,
     LAST,
     NO_EXPONENT,
+    OTHERS_NUMBER,
+    OTHERS_SUM,
     SEEN,
     TOTAL,
     UNIFORM_WEIGHT,
@@ -33,12 +35,8 @@ class Distribution(NamedTuple):
 def distribution(table: Table) -> Distribution:
     """The flattened integer weights of all N items. O(N)."""
     constants = table.constants
-    seen, total = int(table.scalars[SEEN]), int(table.scalars[TOTAL])
-    e0 = int(table.scalars[EXPONENT])
-    mean_weight = UNIFORM_WEIGHT if seen == 0 else total // seen
     is_seen = table.column(LAST) >= 0
-    codes = table.codes()
-    weights = torch.where(is_seen, weight_of(codes, e0 if e0 != NO_EXPONENT else 0), mean_weight)
+    weights = unflattened(table)
     capped = torch.zeros(0, dtype=torch.int64, device=weights.device)
     if constants.flatten == FLATTEN["mix"]:
         weights = weights + mix_offset(weights, constants)
@@ -49,6 +47,28 @@ def distribution(table: Table) -> Distribution:
         capped = torch.nonzero(is_seen & (weights > theta)).flatten()
         weights = weights.clamp(max=theta)
     return Distribution(weights, int(weights.sum()), capped)
+
+
+def unflattened(table: Table) -> Tensor:
+    """int64 [N]: every item's integer weight, the mean of the seen for unseen ones. O(N)."""
+    seen, total = int(table.scalars[SEEN]), int(table.scalars[TOTAL])
+    e0 = int(table.scalars[EXPONENT])
+    mean_weight = UNIFORM_WEIGHT if seen == 0 else total // seen
+    weights = weight_of(table.codes(), e0 if e0 != NO_EXPONENT else 0)
+    return torch.where(table.column(LAST) >= 0, weights, mean_weight)
+
+
+def others_of(table: Table) -> tuple[float, int]:
+    """Of a shard: the sum of the importances in the others, and of how many samples, as last heard
+    of; zeros for a table on its own."""
+    total = float(table.scalars.view(torch.float64)[OTHERS_SUM])
+    return total, int(table.scalars[OTHERS_NUMBER])
+
+
+def tell_of_others(table: Table, total: float, number: int) -> None:
+    """Sets :func:`others_of`."""
+    table.scalars.view(torch.float64)[OTHERS_SUM] = total
+    table.scalars[OTHERS_NUMBER] = number
 
 
 def water_level(weights: Tensor, batch_size: int, numerator: int, denominator: int) -> int:

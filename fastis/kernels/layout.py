@@ -32,6 +32,7 @@ from fastis.kernels.memory import zeros
 
 # Positions in `scalars`.
 DRAWS, UPDATES, SKIPPED, EXPONENT, TOTAL, SEEN, UNIFORM_FROM, PAUSE, VALID = range(9)
+OTHERS_SUM, OTHERS_NUMBER = 21, 22  # of the shards beside this one; the sum as float64
 NUM_SCALARS = 24
 DURABLE_SCALARS = VALID  # the rest describes the structure and is rebuilt
 # Positions in `variance`.
@@ -86,6 +87,8 @@ class Constants:
     smoothing: float = 0.99
     least_gain: float = 0.0  # importance sampling pauses below it
     unbiased: bool = True
+    shard: bool = False  # of a larger table: theta is held, not found
+    keeps_moments: bool = True  # in an update; else they are kept for several tables elsewhere
     cap_numerator: int = field(init=False)
     cap_denominator: int = field(init=False)
     total_limit: int = field(init=False)
@@ -216,7 +219,7 @@ class Table:
         nodes = _C.tree_nodes(self.constants.num_samples)
         n, b = self.constants.num_samples, self.constants.batch_size
         # Where a capped item is drawn at least once a minibatch, a list of them saves time.
-        listed = b + 64 if self.constants.max_capped < b else 0
+        listed = b + 64 if self.constants.max_capped < b and not self.constants.shard else 0
         # Of many capped items many are near the cap.
         near = min(n, (2 if listed else 8) * b) + 1024
         return self._view_of(

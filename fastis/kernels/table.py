@@ -3,8 +3,10 @@
 ``fastis/kernels/{reference,cpu,cuda}/table.py`` have ``update(table, observation)``,
 ``refresh(table, indices, observed)``, ``fold(table, observation, iteration)``, ``draw(table,
 batch)``, ``update_and_draw(table, observation, next_batch)`` and ``rescale(table)``, with the
-:class:`fastis.kernels.layout.Table` of a sampler, and ``IS_ATOMIC``: whether an update, a fold or a
-draw is one call that holds the GIL. Other threads' steps have to wait for the others.
+:class:`fastis.kernels.layout.Table` of a sampler; ``shard_total(table, theta)`` and
+``draw_share(table, share, batch)``, with that of a shard (:mod:`fastis.kernels.shards`); and
+``IS_ATOMIC``: whether an update, a fold or a draw is one call that holds the GIL. Other threads'
+steps have to wait for the others.
 """
 
 from __future__ import annotations
@@ -87,6 +89,33 @@ class Observation(NamedTuple):
     observed: Tensor  # float32 [n], what the table keeps averages of (the score, or the loss)
     score: Tensor  # float32 [n], for the variance traces
     mean_grad: Tensor | None  # float32 [C], minibatch mean of r g
+
+
+class ShardTotal(NamedTuple):
+    """What a shard of a larger table weighs, in its own integers: ``uncapped + capped * theta``."""
+
+    uncapped: int  # sum of the weights up to theta
+    capped: int  # how many weigh more, and are drawn with theta; all of them if none has been seen
+
+
+class Share(NamedTuple):
+    """A rank's part of a minibatch of all shards, in integers of any size.
+
+    The ranks' totals lie side by side in [0, total). A weight there is 2^shift times the integer
+    that it is in the shard, but for capped items, which weigh ``theta``.
+    """
+
+    seed: int  # of the draws, the same on all ranks
+    first: int  # of the draws to look at: no others can be the rank's
+    end: int
+    batch_size: int  # of all ranks
+    num_samples: int  # of all ranks
+    total: int
+    before: int  # of the ranks before this one
+    own: int  # of this rank
+    theta: int
+    own_theta: int  # in the shard's own integers: what tells capped items from others
+    shift: int
 
 
 def empty_batch(like: Tensor, count: int) -> tuple[Batch, tuple[int, int]]:

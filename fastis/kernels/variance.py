@@ -100,21 +100,27 @@ def traces_of(moments: Moments, n: int, unbiased: bool) -> tuple[Tensor, Tensor,
 
 def smooth(table: Table, minibatch: Moments, n: int) -> None:
     """Moments of one minibatch of n draws into the averages; none if one of them is not finite."""
-    moments = torch.stack(minibatch)
-    if not bool(moments.isfinite().all()):
+    if not bool(torch.stack(minibatch).isfinite().all()):
         return
-    v, constants = table.variance, table.constants
+    constants = table.constants
     if int(table.scalars[UPDATES]) == constants.warmup_draws:
-        v[:TRACE_IS] = 0.0  # another distribution from here on
-    keep = constants.smoothing
+        table.variance[:TRACE_IS] = 0.0  # another distribution from here on
+    average(table, minibatch, n, n, constants.smoothing)
+
+
+def average(table: Table, moments: Moments, n: int, batch_size: int, keep: float) -> None:
+    """Moments of n draws into the averages, which keep so much of what they are; the traces and
+    factors that follow are those of minibatches of ``batch_size``."""
+    v = table.variance
     v[WEIGHT] = keep * v[WEIGHT] + (1 - keep)
-    v[SECOND:TRACE_IS] = keep * v[SECOND:TRACE_IS] + (1 - keep) * moments
-    derive(table, n)
-    pause_or_resume(table, n)
+    v[SECOND:TRACE_IS] = keep * v[SECOND:TRACE_IS] + (1 - keep) * torch.stack(moments)
+    derive(table, n, batch_size)
+    pause_or_resume(table, n, batch_size)
 
 
-def derive(table: Table, n: int) -> None:
-    """Traces, effective minibatch size, efficiency, factor and gain from the smoothed moments.
+def derive(table: Table, n: int, batch_size: int) -> None:
+    """Traces, effective minibatch size, efficiency, factor and gain from the smoothed moments of n
+    draws, for minibatches of ``batch_size``.
 
     The gain of a larger minibatch (AdaScale, Johnson et al. 2020; the ratio of RAIS), with mu2 the
     squared norm of the mean gradient, at least 0::
@@ -126,13 +132,12 @@ def derive(table: Table, n: int) -> None:
     v[TRACE_IS], v[TRACE_UNIFORM], v[TRACE_OPTIMAL] = traces_of(moments, n, unbiased)
     A, U, O2, G2 = moments
     o2 = (n * O2 - A) / (n - 1) if unbiased else O2
-    v[EFFECTIVE_BATCH_SIZE] = n * v[TRACE_UNIFORM] / v[TRACE_IS]
+    v[EFFECTIVE_BATCH_SIZE] = batch_size * v[TRACE_UNIFORM] / v[TRACE_IS]
     v[EFFICIENCY] = torch.where(U - o2 > 0, (A - o2) / (U - o2), torch.nan)
     mu2 = (n * G2 - A) / (n - 1) if unbiased else G2
-    signal = n * mu2.clamp(min=0)
-    ratios = torch.stack(
-        [v[EFFECTIVE_BATCH_SIZE] / n, (signal + v[TRACE_UNIFORM]) / (signal + v[TRACE_IS])]
-    )
+    signal = batch_size * mu2.clamp(min=0)
+    factor = v[EFFECTIVE_BATCH_SIZE] / batch_size
+    ratios = torch.stack([factor, (signal + v[TRACE_UNIFORM]) / (signal + v[TRACE_IS])])
     # Not for minibatches without replacement.
     draws, updates = (int(table.scalars[at]) for at in (DRAWS, UPDATES))
     adjust = updates >= table.constants.warmup_draws and not without_replacement(table, draws - 1)
@@ -145,7 +150,7 @@ _SETTLED = 0.95  # 1 - exp(-3)
 _RESUME_ABOVE = 1.05  # times the least gain: not to and fro
 
 
-def pause_or_resume(table: Table, n: int) -> None:
+def pause_or_resume(table: Table, n: int, batch_size: int) -> None:
     """Stops importance sampling where the gain is too small, and goes on where it would be large
     enough if S were as it was: uniform minibatches show tr V_uni and tr V_opt alone.
 
@@ -163,7 +168,7 @@ def pause_or_resume(table: Table, n: int) -> None:
         moments = Moments(*(v[SECOND:TRACE_IS] / v[WEIGHT]).unbind())
         A, G2 = moments.second, moments.mean_squared
         mu2 = (n * G2 - A) / (n - 1) if constants.unbiased else G2
-        signal = n * mu2.clamp(min=0)
+        signal = batch_size * mu2.clamp(min=0)
         trace = v[TRACE_OPTIMAL] + v[PAUSED_EFFICIENCY] * (v[TRACE_UNIFORM] - v[TRACE_OPTIMAL])
         gain = (signal + v[TRACE_UNIFORM]) / (signal + trace)
         if not bool(gain > _RESUME_ABOVE * constants.least_gain):

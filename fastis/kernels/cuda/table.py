@@ -8,7 +8,8 @@ from torch import Tensor
 from fastis.kernels.cuda.launch import launch
 from fastis.kernels.extension import _C
 from fastis.kernels.layout import LATE, PAUSE, UPDATES, Table
-from fastis.kernels.table import Batch, Observation
+from fastis.kernels.reference import table as reference
+from fastis.kernels.table import Batch, Observation, ShardTotal, Share
 
 IS_ATOMIC = False  # the host may be interrupted between two launches
 
@@ -56,6 +57,19 @@ def draw(table: Table, batch: Batch) -> None:
     indices, weights = batch
     addresses = indices.data_ptr(), weights.data_ptr()
     launch(_C.cuda_draw, table.device, table.device_handle, *addresses)
+
+
+def shard_total(table: Table, theta: int) -> ShardTotal:
+    """That of the reference, in PyTorch's operations on the device: O(N), and waits for it.
+
+    It leaves the tree and its flags as they are; draws of a shard don't use them.
+    """
+    return reference.shard_total(table, theta)
+
+
+def draw_share(table: Table, share: Share, batch: Batch) -> int:
+    """That of the reference, as :func:`shard_total`."""
+    return reference.draw_share(table, share, batch)
 
 
 def update_and_draw(table: Table, observation: Observation, next_batch: Batch) -> None:

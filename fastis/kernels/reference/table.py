@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastis.kernels.code import code_of, exponent_of, floor_of, mantissa_of, weight_of
-from fastis.kernels.flatten import Distribution, distribution
+from fastis.kernels.code import code_of, exponent_of, floors_of, mantissa_of, weight_of
+from fastis.kernels.flatten import Distribution, distribution, others_of, unflattened
 from fastis.kernels.layout import (
     CODE,
     DRAWS,
@@ -37,7 +37,7 @@ from fastis.kernels.state import (
     interval,
     smoothed,
 )
-from fastis.kernels.table import Batch, Observation
+from fastis.kernels.table import Batch, Observation, ShardTotal, Share
 from fastis.kernels.variance import minibatch_moments, smooth
 
 IS_ATOMIC = False  # many operations: steps of other threads have to wait
@@ -60,8 +60,9 @@ def update(table: Table, observation: Observation) -> None:
         _update_state(table, indices, observed, int(table.scalars[UPDATES]))
     else:
         table.scalars[SKIPPED] += (~(observed.abs() < LARGEST_SCORE)).sum()
-    moments = minibatch_moments(weights.double(), score.double(), mean_grad)
-    smooth(table, moments, score.numel())
+    if table.constants.keeps_moments:
+        moments = minibatch_moments(weights.double(), score.double(), mean_grad)
+        smooth(table, moments, score.numel())
     table.scalars[UPDATES] += 1
 
 
@@ -110,7 +111,8 @@ def _update_state(table: Table, indices: Tensor, observed: Tensor, updates: int)
     fresh = table.column(LAST)[i] < 0
     new_mean, new_var = smoothed(table, i, x, updates)
     importance = importance_of(new_mean, new_var, constants.importance)
-    codes = code_of(importance, floor_of(total, seen, e0, constants.floor))
+    floors = floors_of(total, seen, e0, constants.floor, others_of(table))
+    codes = code_of(importance, floors.above(e0))
 
     old_codes = table.codes()[i]
     table.column(MEAN)[i], table.column(VAR)[i] = new_mean, new_var
@@ -157,10 +159,10 @@ def rescale(table: Table) -> None:
     spare = 62 - 16 - (constants.num_samples - 1).bit_length()
     below = (largest - exponent_of(codes)).clamp(max=63)
     relative_total = int(((mantissa_of(codes) << spare) >> below).sum())
-    floor = floor_of(relative_total, seen, largest - spare, constants.floor)
-    floor_code = code_of(torch.tensor(floor, dtype=torch.float32, device="cpu"), 0.0)
-    e0 = int(exponent_of(floor_code)) - constants.headroom
-    codes = code_of(importance, floor)
+    floors = floors_of(relative_total, seen, largest - spare, constants.floor, others_of(table))
+    base_code = code_of(torch.tensor(floors.base, dtype=torch.float32, device="cpu"), 0.0)
+    e0 = int(exponent_of(base_code)) - constants.headroom
+    codes = code_of(importance, max(floors.wanted, 2.0**e0))
     table.column(CODE)[is_seen] = codes
     scalars[EXPONENT] = e0
     scalars[TOTAL] = weight_of(codes, e0).sum()
@@ -189,6 +191,75 @@ def draw(table: Table, batch: Batch) -> None:
         weights.fill_(1.0)
     else:
         _draw_by_importance(table, iteration, positions, indices, weights)
+
+
+# A shard of a larger table (fastis.kernels.shards) ------------------------------------------------
+
+
+def shard_total(table: Table, theta: int) -> ShardTotal:
+    """A shard's integers with capped items at ``theta``. O(N)."""
+    if table.states is None or int(table.scalars[SEEN]) == 0:
+        return ShardTotal(0, table.constants.num_samples)
+    drawn = _held_at(table, theta)
+    return ShardTotal(drawn.total - theta * len(drawn.capped), len(drawn.capped))
+
+
+def draw_share(table: Table, share: Share, batch: Batch) -> int:
+    """The rank's part of the next minibatch of all shards, after :func:`shard_total`, into the
+    first rows of ``batch``, which has room for all; how many these are. Ticks DRAWS."""
+    iteration = int(table.scalars[DRAWS])
+    table.scalars[DRAWS] += 1
+    points = [x - share.before for x in _points_of_all(table, share, iteration)]
+    own = [x for x in points if 0 <= x < share.own]
+    if table.states is None or int(table.scalars[SEEN]) == 0:  # all weigh theta
+        found = [(x // share.theta, share.theta) for x in own]
+    else:
+        found = _find_in_shard(_held_at(table, share.own_theta), share, own)
+    for b, (index, weight) in enumerate(found):
+        batch.indices[b] = index
+        batch.weights[b] = float(share.total) / (float(share.num_samples) * float(weight))
+    return len(found)
+
+
+def _held_at(table: Table, theta: int) -> Distribution:
+    """The flattened weights where capped items weigh ``theta``, wherever that belongs."""
+    raw = unflattened(table)
+    capped = torch.nonzero((table.column(LAST) >= 0) & (raw > theta)).flatten()
+    weights = raw.clamp(max=theta)
+    return Distribution(weights, int(weights.sum()), capped)
+
+
+def _points_of_all(table: Table, share: Share, iteration: int) -> list[int]:
+    """The points of the draws from ``share.first`` on, below the total of all shards."""
+    positions = torch.arange(share.first, share.end, device="cpu")
+    scheme = table.constants.scheme
+    numbers = torch.zeros_like(positions) if scheme == SCHEMES["systematic"] else positions
+    words = torch.stack(random_words(share.seed, STREAM_DRAW, iteration, numbers)).T.tolist()
+    points = [
+        (w0 | w1 << 32 | w2 << 64 | w3 << 96) * share.total >> 128 for w0, w1, w2, w3 in words
+    ]
+    if scheme == SCHEMES["multinomial"]:
+        return points
+    sliced = zip(positions.tolist(), points, strict=True)
+    return [(b * share.total + offset) // share.batch_size for b, offset in sliced]
+
+
+def _find_in_shard(drawn: Distribution, share: Share, points: list[int]) -> list[tuple[int, int]]:
+    """Index and weight in the units of the total: capped items first, then the others."""
+    capped_total = len(drawn.capped) * share.theta
+    uncapped = torch.ones_like(drawn.weights, dtype=torch.bool)
+    uncapped[drawn.capped] = False
+    others = torch.nonzero(uncapped).flatten()
+    prefix = torch.cumsum(drawn.weights[others], 0)
+    found = []
+    for x in points:
+        if x < capped_total:
+            found.append((int(drawn.capped[x // share.theta]), share.theta))
+        else:
+            own_point = torch.tensor((x - capped_total) >> share.shift, device=prefix.device)
+            index = int(others[torch.searchsorted(prefix, own_point, right=True)])
+            found.append((index, int(drawn.weights[index]) << share.shift))
+    return found
 
 
 def _in_epoch(table: Table, draw: int) -> tuple[int, int]:
