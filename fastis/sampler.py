@@ -120,7 +120,7 @@ class Sampler(Resumable):
         seed: int | None = None,
     ) -> None:
         check_group(group)
-        given = {
+        arguments = {
             "num_samples": num_samples,
             "batch_size": batch_size,
             "method": method.described() if isinstance(method, Method) else method,
@@ -130,7 +130,7 @@ class Sampler(Resumable):
             "correction": correction,
             "seed": seed,
         }
-        seed = self._join(group, given, seed_from(None, _cpu) if seed is None else seed)
+        seed = self._join(group, arguments, seed_from(None, _cpu) if seed is None else seed)
         n = check.integer("num_samples", num_samples, 1, 2**32 - 1)
         each = check.integer("batch_size", batch_size, 1, (2**31 - 1) // self._processes)
         b = each * self._processes
@@ -308,9 +308,9 @@ class Sampler(Resumable):
             self._watch.not_surely_weighted(batch, out)
         return next_batch
 
-    def _part_of(self, whole: Batch) -> Batch:
+    def _part_of(self, global_batch: Batch) -> Batch:
         """What this process trains on of a minibatch that was drawn: all of it, but in a group."""
-        return whole
+        return global_batch
 
     def __iter__(self) -> NoReturn:
         raise TypeError(
@@ -391,7 +391,7 @@ class Sampler(Resumable):
         if wanted and size > self.num_samples:
             raise ValueError(
                 "uniform must be False: there is no drawing without replacement of "
-                f"{size} from num_samples={self.num_samples}"
+                f"batch_size={size} from num_samples={self.num_samples}"
             )
         self._table.draw_uniformly(wanted)
 

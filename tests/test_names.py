@@ -48,6 +48,7 @@ OTHER_MEANING = {
     "alias": {"heavy", "light"},
     "categorical": {"heavy", "light"},
     "in_flight": {"record"},
+    "exchange": {"record"},
     "saved": {"records"},
 }
 
