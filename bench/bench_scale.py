@@ -96,7 +96,7 @@ def validate(sampler: fastis.Sampler, group: Any) -> None:
     batch = sampler.sample()
     parts = [torch.empty_like(batch.indices) for _ in range(group.size())]
     dist.all_gather(parts, batch.indices, group=group)
-    assert torch.equal(torch.cat(parts), batch.whole.indices), "parts of another minibatch"
+    assert torch.equal(torch.cat(parts), batch.global_batch.indices), "parts of another minibatch"
     total = sampler._table.scalars[:8].clone()
     dist.all_reduce(total, op=dist.ReduceOp.MAX, group=group)
     assert torch.equal(total, sampler._table.scalars[:8]), "tables differ"

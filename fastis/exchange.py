@@ -114,15 +114,15 @@ class Message:
         self._our_minibatch = self._our_head[0, _MINIBATCH]
         self._written: tuple[Form, int] | None = None
 
-    def write(self, form: Form, whole: Batch | None, seen: Observation) -> None:
+    def write(self, form: Form, global_batch: Batch | None, seen: Observation) -> None:
         """What this process has seen, into ``ours``."""
         if (form, len(seen.indices)) != self._written:  # else they are there
             self._write_form(form, len(seen.indices))
         self._our_scalars.copy_(self._scalars)
-        if whole is None:
+        if global_batch is None:
             self._our_minibatch.zero_()
         else:
-            torch.sum(whole.indices, 0, out=self._our_minibatch)
+            torch.sum(global_batch.indices, 0, out=self._our_minibatch)
             values = seen.observed, seen.score
             for column, value in zip(self._our_columns, values, strict=False):
                 column.copy_(value)
@@ -135,7 +135,7 @@ class Message:
         self._our_gradient = self._our_sketch[0, : min(max(form.mean_grad, 0), SKETCH)]
         self._written = form, count
 
-    def observation(self, whole: Batch, form: Form) -> Observation:
+    def observation(self, global_batch: Batch, form: Form) -> Observation:
         """Of the global minibatch; of one that its processes do not agree on, no usable score."""
         # Kernels go by addresses, and a column of one sample each reshapes without a copy.
         observed, *rest = (column.reshape(-1).contiguous() for column in self._columns)
@@ -144,7 +144,7 @@ class Message:
             observed = torch.where(agree, observed, torch.nan)
         score = rest[0] if rest else observed
         mean_grad = self._sketches.mean(0) if form.mean_grad >= 0 else None
-        return Observation(whole.indices, whole.weights, observed, score, mean_grad)
+        return Observation(global_batch.indices, global_batch.weights, observed, score, mean_grad)
 
     def own_minibatches(
         self, form: Form, seen: Observation, gather: Callable[[Tensor], Tensor]
@@ -154,14 +154,17 @@ class Message:
         ``gather`` makes [W, n] of [n].
         """
         counts, n = self.heads[:, _COUNT].tolist(), len(seen.indices)
-        room = max(2, max(counts) + max(counts) % 2)  # rows begin at whole int64
+        capacity = max(2, max(counts) + max(counts) % 2)  # rows begin at whole int64
         vectors = [seen.weights, seen.observed, seen.score][: 1 + len(self._columns)]
-        ours = seen.weights.new_zeros((2 + len(vectors)) * room)
-        ours[: 2 * room].view(torch.int64)[:n] = seen.indices
+        ours = seen.weights.new_zeros((2 + len(vectors)) * capacity)
+        ours[: 2 * capacity].view(torch.int64)[:n] = seen.indices
         for i, vector in enumerate(vectors, 2):
-            ours[i * room : i * room + n] = vector
+            ours[i * capacity : i * capacity + n] = vector
         rows = gather(ours)
-        blocks = [rows[:, : 2 * room].view(torch.int64), *rows[:, 2 * room :].split(room, 1)]
+        blocks = [
+            rows[:, : 2 * capacity].view(torch.int64),
+            *rows[:, 2 * capacity :].split(capacity, 1),
+        ]
         indices, weights, observed, *rest = (
             torch.cat([row[:count] for row, count in zip(block, counts, strict=True)])
             for block in blocks
@@ -268,24 +271,24 @@ class Exchange:
 
     def begin(
         self,
-        whole: Batch | None,
+        global_batch: Batch | None,
         seen: Observation,
         correction: float,
         learn: Callable[[Observation, float], None],
     ) -> None:
         """Sends what this process has seen; :meth:`finish` learns from what all have.
 
-        ``whole`` is the minibatch drawn, of which this process has seen its part; None: of a
+        ``global_batch`` is the minibatch drawn, of which this process has seen its part; None: of a
         minibatch of its own. Then indices and weights go round too, which is waited for.
         """
         with self._lock:
             self.finish()
             length = -1 if seen.mean_grad is None else len(seen.mean_grad)
-            form = Form(whole is None, length, correction)
-            self._message.write(form, whole, seen)
+            form = Form(global_batch is None, length, correction)
+            self._message.write(form, global_batch, seen)
             work = self._gather(self._message.ours, self._message.everyone)
-            self._pending = _Pending(work, form, whole, seen, learn)
-            if whole is None:
+            self._pending = _Pending(work, form, global_batch, seen, learn)
+            if global_batch is None:
                 self.finish()
 
     def finish(self) -> None:
@@ -302,13 +305,13 @@ class Exchange:
             pending, self._pending = self._pending, None
             if pending is None:  # another thread was first
                 return
-            work, form, whole, seen, learn = pending
+            work, form, global_batch, seen, learn = pending
             work.wait()  # of a GPU it is the stream that waits
-            self._check_alike(must_wait=whole is None)
-            if whole is None:
+            self._check_alike(must_wait=global_batch is None)
+            if global_batch is None:
                 learn(self._message.own_minibatches(form, seen, self._gather_now), form.correction)
             else:
-                learn(self._message.observation(whole, form), form.correction)
+                learn(self._message.observation(global_batch, form), form.correction)
 
     def _check_alike(self, must_wait: bool) -> None:
         """Of a GPU the heads are looked at when they have come to the host."""
@@ -335,6 +338,6 @@ class _Pending(NamedTuple):
 
     work: Any
     form: Form
-    whole: Batch | None
+    global_batch: Batch | None
     seen: Observation
     learn: Callable[[Observation, float], None]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastis import check
 from fastis.kernels.table import Batch
-from fastis.replicated import LocalBatch, whole_of
+from fastis.replicated import LocalBatch, global_batch_of
 from fastis.sampler import Sampler
 
 
@@ -103,7 +103,7 @@ class InFlight:
         drawn = self._drawn.popleft()[0].batch
         self.sent -= 1
         if isinstance(drawn, LocalBatch):  # the worker has not seen the whole
-            return LocalBatch.of(minibatch.batch, drawn.whole)
+            return LocalBatch.of(minibatch.batch, drawn.global_batch)
         return minibatch.batch
 
     # Saving --------------------------------------------------------------------------------------
@@ -127,7 +127,7 @@ class InFlight:
         indices = torch.empty(shape, dtype=torch.int64, device="cpu")
         weights = torch.empty(shape, dtype=torch.float32, device="cpu")
         for i, minibatch in enumerate(self._arrived()):
-            indices[i], weights[i] = whole_of(minibatch.batch)
+            indices[i], weights[i] = global_batch_of(minibatch.batch)
         return {"indices": indices, "weights": weights}
 
     def checked(self, state: Mapping[str, Any]) -> list[Batch]:

@@ -35,13 +35,13 @@ class LocalBatch(Batch):
     to) is a minibatch of the process's own to :meth:`fastis.Sampler.update`.
     """
 
-    whole: Batch  # int64 [W B] and float32 [W B], on the sampler's device
+    global_batch: Batch  # int64 [W B] and float32 [W B], on the sampler's device
     _versions: tuple[int, int]
 
     @classmethod
-    def of(cls, part: Batch, whole: Batch) -> LocalBatch:
+    def of(cls, part: Batch, global_batch: Batch) -> LocalBatch:
         local = cls(*part)
-        local.whole, local._versions = whole, _versions(part)
+        local.global_batch, local._versions = global_batch, _versions(part)
         return local
 
     @property
@@ -51,7 +51,7 @@ class LocalBatch(Batch):
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> Batch:
         moved = super().to(device, non_blocking)
-        return LocalBatch.of(moved, self.whole) if self.is_as_drawn else moved
+        return LocalBatch.of(moved, self.global_batch) if self.is_as_drawn else moved
 
 
 def _versions(batch: Batch) -> tuple[int, int]:
@@ -60,9 +60,9 @@ def _versions(batch: Batch) -> tuple[int, int]:
     return indices, weights
 
 
-def whole_of(batch: Batch) -> Batch:
+def global_batch_of(batch: Batch) -> Batch:
     """The global minibatch; of a process on its own, its minibatch."""
-    return batch.whole if isinstance(batch, LocalBatch) else batch
+    return batch.global_batch if isinstance(batch, LocalBatch) else batch
 
 
 class Replicated(Sampler):
@@ -107,11 +107,11 @@ class Replicated(Sampler):
     def sample(self) -> Batch:
         return self._part_of(super().sample())
 
-    def _part_of(self, whole: Batch) -> LocalBatch:
+    def _part_of(self, global_batch: Batch) -> LocalBatch:
         """This process's part of a minibatch that was drawn, whose tensors may be anywhere."""
-        indices, weights = whole
+        indices, weights = global_batch
         part = Batch(indices[self._part], weights[self._part])
-        on_device = whole if indices.device == self.device else whole.to(self.device)
+        on_device = global_batch if indices.device == self.device else global_batch.to(self.device)
         return LocalBatch.of(part, on_device)
 
     def update(
@@ -124,8 +124,10 @@ class Replicated(Sampler):
         observation = observe(self.device, self._observed_of, batch, out)
         if indices is not None:
             check_returned(batch, indices)
-        whole = batch.whole if isinstance(batch, LocalBatch) and batch.is_as_drawn else None
-        self._exchange.begin(whole, observation, self._correction, self._learn)
+        global_batch = (
+            batch.global_batch if isinstance(batch, LocalBatch) and batch.is_as_drawn else None
+        )
+        self._exchange.begin(global_batch, observation, self._correction, self._learn)
         self._watch.updated()
         self._watch.not_surely_weighted(batch, out)
 

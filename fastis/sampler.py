@@ -123,7 +123,7 @@ class Sampler(Resumable):
         if hasattr(num_samples, "__getitem__"):
             kind = type(num_samples).__name__
             raise TypeError(f"num_samples must be an int, got {kind}: pass its length, len(...)")
-        given = {
+        arguments = {
             "num_samples": num_samples,
             "batch_size": batch_size,
             "method": method.described() if isinstance(method, Method) else method,
@@ -133,7 +133,7 @@ class Sampler(Resumable):
             "correction": correction,
             "seed": seed,
         }
-        seed = self._join(group, given, seed_from(None, _cpu) if seed is None else seed)
+        seed = self._join(group, arguments, seed_from(None, _cpu) if seed is None else seed)
         n = check.integer("num_samples", num_samples, 1, 2**32 - 1)
         each = check.integer("batch_size", batch_size, 1, (2**31 - 1) // self._processes)
         b = each * self._processes
@@ -392,9 +392,9 @@ class Sampler(Resumable):
         with self._table.lock:
             self._method.fold(self._table, observation, int(iteration))
 
-    def _part_of(self, whole: Batch) -> Batch:
+    def _part_of(self, global_batch: Batch) -> Batch:
         """What this process trains on of a minibatch that was drawn: all of it, but in a group."""
-        return whole
+        return global_batch
 
     def __iter__(self) -> NoReturn:
         raise TypeError(
@@ -485,7 +485,7 @@ class Sampler(Resumable):
         if wanted and size > self.num_samples:
             raise ValueError(
                 "uniform must be False: there is no drawing without replacement of "
-                f"{size} from num_samples={self.num_samples}"
+                f"batch_size={size} from num_samples={self.num_samples}"
             )
         self._table.draw_uniformly(wanted)
 

@@ -49,6 +49,7 @@ OTHER_MEANING = {
     "categorical": {"heavy", "light"},
     "in_flight": {"record"},
     "inbox": {"record"},
+    "exchange": {"record"},
     "saved": {"records"},
 }
 

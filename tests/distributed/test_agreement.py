@@ -68,7 +68,7 @@ def test_bad_arguments_that_are_the_same_are_named_in_all(tmp_path):
 def test_without_a_seed_the_first_ranks_is_everybodys(tmp_path):
     def seeded(group):  # each with its own torch.manual_seed
         sampler = fastis.Sampler(N, B, group=group)
-        return sampler.sample().whole.indices, repr(sampler), float(torch.rand(()))
+        return sampler.sample().global_batch.indices, repr(sampler), float(torch.rand(()))
 
     def seed_alone():
         torch.manual_seed(0)

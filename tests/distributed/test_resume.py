@@ -211,7 +211,7 @@ def test_what_comes_from_the_loader_knows_the_whole(tmp_path):
         loader = loader_of(group)
         for batch, _ in loader:
             assert batch.is_as_drawn
-            assert len(batch.whole.indices) == WHOLE
+            assert len(batch.global_batch.indices) == WHOLE
             assert batch.to("cpu").is_as_drawn
             loader.sampler.update(batch, scores(batch.indices))
 
