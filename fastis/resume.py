@@ -21,6 +21,7 @@ class Resumable(Monitored):
 
     _watch: Watch
     correction: float
+    _processes: int
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on bit for bit, as new tensors.
@@ -40,10 +41,9 @@ class Resumable(Monitored):
     def _settings(self) -> dict[str, Any]:
         settings = {k: v for k, v in self._arguments.items() if k not in _NOT_SETTINGS}
         # Of a group: the global minibatch's, which any number of processes may share.
-        size = self._table.constants.batch_size
         return {
             **settings,
-            "batch_size": size,
+            "batch_size": self._arguments["batch_size"] * self._processes,
             "method": self._method.name,
             "options": self._method.options(),
         }

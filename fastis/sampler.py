@@ -120,9 +120,6 @@ class Sampler(Resumable):
         seed: int | None = None,
     ) -> None:
         check_group(group)
-        if hasattr(num_samples, "__getitem__"):
-            kind = type(num_samples).__name__
-            raise TypeError(f"num_samples must be an int, got {kind}: pass its length, len(...)")
         arguments = {
             "num_samples": num_samples,
             "batch_size": batch_size,
@@ -134,6 +131,9 @@ class Sampler(Resumable):
             "seed": seed,
         }
         seed = self._join(group, arguments, seed_from(None, _cpu) if seed is None else seed)
+        if hasattr(num_samples, "__getitem__"):
+            kind = type(num_samples).__name__
+            raise TypeError(f"num_samples must be an int, got {kind}: pass its length, len(...)")
         n = check.integer("num_samples", num_samples, 1, 2**32 - 1)
         each = check.integer("batch_size", batch_size, 1, (2**31 - 1) // self._processes)
         b = each * self._processes

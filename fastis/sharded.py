@@ -182,8 +182,11 @@ class ShardedSampler(ResumableShards, Sampler):
             has_states=self._method.has_states,
             shard=self._is_global,
             keeps_moments=False,
-            **self._method.constants(),
+            **{**self._method.constants(), "least_gain": 0.0},  # one rank's traces can't decide it
         )
+
+    def _pause_or_not(self) -> None:
+        """Shards do not pause."""
 
     def _use_shards(self) -> None:
         """What belongs to the table in use, and to the others beside it."""
@@ -219,8 +222,10 @@ class ShardedSampler(ResumableShards, Sampler):
 
         Collective with "global": 16 bytes a rank. About B rows, at least one.
         """
-        if self._watch.silent:
-            self._watch.drawn()
+        watch = self._watch
+        watch.draws += 1
+        if watch.updates == 0:
+            watch.drawn()
         with self._table.lock:
             batch = self._next_of_all() if self._is_global else self._next_of_shard()
         batch.indices.add_(self._begin)
@@ -314,7 +319,7 @@ class ShardedSampler(ResumableShards, Sampler):
             self._kernels().update(self._table, own)
             total = None if own.mean_grad is None else own.mean_grad * float(b)
             self._moments.add(own, total, WINDOW if self._is_global else 0)
-        self._watch.silent = False
+        self._watch.updated()
         if getattr(out, "weighted", None) is not True:
             self._watch.not_surely_weighted(batch, out)
 
@@ -328,6 +333,26 @@ class ShardedSampler(ResumableShards, Sampler):
                 f"{self.shard.stop}), got values from {least + self._begin} to "
                 f"{most + self._begin}"
             )
+
+    def refresh(self, indices: Tensor, out: Scored | Sequence[Scored] | Tensor) -> None:
+        """Not for shards.
+
+        Raises
+        ------
+        TypeError
+            always.
+        """
+        raise TypeError("a ShardedSampler learns by update(batch, out) alone, not by refresh()")
+
+    def fold(self, indices: Tensor, scores: Tensor, iteration: int) -> None:
+        """Not for shards.
+
+        Raises
+        ------
+        TypeError
+            always.
+        """
+        raise TypeError("a ShardedSampler learns by update(batch, out) alone, not by fold()")
 
     def update_and_sample(self, batch: Batch, out: Scored | Sequence[Scored] | Tensor) -> Batch:
         """:meth:`update`, then :meth:`sample`."""

@@ -73,7 +73,7 @@ def _load(
         sampler._use_shards()
         sampler._theta = theta
         sampler._moments.restart_clock()
-        sampler._watch.silent = False
+        sampler._watch.learnt()
     sampler.correction = correction
 
 

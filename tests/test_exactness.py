@@ -77,7 +77,7 @@ def nodes(sampler: fastis.Sampler, uncapped: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("flatten", ["cap", "mix"])
 def test_a_hundred_thousand_updates_leave_every_integer_right(flatten, resumed):
     n, batch_size = 3001, 16
-    method = EMAIS(warmup_epochs=0)
+    method = EMAIS(warmup_epochs=0, least_gain=0.0)
     sampler = fastis.Sampler(n, batch_size, method=method, flatten=flatten, seed=1)
     generator = torch.Generator().manual_seed(0)
     sampler.sample()  # from here on the tree is kept, never rebuilt but at a rescale
@@ -108,7 +108,7 @@ def test_a_hundred_thousand_updates_leave_every_integer_right(flatten, resumed):
 
 def small_sampler(n: int, flatten: str, unseen: int, seed: int) -> fastis.Sampler:
     """A table written by hand: weights of 16 bits and little more, so a small total."""
-    sampler = fastis.Sampler(n, 16, method=EMAIS(warmup_epochs=0), flatten=flatten)
+    sampler = fastis.Sampler(n, 16, method=EMAIS(warmup_epochs=0, least_gain=0.0), flatten=flatten)
     table = sampler._table
     generator = torch.Generator().manual_seed(seed)
     importance = 1 + torch.rand(n, generator=generator)
@@ -144,7 +144,9 @@ def test_every_point_of_a_small_total(flatten, n, unseen):
 @pytest.mark.parametrize("flatten", ["cap", "mix"])
 def test_both_ends_of_every_leaf(flatten, resumed):
     n = 2**20
-    sampler = fastis.Sampler(n, 128, method=EMAIS(warmup_epochs=0), flatten=flatten, seed=3)
+    sampler = fastis.Sampler(
+        n, 128, method=EMAIS(warmup_epochs=0, least_gain=0.0), flatten=flatten, seed=3
+    )
     generator = torch.Generator().manual_seed(0)
     sweep(sampler, torch.empty(n).log_normal_(0, 3, generator=generator))
     for _ in range(50):
@@ -161,7 +163,12 @@ def test_draws_follow_the_probabilities(n, scheme, resumed):
         pytest.skip("the largest once: the schemes share its inverse CDF")
     batch_size = min(4096, n // 8)
     sampler = fastis.Sampler(
-        n, batch_size, method=EMAIS(warmup_epochs=0), scheme=scheme, max_duplicates=2, seed=5
+        n,
+        batch_size,
+        method=EMAIS(warmup_epochs=0, least_gain=0.0),
+        scheme=scheme,
+        max_duplicates=2,
+        seed=5,
     )
     generator = torch.Generator().manual_seed(1)
     for begin in range(0, n, 2**22):  # in parts, to spare memory
@@ -197,7 +204,12 @@ def test_draws_follow_the_probabilities(n, scheme, resumed):
 def test_the_weighted_mean_is_unbiased_after_updates(flatten, scheme, resumed):
     n, batch_size, draws = 400, 32, 4000
     sampler = fastis.Sampler(
-        n, batch_size, method=EMAIS(warmup_epochs=0), flatten=flatten, scheme=scheme, seed=2
+        n,
+        batch_size,
+        method=EMAIS(warmup_epochs=0, least_gain=0.0),
+        flatten=flatten,
+        scheme=scheme,
+        seed=2,
     )
     generator = torch.Generator().manual_seed(3)
     for _ in range(100):
@@ -221,7 +233,12 @@ def test_the_weighted_mean_is_unbiased_after_updates(flatten, scheme, resumed):
 def test_backends_draw_the_same_indices(flatten, scheme, resumed):
     samplers = [
         fastis.Sampler(
-            2000, 64, method=EMAIS(warmup_epochs=0), flatten=flatten, scheme=scheme, seed=7
+            2000,
+            64,
+            method=EMAIS(warmup_epochs=0, least_gain=0.0),
+            flatten=flatten,
+            scheme=scheme,
+            seed=7,
         )
         for _ in range(2)
     ]

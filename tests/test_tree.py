@@ -62,7 +62,11 @@ def assert_tree(sampler):
 def test_nodes_hold_the_integer_weights_after_many_updates(n, batch_size, flatten, duplicates):
     duplicates = max(duplicates, 1.01 * batch_size / n)
     sampler = fastis.Sampler(
-        n, batch_size, method=EMAIS(warmup_epochs=0), max_duplicates=duplicates, flatten=flatten
+        n,
+        batch_size,
+        method=EMAIS(warmup_epochs=0, least_gain=0.0),
+        max_duplicates=duplicates,
+        flatten=flatten,
     )
     for epoch in range(3):
         drive(sampler, 200, seed=epoch, decay=0.02)
@@ -98,7 +102,11 @@ def test_water_level_is_the_largest_that_meets_the_cap(values, batch_size, dupli
 @pytest.mark.parametrize("duplicates", [0.2, 1, 1.1, 2, 5])
 def test_cap_holds_exactly(flatten, duplicates):
     sampler = fastis.Sampler(
-        500, 50, method=EMAIS(warmup_epochs=0), max_duplicates=duplicates, flatten=flatten
+        500,
+        50,
+        method=EMAIS(warmup_epochs=0, least_gain=0.0),
+        max_duplicates=duplicates,
+        flatten=flatten,
     )
     generator = torch.Generator().manual_seed(2)
     sweep(sampler, torch.empty(500).log_normal_(0, 3, generator=generator))
@@ -115,7 +123,9 @@ def test_cap_has_the_least_second_moment():
     score = torch.empty(2000).log_normal_(0, 3, generator=generator)
     second = {}
     for flatten in ("cap", "mix"):
-        sampler = fastis.Sampler(2000, 128, method=EMAIS(warmup_epochs=0), flatten=flatten)
+        sampler = fastis.Sampler(
+            2000, 128, method=EMAIS(warmup_epochs=0, least_gain=0.0), flatten=flatten
+        )
         sweep(sampler, score)
         second[flatten] = float((score.double() ** 2 / sampler.probabilities()).sum())
     assert second["cap"] < second["mix"]
@@ -124,7 +134,11 @@ def test_cap_has_the_least_second_moment():
 def test_smallest_cap_is_uniform(any_backend):
     for flatten in ("cap", "mix"):
         sampler = fastis.Sampler(
-            64, 8, method=EMAIS(warmup_epochs=0), max_duplicates=0.125, flatten=flatten
+            64,
+            8,
+            method=EMAIS(warmup_epochs=0, least_gain=0.0),
+            max_duplicates=0.125,
+            flatten=flatten,
         )
         sweep(sampler, torch.arange(1.0, 65))
         assert torch.equal(sampler.probabilities(), torch.full((64,), 1 / 64).double())
@@ -134,7 +148,9 @@ def test_smallest_cap_is_uniform(any_backend):
 
 def test_unseen_items_above_the_cap_share_it(any_backend):
     # One giant among the seen makes the mean weight, and so every unseen item, exceed the cap.
-    sampler = fastis.Sampler(100, 50, method=EMAIS(warmup_epochs=0), max_duplicates=1)
+    sampler = fastis.Sampler(
+        100, 50, method=EMAIS(warmup_epochs=0, least_gain=0.0), max_duplicates=1
+    )
     sampler.update(
         fastis.Batch(torch.arange(90), torch.ones(90)),
         observe(torch.tensor([1e6] + [1.0] * 89)),
@@ -150,7 +166,10 @@ def test_unseen_items_above_the_cap_share_it(any_backend):
 
 
 def test_backends_can_take_turns():
-    samplers = [fastis.Sampler(200, 8, method=EMAIS(warmup_epochs=0), seed=1) for _ in range(2)]
+    samplers = [
+        fastis.Sampler(200, 8, method=EMAIS(warmup_epochs=0, least_gain=0.0), seed=1)
+        for _ in range(2)
+    ]
     generator = torch.Generator().manual_seed(0)
     for step in range(60):
         score = torch.empty(8).log_normal_(0, 2, generator=generator)
@@ -166,7 +185,10 @@ def test_backends_can_take_turns():
 
 @pytest.mark.parametrize("n", [2**16 - 1, 2**20 + 1])
 def test_deep_trees_draw_what_the_cumulative_sum_draws(n):
-    samplers = [fastis.Sampler(n, 128, method=EMAIS(warmup_epochs=0), seed=5) for _ in range(2)]
+    samplers = [
+        fastis.Sampler(n, 128, method=EMAIS(warmup_epochs=0, least_gain=0.0), seed=5)
+        for _ in range(2)
+    ]
     generator = torch.Generator().manual_seed(0)
     score = torch.empty(n).log_normal_(0, 2, generator=generator)
     for sampler in samplers:
@@ -199,7 +221,11 @@ def test_deep_trees_draw_what_the_cumulative_sum_draws(n):
 def test_caps_about_the_least_one_are_met(n, b, above, flatten, any_backend):
     duplicates = b / n * above
     sampler = fastis.Sampler(
-        n, b, method=EMAIS(warmup_epochs=0), max_duplicates=duplicates, flatten=flatten
+        n,
+        b,
+        method=EMAIS(warmup_epochs=0, least_gain=0.0),
+        max_duplicates=duplicates,
+        flatten=flatten,
     )
     sweep(sampler, torch.linspace(0.1, 2.0, n))
     batch = sampler.sample()

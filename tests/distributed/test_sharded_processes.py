@@ -198,7 +198,7 @@ def load_damaged(folder: Path) -> None:
     other = ShardedSampler(N + 1, B, method=METHOD)
     with pytest.raises(ValueError, match="num_samples=577"):
         other.as_stateful().load_state_dict(state)
-    state["states"].to_local()[3, 3] = 1 << 30
+    state["states"].to_local()[3, 0] = 0x7FC00000  # NaN
     with pytest.raises(ValueError, match=r"state_dict\['states'\]"):
         sampler.as_stateful().load_state_dict(state)
     assert torch.equal(sampler.state_dict()["states"], before["states"])

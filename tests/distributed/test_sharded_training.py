@@ -303,7 +303,12 @@ def test_a_rank_s_state_goes_on_bit_for_bit(tmp_path, any_backend, strategy, at)
         return found
 
     def run(exchange):
-        arguments = {"method": method, "strategy": strategy, "group": exchange}
+        arguments = {
+            "method": method,
+            "strategy": strategy,
+            "group": exchange,
+            "max_duplicates": 0.3,
+        }
         sampler = ShardedSampler(100, 8, seed=3, **arguments)
         steps(sampler, exchange, at)
         torch.save(sampler.state_dict(), tmp_path / f"{exchange.rank}.pt")
