@@ -149,7 +149,10 @@ class Results:
             rank = (bool(hits) and data != "embedded", len(hits))
             if rank > most:
                 seeds = max(3, 1 + max(c.seed for c in hits))
-                ran = tuple(sorted({c.iterations for c in hits}))
+                # Less than a tenth of the most: runs of other experiments, by chance.
+                counts = Counter(c.iterations for c in hits)
+                often = max(counts.values()) / 10
+                ran = tuple(sorted(n for n, count in counts.items() if count >= often))
                 best, most = replace(settings, seeds=seeds, iterations=ran), rank
         if best.iterations is None:
             return replace(best, iterations=(self.experiment.iterations,))
