@@ -71,7 +71,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     Attributes
     ----------
     sampler : fastis.Sampler
-        also as :attr:`loader`'s; its ``stats()`` are logged with the training loss.
+        also as ``loader``'s; its ``stats()`` are logged with the training loss.
     loader : fastis.DataLoader or None
         once training has begun.
 
@@ -85,7 +85,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
         for what can't be trained that way, with what to do instead: several processes or GPUs,
         iterable data sets, ``train_sampling_strategy="group_by_length"``, ``compute_loss_func``,
         ``auto_find_batch_size``, ``ignore_data_skip``, ``use_liger_kernel``. At the first step:
-        for a model whose own loss is another one; override :meth:`scored_loss` then.
+        for a model whose own loss is another one; override ``scored_loss`` then.
 
     Warns
     -----

@@ -39,7 +39,7 @@ _LOOKS = 8  # for stale scores, while one becomes stale
 class Distributed(Method):
     """Samples in proportion to each sample's last gradient norm and a constant.
 
-    The scores come from processes that do nothing else (:mod:`fastis.scoring`), by
+    The scores come from processes that do nothing else (:class:`fastis.scoring.Scorer`), by
     :meth:`fastis.Sampler.fold`, and from the minibatches trained on::
 
         p_i ~ |g_i| + c,   c = constant * mean |g|

@@ -70,7 +70,7 @@ class StoreChannel:
         it; or "env://", the store of torchrun (or of whatever else sets ``MASTER_ADDR``, ``RANK``,
         ...).
     serve : bool
-        whether "host:port" is this process's: port 0 takes a free one. See :attr:`address`.
+        whether "host:port" is this process's: port 0 takes a free one. See ``address``.
     seconds : float
         how long to try to connect.
 

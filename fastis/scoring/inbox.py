@@ -39,7 +39,7 @@ class Inbox:
         of a method that averages scores: "distributed", "emais", "loss".
     store : torch.distributed.Store or str
         "host:port", where this process serves a store for the scorers (port 0: any; see
-        :attr:`address`); or a store, or "env://" for that of torchrun. See :class:`StoreChannel`.
+        ``address``); or a store, or "env://" for that of torchrun. See :class:`StoreChannel`.
         Or another channel.
     patience : float
         seconds after which a scorer that sends nothing is said to be silent.
