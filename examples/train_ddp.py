@@ -110,6 +110,7 @@ def main() -> None:
         loss, (_, error) = mean_loss(module, train, device)[0], mean_loss(module, test, device)
         print(f"train loss {loss:.6f}, test error {100 * error:.2f} %, N_ems/B {gain:.3f}")
     if ranks > 1:
+        dist.barrier()  # nobody leaves while another is still at work
         dist.destroy_process_group()
 
 
