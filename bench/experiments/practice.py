@@ -109,9 +109,9 @@ def at_own_rates(
 def defaults(settings: Settings, rows: Rows) -> list[RunConfig | Once]:
     """`published`: the paper's tau = t, floor 0.001 and linear rule; all others tau = t/4 and floor
     0.1. `gain`, `linear`, `root` (of the gain): by which rule the rate follows; `rate kept`: it
-    doesn't; `pausing`: as `gain`, uniform while less than 1.25 is predicted. The base rate is that
-    of SGD-Scan's least final test error of seed 0, which is among the seeds averaged. Fashion-MNIST
-    and CIFAR-10 are two files, and two commands."""
+    doesn't; `pausing`, the default: as `gain`, uniform while less than 1.25 is predicted. The base
+    rate is that of SGD-Scan's least final test error of seed 0, which is among the seeds averaged.
+    Fashion-MNIST and CIFAR-10 are two files, and two commands."""
     runs: list[RunConfig | Once] = []
     for setting in SETTINGS.values():
         if not setting.is_of(settings.data):
