@@ -315,7 +315,10 @@ CIFAR = Budgets(
     WITHOUT_PAUSES | {"EMAIS": ("emais", DEFAULTS)},
 )
 AUGMENTED = replace(
-    CIFAR, dataset="cifar10", step_ms={32: 2.86, 64: 5.2, 128: 9.6, 256: 17.6, 512: 36.0}
+    CIFAR,
+    dataset="cifar10",
+    step_ms={32: 2.86, 64: 5.2, 128: 9.6, 256: 17.6, 512: 36.0},
+    seconds=(60,),
 )
 
 
