@@ -184,3 +184,16 @@ def threads_and_data(monkeypatch):
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+def assert_equal(found, expected, where=""):
+    """Nested dicts of tensors and plain values: the same to the bit."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for name, value in expected.items():
+            assert_equal(found[name], value, f"{where}.{name}")
+    elif isinstance(expected, torch.Tensor):
+        bits = [tensor.reshape(-1).view(torch.uint8) for tensor in (found, expected)]
+        assert torch.equal(*bits), where
+    else:
+        assert found == expected, where

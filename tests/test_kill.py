@@ -14,27 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import Dataset
+from conftest import assert_equal
+from two_classes import TwoClasses
 
 import fastis
 
 N, B = 400, 8
 EVERY = 3  # steps between checkpoints
-
-
-class Points(Dataset):
-    """Two classes that overlap."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.y = torch.randint(2, (N,), generator=generator)
-        self.x = torch.randn(N, 16, generator=generator) + self.y[:, None] * 0.7
-
-    def __len__(self) -> int:
-        return N
-
-    def __getitem__(self, index: int):
-        return self.x[index], self.y[index], index
 
 
 def train(folder: Path, steps: int, begins: Callable[[], object]) -> None:
@@ -47,7 +33,7 @@ def train(folder: Path, steps: int, begins: Callable[[], object]) -> None:
     sampler = fastis.Sampler(N, B, seed=2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     scheduler = fastis.EffectiveBatchLR(schedule, sampler, max_factor=3.0)
-    loader = fastis.DataLoader(Points(), sampler, num_workers=2)
+    loader = fastis.DataLoader(TwoClasses(N), sampler, num_workers=2)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "loader": loader}
     losses, path = [], folder / "last.pt"
     if path.exists():
@@ -120,18 +106,6 @@ def killed_and_resumed(folder: Path, steps: int, kills: int, seconds: float) -> 
         writing += any(f".{training.pid}." in file.name for file in folder.iterdir())
     Training(folder, steps).ends(0)
     return writing
-
-
-def assert_equal(found, expected, where=""):
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
-        for name, value in expected.items():
-            assert_equal(found[name], value, f"{where}.{name}")
-    elif isinstance(expected, torch.Tensor):
-        bits = [tensor.reshape(-1).view(torch.uint8) for tensor in (found, expected)]
-        assert torch.equal(*bits), where
-    else:
-        assert found == expected, where
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import assert_equal
 
 import fastis
 from distributed.processes import SECONDS, results, run, start
@@ -68,18 +69,6 @@ def test_a_rank_that_stands_still_for_a_while_loses_nothing(tmp_path):
     for state, times in results(processes):
         assert_same_state(state, expected)
         assert max(b - a for a, b in itertools.pairwise(times)) > 0.9, "it did stand still"
-
-
-def assert_equal(found, expected, where=""):
-    if isinstance(expected, dict):
-        assert found.keys() == expected.keys(), where
-        for name, value in expected.items():
-            assert_equal(found[name], value, f"{where}.{name}")
-    elif isinstance(expected, torch.Tensor):
-        bits = [tensor.reshape(-1).view(torch.uint8) for tensor in (found, expected)]
-        assert torch.equal(*bits), where
-    else:
-        assert found == expected, where
 
 
 def uninterrupted(folder):

@@ -16,27 +16,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # of the script
+
+from two_classes import TwoClasses
 
 import fastis
 
 N, B = 320, 8  # of each process
 EVERY = 10  # steps between checkpoints
-
-
-class Points(Dataset):
-    """Two classes that overlap."""
-
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.y = torch.randint(2, (N,), generator=generator)
-        self.x = torch.randn(N, 16, generator=generator) + self.y[:, None] * 0.7
-
-    def __len__(self) -> int:
-        return N
-
-    def __getitem__(self, index: int):
-        return self.x[index], self.y[index]
 
 
 def train(
@@ -50,14 +38,14 @@ def train(
     sampler = fastis.Sampler(N, B, group=group, seed=2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     scheduler = fastis.EffectiveBatchLR(schedule, sampler, max_factor=3.0)
-    loader = fastis.DataLoader(Points(), sampler, num_workers=1)
+    loader = fastis.DataLoader(TwoClasses(N), sampler, num_workers=1)
     parts = {"model": network, "optimizer": optimizer, "scheduler": scheduler, "loader": loader}
     step, path = 0, folder / "last.pt"
     if path.exists():
         step = fastis.load_checkpoint(path, **parts)["step"]
         assert step % EVERY == 0
     while step < steps:
-        for batch, (x, y) in loader:
+        for batch, (x, y, _) in loader:
             begins(step)
             out = fastis.cross_entropy(model(x), y, batch.weights)
             sampler.update(batch, out)
