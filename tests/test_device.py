@@ -41,13 +41,13 @@ class Emulator:
     def update(self, table, observation) -> None:
         native().update(table.device_handle, *addresses_of(observation), self.stride)
 
-    def refresh(self, table, indices, observed) -> None:
+    def fold(self, table, observation, iteration) -> None:
+        with mock.patch.object(cuda_table, "_learn", self._learn):
+            cuda_table.fold(table, observation, iteration)
+
+    def _learn(self, table, indices, observed) -> None:
         addresses = indices.data_ptr(), 0, observed.data_ptr(), 0, len(indices), 0, 0
         native().update(table.device_handle, *addresses, self.stride)
-
-    def fold(self, table, observation, iteration) -> None:
-        with mock.patch.object(cuda_table, "update", self.update):
-            cuda_table.fold(table, observation, iteration)
 
     def rescale(self, table) -> None:
         native().rescale(table.device_handle, self.stride)

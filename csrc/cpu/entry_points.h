@@ -13,8 +13,9 @@ void elementwise_loss(const ElementwiseLoss& call);
 // anything has changed.
 void update(Pointer<const Table> table, const Observation& observation);
 
-// The observed scores alone, as of an `iteration` that may be past: no moments, no clock. The table
-// has states; the weights, the score and the mean gradient of the observation are not read.
+// The observed scores alone, as of an `iteration` that may be past (below 0: the present one): no
+// moments, no clock. The table has states; of the observation the weights, the score and the mean
+// gradient are not read.
 void fold(Pointer<const Table> table, const Observation& observation, int64_t iteration);
 
 // The next minibatch: without replacement in the warm-up, by importance (or uniformly) after it.

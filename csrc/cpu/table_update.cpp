@@ -235,14 +235,14 @@ void update(Pointer<const Table> table, const Observation& o) {
   } else {
     for (int64_t b = 0; b < o.n; ++b) t.scalars->skipped += !usable(o.observed[b]);
   }
-  if (o.weights == nullptr) return;
   if (t.keeps_moments) update_variance(t, o);
   ++t.scalars->updates;
 }
 
 void fold(Pointer<const Table> table, const Observation& o, int64_t iteration) {
-  check_indices(*table.address, o);
-  if (o.n > 0) update_states(*table.address, o, iteration);
+  const Table& t = *table.address;
+  check_indices(t, o);
+  if (o.n > 0) update_states(t, o, iteration < 0 ? t.scalars->updates : iteration);
 }
 
 void rescale(Pointer<const Table> table) { rescale(*table.address); }

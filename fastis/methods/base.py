@@ -140,23 +140,9 @@ class Method:
         if len(observation.indices) > 0:
             table.tick_on_host(UPDATES)
 
-    def refresh(self, table: Table, observation: Observation) -> None:
-        """What was scored outside of the draws: no iteration, and no part of the variance.
-
-        Raises
-        ------
-        TypeError
-            for a method that does not average the scores of the samples.
-        IndexError
-            as :meth:`update`.
-        """
-        raise TypeError(
-            f"method {self.name!r} learns from its own minibatches alone: refresh() is for those "
-            "that average each sample's score, emais and loss"
-        )
-
-    def fold(self, table: Table, observation: Observation, iteration: int) -> None:
-        """Scores that another process computed with the parameters of ``iteration``.
+    def fold(self, table: Table, observation: Observation, iteration: int | None) -> None:
+        """Scores from outside of the draws, of the parameters of ``iteration`` (None: the present
+        one): the states learn of them, and neither the variance averages nor the clock.
 
         Raises
         ------

@@ -114,7 +114,7 @@ class Distributed(Method):
                 forget_stale(table, self.max_age)
         self._pause_while_few(table)
 
-    def fold(self, table: Table, observation: Observation, iteration: int) -> None:
+    def fold(self, table: Table, observation: Observation, iteration: int | None) -> None:
         super().fold(table, self._with_constant(table, observation), iteration)
         self._pause_while_few(table)
 

@@ -147,10 +147,6 @@ class EMAIS(Method):
             observe_all(table, refreshed, iteration)
             kernels_for("table", table.device.type).rescale(table)
 
-    def refresh(self, table: Table, observation: Observation) -> None:
-        kernels = kernels_for("table", table.device.type)
-        kernels.refresh(table, observation.indices, observation.observed)
-
 
 @dataclass(frozen=True)
 class Loss(EMAIS):

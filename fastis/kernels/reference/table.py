@@ -66,23 +66,9 @@ def update(table: Table, observation: Observation) -> None:
     table.scalars[UPDATES] += 1
 
 
-def refresh(table: Table, indices: Tensor, observed: Tensor) -> None:
-    """The part of an update that concerns the states: no iteration, no moments.
-
-    Samples that the present iteration has observed already stay as they are.
-
-    Raises
-    ------
-    IndexError
-        as :func:`update`.
-    """
-    table.check_indices(indices)
-    if indices.numel() > 0:
-        _update_state(table, indices, observed, int(table.scalars[UPDATES]))
-
-
-def fold(table: Table, observation: Observation, iteration: int) -> None:
-    """The observed scores alone, as of a possibly past ``iteration``: neither moments nor clock.
+def fold(table: Table, observation: Observation, iteration: int | None) -> None:
+    """The part of an update that concerns the states, as of a possibly past ``iteration`` (None:
+    the present one): neither moments nor clock.
 
     A sample that was observed in that iteration or later stays as it is. The weights, the score and
     the mean gradient of the observation are not read; the table has states.
@@ -94,7 +80,8 @@ def fold(table: Table, observation: Observation, iteration: int) -> None:
     """
     table.check_indices(observation.indices)
     if observation.indices.numel() > 0:
-        _update_state(table, observation.indices, observation.observed, iteration)
+        at = int(table.scalars[UPDATES]) if iteration is None else iteration
+        _update_state(table, observation.indices, observation.observed, at)
 
 
 def _update_state(table: Table, indices: Tensor, observed: Tensor, updates: int) -> None:
