@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastis import check
 from fastis.batch import Scored, folded, observe
-from fastis.kernels.layout import may_read
+from fastis.kernels.layout import LAST_EXCLUDED, LAST_UNSEEN, may_read
 from fastis.kernels.table import Batch, Observation
 from fastis.resume import Resumable
 
@@ -108,6 +108,85 @@ class Steerable(Resumable):
         """Scores as of an ``iteration``; None: the present one."""
         with self._table.lock:
             self._method.fold(self._table, observation, iteration)
+
+    # Samples that come and go -------------------------------------------------------------------
+
+    def reset(self, indices: Tensor) -> None:
+        """These slots hold a new sample: unseen again, also where they were excluded.
+
+        For pools that are regenerated, ring buffers, and the slots of a data set that grows. A new
+        sample has the mean weight of the seen ones until its first score (in prioritized replay the
+        largest so far). O(n); from the next draw on; saved with the state::
+
+            transitions[slots] = new
+            sampler.reset(slots)
+
+        Parameters
+        ----------
+        indices : Tensor
+            int64 ``[n]``, on any device; duplicates count once.
+
+        What is learnt of a slot from now on counts for its new sample. So call ``reset`` after the
+        :meth:`fastis.Sampler.update` of the minibatches drawn before: else the score of the old
+        sample would be the first of the new one.
+
+        A GPU is not waited for, a CUDA graph can hold the call, and indices out of range are left
+        out there. In a group all processes call it alike.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            before anything has changed; TypeError also for methods that remember more of a sample
+            than can be taken back, or nothing (all but emais, loss, distributed and prioritized).
+        """
+        self._clear("reset", indices, LAST_UNSEEN)
+
+    def exclude(self, indices: Tensor) -> None:
+        """These samples are not drawn any more, until :meth:`reset`.
+
+        N is then the number of the others, the active ones: in the coefficients 1/(N p), in
+        ``probabilities()``, in the share of unseen samples and in the epochs of uniform draws. What
+        was learnt of an excluded sample is forgotten. O(n); from the next draw on; saved with the
+        state::
+
+            doubtful = (sampler.importance > 20 * sampler.importance.mean()).nonzero().flatten()
+            sampler.exclude(doubtful)
+
+        Parameters
+        ----------
+        indices : Tensor
+            int64 ``[n]``, on any device; duplicates count once.
+
+        Minibatches drawn before may hold such samples yet: what :meth:`fastis.Sampler.update` is
+        told of these is left out, but for the variance traces.
+
+        ``num_samples``, the length of a :class:`fastis.DataLoader` and the number of minibatches in
+        the warm-up stay as they are; an epoch of uniform draws begins anew. When fewer than B
+        samples are active a uniform minibatch holds some of them twice. When B/D or fewer are (with
+        ``flatten="mix"``: a few more), no other probabilities than uniform ones meet the cap. When
+        none is, :meth:`fastis.Sampler.sample` raises a ValueError; on a GPU, where nobody looks, it
+        draws any samples, with weights of 0.
+
+        As :meth:`reset` in all else.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            as :meth:`reset`.
+        """
+        self._clear("exclude", indices, LAST_EXCLUDED)
+
+    def _clear(self, name: str, indices: Tensor, last: int) -> None:
+        method, table = self._method, self._table
+        if not method.renews:
+            raise TypeError(
+                f"method {method.name!r} remembers more of a sample than can be taken back, or "
+                f"nothing: {name}() is for emais, loss, distributed and prioritized"
+            )
+        found = self._samples(indices)
+        found = found.to(table.device, non_blocking=not may_read(table.device))
+        with table.lock:
+            method.clear(table, found, last)
 
     # Settings -------------------------------------------------------------------------------------
 

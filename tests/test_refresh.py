@@ -100,6 +100,14 @@ def test_the_same_network_is_not_asked_twice(any_backend):
     assert bool((sampler.mean > mean).nonzero().flatten().tolist() == [1, 2])
 
 
+def test_a_state_saved_before_the_next_update_can_be_loaded(any_backend):
+    sampler, resumed = trained(), trained(0)
+    sampler.refresh(torch.arange(N), lognormal(N))
+    resumed.load_state_dict(sampler.state_dict())
+    assert resumed.last_seen.tolist() == [60] * N
+    assert torch.equal(resumed.sample().indices, sampler.sample().indices)
+
+
 def test_what_is_not_finite_is_counted(any_backend):
     sampler = trained()
     before = sampler.mean

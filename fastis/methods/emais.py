@@ -69,6 +69,7 @@ class EMAIS(Method):
     has_states: ClassVar[bool] = True
     fused: ClassVar[bool] = True  # without a score_fn
     folds: ClassVar[bool] = True
+    renews: ClassVar[bool] = True
     adjusts_lr: ClassVar[bool] = True
 
     tau: str | float = "linear"

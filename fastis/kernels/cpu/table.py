@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from fastis.kernels.extension import _C
 from fastis.kernels.layout import Table
@@ -34,6 +35,11 @@ def fold(table: Table, observation: Observation, iteration: int | None) -> None:
     indices, _, observed, _, _ = observation
     addresses = indices.data_ptr(), 0, observed.data_ptr(), 0, indices.numel(), 0, 0
     _C.fold(table.handle, *addresses, _PRESENT if iteration is None else iteration)
+
+
+def clear(table: Table, indices: Tensor, last: int) -> None:
+    """See :func:`fastis.kernels.reference.table.clear`."""
+    _C.clear(table.handle, indices.data_ptr(), indices.numel(), last)
 
 
 def rescale(table: Table) -> None:

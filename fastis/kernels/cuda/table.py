@@ -45,6 +45,13 @@ def _learn(table: Table, indices: Tensor, observed: Tensor) -> None:
         launch(_C.cuda_update, table.device, table.device_handle, *addresses, len(indices), 0, 0)
 
 
+def clear(table: Table, indices: Tensor, last: int) -> None:
+    """See :func:`fastis.kernels.reference.table.clear`. Indices out of range are left out."""
+    if indices.numel() > 0:
+        arguments = indices.data_ptr(), indices.numel(), last
+        launch(_C.cuda_clear, table.device, table.device_handle, *arguments)
+
+
 def rescale(table: Table) -> None:
     """See :func:`fastis.kernels.reference.table.rescale`."""
     launch(_C.cuda_rescale, table.device, table.device_handle)
