@@ -282,8 +282,8 @@ def report(folder: Path) -> None:
     parts = [
         "# Prioritized replay",
         "Written by `python bench/experiments/replay.py --report bench/results` from the rows in "
-        "this folder; nothing is typed in. ± after a mean is the standard deviation over seeds, after a "
-        "difference Student's 95 % interval, paired by seed.",
+        "this folder; nothing is typed in. ± after a mean is the standard deviation over seeds; a "
+        "difference is paired by seed, with Student's 95 % interval.",
         "## What the buffer costs a step",
         "A full buffer of CartPole's transitions. `step`: one is added, a minibatch drawn and its "
         "priorities updated; the draw includes gathering the transitions.",
