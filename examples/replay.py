@@ -14,6 +14,7 @@ import argparse
 import copy
 import math
 import random
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -103,10 +104,18 @@ class PrioritizedReplay:
 
 
 def train(
-    replay: Replay, steps: int, seed: int, *, lr: float = 1e-3, begin: int = 500, sync: int = 250
+    replay: Replay,
+    steps: int,
+    seed: int,
+    *,
+    lr: float = 1e-3,
+    begin: int = 500,
+    sync: int = 250,
+    watch: Callable[[int, nn.Module, nn.Module], None] | None = None,
 ) -> list[float]:
     """The return of every episode. ``begin``: steps before learning starts; ``sync``: between two
-    copies of the network to the target network."""
+    copies of the network to the target network; ``watch``: called with step, network and target
+    after each step of learning."""
     torch.manual_seed(seed)
     rng, world = random.Random(seed), CartPole(seed)
     network = nn.Sequential(
@@ -139,6 +148,8 @@ def train(
         schedule.step()
         if step % sync == 0:
             target.load_state_dict(network.state_dict())
+        if watch is not None:
+            watch(step, network, target)
     return returns
 
 

@@ -1,7 +1,12 @@
 """Prioritized replay: a sampler as the ring buffer, TorchRL's buffer, and uniform draws.
 
-    python bench/experiments/replay.py [--seeds 5] [--what cost learning] [--json FILE]
+    python bench/experiments/replay.py [--seeds 5] [--what probe cost learning] [--json FILE]
     python bench/experiments/replay.py --report bench/results
+
+``probe``: along one run, over all transitions in the buffer, by what factor the variance of the
+gradient of all parameters falls below that of uniform draws (N_ems/B, exact): with probabilities in
+proportion to that gradient's norm (``ideal``), to the absolute TD error, to its power alpha, and
+with those in force.
 
 ``cost``: the time of what a training step asks of a full buffer, one transition added, a minibatch
 drawn and its priorities updated, in turns; then of the last two alone.
@@ -26,14 +31,15 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastis
 from bench.experiments.tables import mean_sd, paired_interval
 from bench.provenance import provenance, provenance_line
 from bench.report import Row, append_row, make_parser, markdown_table, positive, read_rows
 from bench.timing import interleaved
-from examples.replay import PrioritizedReplay, Replay, Transitions, train
+from examples.replay import PrioritizedReplay, Replay, Transitions, td_error, train
+from fastis.estimators import per_sample_gradients, population_traces
 from fastis.methods import Prioritized
 
 try:
@@ -47,6 +53,7 @@ ALPHA, BETA = 0.6, 0.4
 STEPS, CAPACITY, BATCH = 20_000, 10_000, 64
 RATES = (3e-4, 1e-3, 3e-3)
 SIZES = (10_000, 1_000_000)
+PARTS = ("probe", "cost", "learning")
 
 
 class Uniform:
@@ -114,6 +121,50 @@ BUFFERS: dict[str, Callable[[int, int, int, int], Replay]] = {
 }
 if PrioritizedReplayBuffer is not None:
     BUFFERS["torchrl"] = TorchRL
+
+
+# ---- variance of the gradient
+
+
+def probe(steps: int = STEPS) -> list[Row]:
+    """At each fifth of a run."""
+    replay = fastis_replay(CAPACITY, BATCH, steps, 0)
+    assert isinstance(replay, PrioritizedReplay)
+    rows: list[Row] = []
+
+    def watch(step: int, network: nn.Module, target: nn.Module) -> None:
+        if (step + 1) % (steps // 5) == 0:
+            rows.append(
+                {"what": "probe", "step": step + 1, "factor": factors(replay, network, target)}
+            )
+
+    train(replay, steps, 0, watch=watch)
+    return rows
+
+
+def factors(replay: PrioritizedReplay, network: nn.Module, target: nn.Module) -> dict[str, float]:
+    count = min(replay.count, replay.capacity)
+    held = Transitions(*(column[:count] for column in replay.stored))
+    with torch.no_grad():
+        error = td_error(network, target, held)
+        value = network(held.state).gather(1, held.action[:, None])[:, 0]
+    aims = torch.stack([held.action.float(), value - error], 1)
+
+    def loss(values: Tensor, aim: Tensor) -> Tensor:
+        found = values.gather(1, aim[:, :1].long())[:, 0]
+        return nn.functional.smooth_l1_loss(found, aim[:, 1])
+
+    gradients = per_sample_gradients(network, loss, held.state, aims)
+    score = error.abs().double()
+    weights = {
+        "ideal": torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64),
+        "|error|": score,
+        "|error|^alpha": score**ALPHA,
+        "in force": replay.sampler.probabilities()[:count],
+    }
+    p = torch.stack([w.clamp(min=1e-6 * float(w.mean())) for w in weights.values()])
+    traces = population_traces(None, p / p.sum(1, keepdim=True), grads=gradients)
+    return dict(zip(weights, traces.effective_batch_size.tolist(), strict=True))
 
 
 # ---- what the buffer costs a step
@@ -215,6 +266,17 @@ def stored(path: Path, name: str, lr: float, seed: int) -> Row:
 # ---- the page
 
 
+def probe_table(rows: list[Row]) -> str:
+    latest = {row["step"]: row["factor"] for row in rows if row["what"] == "probe"}
+    names = list(next(iter(latest.values()), {}))
+    lines = [("step", *names)]
+    lines += [
+        (f"{step:,}", *(f"{factor[name]:.2f}" for name in names))
+        for step, factor in sorted(latest.items())
+    ]
+    return markdown_table(lines, aligned=False)
+
+
 def cost_table(rows: list[Row]) -> str:
     lines = [("capacity", "minibatch", "", "fastis, us", "TorchRL, us", "ratio", "uniform, us")]
     latest = {(row["capacity"], row["batch_size"]): row for row in rows if row["what"] == "cost"}
@@ -284,6 +346,9 @@ def report(folder: Path) -> None:
         "Written by `python bench/experiments/replay.py --report bench/results` from the rows in "
         "this folder; nothing is typed in. ± after a mean is the standard deviation over seeds; a "
         "difference is paired by seed, with Student's 95 % interval.",
+        "## Probe: what can be gained",
+        (__doc__ or "").split("``probe``: ")[1].split("\n\n")[0].replace("\n", " "),
+        probe_table(rows),
         "## What the buffer costs a step",
         "A full buffer of CartPole's transitions. `step`: one is added, a minibatch drawn and its "
         "priorities updated; the draw includes gathering the transitions.",
@@ -301,9 +366,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__)
     results = Path(__file__).resolve().parents[1] / "results"
     parser.add_argument("--json", type=Path, default=results / ROWS, help="file of the rows")
-    parser.add_argument(
-        "--what", nargs="+", choices=["cost", "learning"], default=["cost", "learning"]
-    )
+    parser.add_argument("--what", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seeds", type=positive(int), default=5)
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="write the page alone")
     args = parser.parse_args(argv)
@@ -311,6 +374,9 @@ def main(argv: list[str] | None = None) -> int:
         report(args.report)
         return 0
     torch.set_num_threads(1)
+    if "probe" in args.what:
+        for row in probe():
+            append_row(args.json, {**row, **provenance(torch.device("cpu"))})
     if "cost" in args.what:
         for capacity in SIZES:
             row = {**measure_cost(capacity, BATCH), **provenance(torch.device("cpu"))}
