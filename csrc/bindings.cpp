@@ -23,6 +23,11 @@ void fastis::index_out_of_range(int64_t num_samples, int64_t least, int64_t most
                           std::to_string(most));
 }
 
+void fastis::all_are_excluded(int64_t num_samples) {
+  throw std::domain_error("there must be samples to draw from, but all " +
+                          std::to_string(num_samples) + " are excluded: reset() some first");
+}
+
 namespace {
 
 enum class Isa { baseline, avx2, avx512 };
@@ -119,6 +124,7 @@ fastis::Table make_table(const py::dict& tensors, const py::dict& constants) {
   t.prefix = address<uint64_t>(tensors, "prefix");
   t.unseen_prefix = address<uint32_t>(tensors, "unseen_prefix");
   t.capped_prefix = address<uint32_t>(tensors, "capped_prefix");
+  t.excluded_prefix = address<uint32_t>(tensors, "excluded_prefix");
   t.near = address<int64_t>(tensors, "near");
   t.listed = address<int64_t>(tensors, "listed");
   t.flipped = address<int64_t>(tensors, "flipped");
@@ -134,6 +140,7 @@ fastis::DeviceTable make_device_table(const py::dict& tensors, const py::dict& c
   t.sums = address<uint64_t>(tensors, "sums");
   t.unseen = address<uint32_t>(tensors, "unseen");
   t.capped = address<uint32_t>(tensors, "capped");
+  t.excluded = address<uint32_t>(tensors, "excluded");
   t.claims = address<uint32_t>(tensors, "claims");
   t.work = address<fastis::Work>(tensors, "work");
   t.arrivals = address<unsigned>(tensors, "arrivals");
@@ -200,6 +207,7 @@ PYBIND11_MODULE(_C, m) {
 
   FASTIS_CPU(update)
   FASTIS_CPU(fold)
+  FASTIS_CPU(clear)
   FASTIS_CPU(draw)
   FASTIS_CPU(shard_total)
   FASTIS_CPU(draw_share)
@@ -225,6 +233,7 @@ PYBIND11_MODULE(_C, m) {
   FASTIS_DEVICE(update)
   FASTIS_DEVICE(draw)
   FASTIS_DEVICE(update_and_draw)
+  FASTIS_DEVICE(clear)
   FASTIS_DEVICE(rescale)
   FASTIS_DEVICE(load_sampler)
 

@@ -147,6 +147,9 @@ struct FastCall {
     } catch (const std::out_of_range& error) {
       PyErr_SetString(PyExc_IndexError, error.what());
       return nullptr;
+    } catch (const std::domain_error& error) {
+      PyErr_SetString(PyExc_ValueError, error.what());
+      return nullptr;
     } catch (const std::exception& error) {
       PyErr_SetString(PyExc_RuntimeError, error.what());
       return nullptr;

@@ -16,6 +16,8 @@ namespace fastis {
 [[noreturn]] void out_of_memory();
 // Throws std::out_of_range: an IndexError in Python.
 [[noreturn]] void index_out_of_range(int64_t num_samples, int64_t least, int64_t most);
+// Throws std::domain_error: a ValueError in Python.
+[[noreturn]] void all_are_excluded(int64_t num_samples);
 
 // The losses: loss, score and gradient in one pass. Tensors other than the logits and the gradient
 // are float (double for double); the gradient is in the logits' format (float for float16). A null
@@ -99,6 +101,9 @@ int64_t draw(Pointer<const DeviceTable> table, const Batch& batch, int64_t devic
 // Both in one launch: what is learnt of a minibatch, then the next one.
 int64_t update_and_draw(Pointer<const DeviceTable> table, const Observation& observation,
                         const Batch& next_batch, int64_t device, uint64_t stream);
+// These samples are unseen or excluded from now on, as `last` says.
+int64_t clear(Pointer<const DeviceTable> table, Pointer<const int64_t> indices /* [n] */, int64_t n,
+              int32_t last, int64_t device, uint64_t stream);
 // For states that were written from outside. O(N).
 int64_t rescale(Pointer<const DeviceTable> table, int64_t device, uint64_t stream);
 // Loads the sampler's kernels, which a stream that is being captured might refuse to do.

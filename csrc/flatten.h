@@ -22,7 +22,7 @@ struct Unseen {
   uint64_t number, weight;  // how many; the mean of the seen, 0 if there are none unseen
 
   FASTIS_HD explicit Unseen(const Table& t)
-      : number(static_cast<uint64_t>(t.num_samples - t.scalars->seen)), weight(0) {
+      : number(static_cast<uint64_t>(active(t) - t.scalars->seen)), weight(0) {
     const Scalars& s = *t.scalars;
     if (number > 0) {
       weight = s.seen == 0 ? kUniformWeight
@@ -50,12 +50,16 @@ FASTIS_HD inline uint64_t water_level(const Table& t, uint64_t uncapped, uint64_
                                : water_level(t, uncapped + unseen.number * unseen.weight, capped);
 }
 
-// Flattening by "mix": the least constant c with B (peak + c) <= D (total + N c).
+// Flattening by "mix": the least constant c with B (peak + c) <= D (total + N c), N being the active
+// items, more than max_alike. Below 0: of so few a draw can't take the sum, and they are drawn alike.
 FASTIS_HD inline int64_t mix_offset(const Table& t, uint64_t peak, uint64_t total) {
   const __int128 batch = static_cast<__int128>(t.batch_size) * t.cap_denominator;
   const __int128 over = batch * peak - static_cast<__int128>(t.cap_numerator) * total;
-  const __int128 divisor = static_cast<__int128>(t.cap_numerator) * t.num_samples - batch;
-  return over <= 0 ? 0 : static_cast<int64_t>((over + divisor - 1) / divisor);
+  if (over <= 0) return 0;
+  const __int128 divisor = static_cast<__int128>(t.cap_numerator) * active(t) - batch;
+  const __int128 offset = (over + divisor - 1) / divisor;
+  const bool fits = offset < kNoCap && total + offset * active(t) < kNoCap;
+  return fits ? static_cast<int64_t>(offset) : -1;
 }
 
 // Is the sum of all weights, those of the unseen included, more than the draw can take?

@@ -23,13 +23,13 @@ struct Scalars {
   int64_t num_capped;    // items above theta, kept outside the tree
   int64_t theta;         // the weight that capped items are drawn with (2^62: no cap)
   int64_t unseen;        // the weight that unseen items are drawn with
-  int64_t offset;        // added to every weight (flattening by "mix")
+  int64_t offset;        // added to every weight (flattening by "mix"); < 0: all are drawn alike
   int64_t ceiling;       // no uncapped item weighs more than this
   int64_t capped_floor;  // no capped item weighs less than this
   int64_t near_size, near_low, near_high;  // see csrc/cpu/tree.h
   int64_t num_listed, num_flipped;         // see csrc/cpu/tree.h
   Others others;  // of the shards beside this one, as last heard of; zeros for a table on its own
-  int64_t reserved;
+  int64_t excluded;  // how many samples are never drawn
 };
 static_assert(sizeof(Scalars) == 24 * 8);
 
@@ -134,6 +134,9 @@ struct Table {
   uint64_t* prefix = nullptr;         // [K] weights of seen, uncapped items
   uint32_t* unseen_prefix = nullptr;  // [K] numbers of unseen items
   uint32_t* capped_prefix = nullptr;  // [K] numbers of capped items
+  // [K + 1] numbers of excluded items, and whether one of these is not 0: this memory is touched
+  // only where something was excluded.
+  uint32_t* excluded_prefix = nullptr;
   int64_t* near = nullptr;            // [near_capacity] items that theta may pass next
   int64_t* listed = nullptr;          // [2 x list_capacity] the capped items, ascending
   int64_t* flipped = nullptr;         // [list_capacity] items that were capped since, or no longer
@@ -159,15 +162,26 @@ struct Table {
 
   // What would be divisions.
   uint64_t max_capped = 0;      // the most items that can be at the cap, ceil(B/D) - 1
+  uint64_t max_alike = 0;       // so many active items, or fewer, meet the cap only if all are alike
   uint64_t theta_quotient = 0;  // 2^62 / numerator of D
   Divisor batch;                // B
 
   void derive() {
-    max_capped = (static_cast<uint64_t>(batch_size) * cap_denominator - 1) / cap_numerator;
+    const uint64_t most = static_cast<uint64_t>(batch_size) * cap_denominator;
+    max_capped = (most - 1) / cap_numerator;
+    max_alike = flatten == Flatten::none ? 0 : most / cap_numerator;
     theta_quotient = static_cast<uint64_t>(kNoCap) / cap_numerator;
     batch = Divisor(static_cast<uint64_t>(batch_size));
   }
 };
+
+// How many samples are drawn from: all but the excluded ones. The N of coefficients.
+FASTIS_HD inline int64_t active(const Table& t) { return t.num_samples - t.scalars->excluded; }
+
+// Whether the cap leaves nothing but to draw all active items alike, since so many are excluded.
+FASTIS_HD inline bool drawn_alike(const Table& t) {
+  return t.scalars->excluded > 0 && static_cast<uint64_t>(active(t)) <= t.max_alike;
+}
 
 FASTIS_HD inline int exponent_of_table(const Table& t) {
   return static_cast<int>(t.scalars->exponent);
@@ -193,16 +207,23 @@ FASTIS_HD inline bool without_replacement(const Table& t, int64_t draw) {
   return draw < t.warmup_draws || draw >= s.uniform_from || is_paused(s.pause, draw);
 }
 
+FASTIS_HD inline int64_t batches_per_epoch(const Table& t) {
+  if (t.scalars->excluded == 0) return t.batches_per_epoch;
+  const auto whole = static_cast<int64_t>(t.batch.divide(static_cast<uint64_t>(active(t))));
+  return whole > 1 ? whole : 1;
+}
+
 // Such a minibatch's place: its epoch, which keys the permutation, and its first position there.
 // Epochs of the warm-up are counted; later ones have the number of their first minibatch, which is
-// no epoch's of the warm-up. Those that the user asks for are whole.
+// no epoch's of the warm-up. Those that the user asks for are whole. An epoch is one of the active
+// samples; of fewer than B it is a minibatch, which begins again where it ends.
 struct InEpoch {
   int64_t epoch, first;
 
   FASTIS_HD InEpoch(const Table& t, int64_t draw) {
     const int64_t from = t.scalars->uniform_from, since = draw >= from ? draw - from : draw;
-    const int64_t epochs = since / t.batches_per_epoch;
-    const int64_t minibatch = since - epochs * t.batches_per_epoch;
+    const int64_t length = batches_per_epoch(t), epochs = since / length;
+    const int64_t minibatch = since - epochs * length;
     epoch = draw < t.warmup_draws ? epochs : draw - minibatch;
     first = minibatch * t.batch_size;
   }

@@ -17,10 +17,14 @@ namespace fastis {
 // marks a capped item.
 struct alignas(16) State {
   float mean, var;
-  int32_t last;  // iteration of the last observation, modulo 2^31; -1: unseen
+  int32_t last;  // iteration of the last observation, modulo 2^31; or kUnseen, or kExcluded
   uint32_t code;
 };
 static_assert(sizeof(State) == 16);
+
+// Of samples without a score; all else in their states is 0. Excluded ones are never drawn: the
+// others are active.
+constexpr int32_t kUnseen = -1, kExcluded = -2;
 
 enum class Importance : int { rms = 0, sum = 1 };
 

@@ -40,9 +40,9 @@ _HEAD = DURABLE_SCALARS + 3
 _COMPARED = _COUNT
 _SCORES = 2 * _HEAD + SKETCH  # where they begin
 _IN_STEP = (
-    "all have to call sample() and update(), and to set uniform and correction, in the same order, "
-    "with loaders of as many workers. Nothing was learnt from this minibatch; to go on, load one "
-    "state in all of them"
+    "all have to call sample(), update(), reset() and exclude(), and to set uniform and "
+    "correction, in the same order, with loaders of as many workers. Nothing was learnt from this "
+    "minibatch; to go on, load one state in all of them"
 )
 
 

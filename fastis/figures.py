@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastis import check
 from fastis.kernels.flatten import distribution
-from fastis.kernels.layout import FLATTEN, LATEST
+from fastis.kernels.layout import FLATTEN, LAST_EXCLUDED, LAST_UNSEEN, LATEST
 from fastis.methods.base import PHASES
 from fastis.sampler import Sampler
 
@@ -117,10 +117,10 @@ def _draw_importance(axes: Axes, sampler: Sampler) -> None:
     marked = [x.min(), x.max(), mean, *([cap] if cap else [])]
     edges = np.geomspace(0.9 * min(marked), 1.1 * max(marked), _BINS + 1) / mean
     axes.hist(x / mean, edges.tolist(), color=_BLUE, label=f"seen: {int(seen.sum()):,}")
-    unseen = int((~seen).sum())
+    unseen = int((sampler.last_seen == LAST_UNSEEN).sum())
     if unseen:
         left, right = edges[np.searchsorted(edges, 1.0) - 1 :][:2]
-        label = f"unseen: {unseen:,} ({unseen / sampler.num_samples:.1%})"
+        label = f"unseen: {unseen:,} ({unseen / (unseen + int(seen.sum())):.1%})"
         axes.bar(left, unseen, right - left, align="edge", color=_RED, alpha=0.7, label=label)
     if cap:
         label = f"cap: {sampler._arguments['max_duplicates']:g} expected copies"
@@ -139,6 +139,8 @@ def _cap(sampler: Sampler, importance: Tensor, seen: Tensor) -> float | None:
     if constants.flatten != FLATTEN["cap"]:
         return None
     drawn = distribution(table)
+    if drawn.total == drawn.active:  # all alike
+        return None
     free = seen & (importance > 0)
     free[drawn.capped] = False
     if not bool(free.any()):
@@ -272,7 +274,8 @@ def contact_sheet(
                 f"{len(value)}"
             )
     most, least = _extremes(sampler, count)
-    importance = sampler.importance / sampler.importance.double().mean()
+    importance = sampler.importance
+    importance = importance / importance[sampler.last_seen != LAST_EXCLUDED].double().mean()
     rows = [-(-len(kind) // columns) for kind in (most, least)]
     columns = min(columns, len(most))
     figure = _figure(0.9 * columns + 0.4, 1.2 * sum(rows) + 0.7)

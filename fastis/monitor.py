@@ -16,7 +16,9 @@ from fastis.categorical import MinibatchSource
 from fastis.kernels.layout import (
     EFFECTIVE_BATCH_SIZE,
     EFFICIENCY,
+    EXCLUDED,
     LAST,
+    LAST_UNSEEN,
     LATEST,
     MEAN,
     SEEN,
@@ -123,8 +125,9 @@ class Monitored(MinibatchSource):
               (yet).
             - ``lr_factor``: :meth:`lr_factor` of SGD. ``gain``: the same by the rule of that name;
               it is also the predicted speed-up (:meth:`prediction`).
-            - ``share_unseen``: part of the samples without a score so far (methods that keep a
-              state of the samples).
+            - ``share_unseen``: part of the samples, but for excluded ones, without a score so far
+              (methods that keep a state of the samples). ``share_excluded``: part of all samples
+              that is excluded, if any is.
 
             With ``full``, for methods that keep one:
 
@@ -143,15 +146,21 @@ class Monitored(MinibatchSource):
             "skipped": table.scalars[SKIPPED],
         }
         if table.states is not None:
-            found["share_unseen"] = 1 - table.scalars[SEEN] / table.constants.num_samples
+            n, excluded = table.constants.num_samples, table.scalars[EXCLUDED]
+            items = n - excluded
+            found["share_unseen"] = 1 - table.scalars[SEEN] / items
+            found["share_excluded"] = excluded.double() / n
             if full:
                 found["staleness"] = _staleness(table)
                 if method.has_coefficients:
-                    least = self.probabilities().min()
-                    largest = 1 / (table.constants.num_samples * least)
-                    found["largest_weight"] = largest**self.correction
+                    p = self.probabilities()
+                    least = torch.where(p > 0, p, torch.inf).min()
+                    found["largest_weight"] = (1 / (items * least)) ** self.correction
         values = torch.stack([value.double() for value in found.values()])
-        return dict(zip(found, values.tolist(), strict=True))
+        stats = dict(zip(found, values.tolist(), strict=True))
+        if stats.get("share_excluded") == 0:
+            del stats["share_excluded"]
+        return stats
 
     def prediction(self) -> str:
         """One line on what importance sampling is worth here: the gain, once it is known.
@@ -230,14 +239,17 @@ class Monitored(MinibatchSource):
         return self._method.effective_iterations(self._table)
 
     def probabilities(self) -> Tensor:
-        """float64 [N]: the probabilities of each draw of the next minibatch, exactly. O(N)."""
+        """float64 [N]: the probabilities of each draw of the next minibatch, exactly. O(N).
+
+        0 for excluded samples.
+        """
         return self._method.probabilities(self._table)
 
     # What it has learnt --------------------------------------------------------------------------
 
     @property
     def mean(self) -> Tensor:
-        """float32 [N]: moving mean of each sample's score; 0 if unseen. A copy.
+        """float32 [N]: moving mean of each sample's score; 0 if unseen or excluded. A copy.
 
         Methods with weights of their own (all but emais, loss and auto) keep the last weight here.
         """
@@ -245,12 +257,13 @@ class Monitored(MinibatchSource):
 
     @property
     def var(self) -> Tensor:
-        """float32 [N]: moving variance of each sample's score; 0 if unseen. A copy."""
+        """float32 [N]: moving variance of each sample's score; 0 if unseen or excluded. A copy."""
         return self._column(VAR)
 
     @property
     def last_seen(self) -> Tensor:
-        """int64 [N]: iteration of each sample's last observation; -1 if unseen. A copy.
+        """int64 [N]: iteration of each sample's last observation; -1 if unseen, -2 if excluded. A
+        copy.
 
         Intervals are kept modulo 2^31: an observation longer ago appears as a later one.
 
@@ -265,12 +278,14 @@ class Monitored(MinibatchSource):
         """float32 [N]: each sample's weight, floored and rounded to 16 bits, before flattening.
 
         Unseen samples have the mean of the seen ones; all are 1 while nothing has been seen.
+        Excluded ones have 0.
         """
-        if self._table.states is None or int(self._table.scalars[SEEN]) == 0:
-            return torch.ones(self.num_samples, device=self.device)
-        weights = self._table.codes().view(torch.float32)
-        seen = self._column(LAST) >= 0
-        return torch.where(seen, weights, weights[seen].double().mean().float())
+        table = self._table
+        if table.states is None or int(table.scalars[SEEN]) == 0:
+            return table.is_active().float()
+        weights, last = table.codes().view(torch.float32), table.column(LAST)
+        mean = weights[last >= 0].double().mean().float()
+        return torch.where(last == LAST_UNSEEN, mean, weights)
 
     def _column(self, position: int) -> Tensor:
         if self._table.states is None:

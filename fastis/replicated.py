@@ -141,10 +141,10 @@ class Replicated(Sampler):
             "differ; in a group, refresh(indices, scores) takes in what every process brings"
         )
 
-    def _refresh(self, observation: Observation) -> None:
+    def _fold(self, observation: Observation, iteration: int | None) -> None:
         """From what every process brings."""
-        take_over = super()._refresh
-        self._exchange.begin(None, observation, 1.0, lambda seen, _: take_over(seen))
+        fold = super()._fold
+        self._exchange.begin(None, observation, 1.0, lambda seen, _: fold(seen, iteration))
 
     def _learn(self, observation: Observation, correction: float) -> None:
         """From the global minibatch."""

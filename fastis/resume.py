@@ -75,7 +75,8 @@ class Resumable(Monitored):
         seed = saved.checked_seed(state, _STATE_VERSION, self._settings())
         correction = saved.checked_correction(state, self._method.has_coefficients)
         with torch.inference_mode(False):
-            tensors = saved.checked(self._table, state, self._method.memory_ranges)
+            method = self._method
+            tensors = saved.checked(self._table, state, method.memory_ranges, method.renews)
             with self._table.lock:
                 self._table.load(tensors, seed)
                 if state is not theirs:

@@ -13,21 +13,21 @@ import torch
 from torch import Tensor
 
 from fastis import check
-from fastis.batch import Scored, folded, observe, with_coefficients
+from fastis.batch import Scored, observe, with_coefficients
 from fastis.categorical import seed_from
 from fastis.kernels import kernels_for
-from fastis.kernels.layout import FLATTEN, SCHEMES, Constants, Table, is_uniform, may_read
-from fastis.kernels.table import Batch, Observation
+from fastis.kernels.layout import FLATTEN, SCHEMES, Constants, Table, is_uniform
+from fastis.kernels.table import Batch
 from fastis.methods import Method, from_name
 from fastis.methods.base import FOREVER
 from fastis.misuse import Watch, check_group, check_returned, is_group
-from fastis.resume import Resumable
+from fastis.steer import Steerable
 from fastis.variance import Variance
 
 _empty_like, _cpu = torch.empty_like, torch.device("cpu")
 
 
-class Sampler(Resumable):
+class Sampler(Steerable):
     """Draws minibatches by importance sampling, and learns each sample's importance on the way.
 
     A training step calls :meth:`sample` before the forward pass and :meth:`update` after the loss.
@@ -318,80 +318,6 @@ class Sampler(Resumable):
             self._watch.not_surely_weighted(batch, out)
         return next_batch
 
-    def refresh(self, indices: Tensor, out: Scored | Sequence[Scored] | Tensor) -> None:
-        """Takes over scores from outside of the draws: of an evaluation pass over the training set.
-
-        No iteration of ``.step`` and no part of the variance: N_ems, S and the learning rate's
-        factor stay those of the minibatches drawn, which as many calls of :meth:`update` with
-        weights of 1 would replace by those of uniform ones. In any number of calls::
-
-            for i in torch.arange(num_samples).split(1000):
-                with torch.no_grad():
-                    out = fastis.cross_entropy(model(x[i]), y[i])  # the loss to be reported, too
-                sampler.refresh(i, out)
-
-        Parameters
-        ----------
-        indices : Tensor
-            int64 ``[n]``, of which samples; any n.
-        out : ScoredLoss, a sequence of them, or a float tensor [n]
-            as in :meth:`update`; computed without coefficients.
-
-        Scores enter the moving averages at the present iteration. A sample that has been observed
-        in it already, by an earlier ``refresh``, stays as it is; so does, in the next ``update``,
-        one that has just been refreshed: the network is still the same.
-
-        Raises
-        ------
-        TypeError, ValueError, IndexError
-            as :meth:`update`; TypeError also for methods that do not average the scores of the
-            samples (all but emais and loss).
-        """
-        table = self._table
-        indices = check.tensor("indices", indices)
-        indices = check.vector("indices", indices, None, (torch.int64,), indices.device)
-        none = torch.ones_like(indices, dtype=torch.float32)
-        observation = observe(table.device, self._observed_of, Batch(indices, none), out)
-        if may_read(table.device):
-            table.check_indices(observation.indices, "indices")
-        self._refresh(observation)
-        self._watch.learnt()
-
-    def _refresh(self, observation: Observation) -> None:
-        table = self._table
-        if self._method.fused and kernels_for("table", self._device_type).IS_ATOMIC:
-            self._method.refresh(table, observation)
-        else:
-            with table.lock:
-                self._method.refresh(table, observation)
-
-    def fold(self, indices: Tensor, scores: Tensor, iteration: int) -> None:
-        """Scores that another process computed with the parameters of ``iteration``.
-
-        They come into the state as :meth:`update` would have brought them in then; variance traces
-        and ``.step`` stay. A sample that was observed at that iteration or since stays as it is:
-        late scores undo nothing, and folding the same ones again changes nothing. O(n).
-
-        Parameters
-        ----------
-        indices : int64 tensor [n]
-        scores : float tensor [n]
-            what the method observes: gradient norms, or losses for ``method="loss"``. Not finite
-            ones are counted in ``.skipped``.
-        iteration : int
-            ``.step`` when these parameters were those of the training: at most the present one, and
-            less than 2^20 before it.
-
-        Raises
-        ------
-        TypeError, ValueError, IndexError
-            before anything has changed; also for a method that does not average scores. A sampler
-            on a GPU leaves out what is out of range, and does not wait to know.
-        """
-        observation = folded(self._table, self._method, indices, scores, iteration)
-        with self._table.lock:
-            self._method.fold(self._table, observation, int(iteration))
-
     def _part_of(self, global_batch: Batch) -> Batch:
         """What this process trains on of a minibatch that was drawn: all of it, but in a group."""
         return global_batch
@@ -414,80 +340,6 @@ class Sampler(Resumable):
 
     def _new_batch(self) -> Batch:
         return Batch(_empty_like(self._like.indices), _empty_like(self._like.weights))
-
-    # What can be changed during a run ------------------------------------------------------------
-
-    @property
-    def correction(self) -> float:
-        """In [0, 1], settable at any time: ``batch.weights`` are ``(1/(N p))^correction``.
-
-        1 is unbiased. Below, the objective leans towards the samples that are drawn often, and the
-        less the nearer to 1; prioritized replay (Schaul et al. 2015) anneals it towards 1. At 0
-        all weights are 1.
-
-        Probabilities stay as they are. :meth:`update` takes 1/(N p) back from the weights, by the
-        correction then in force, so that the variance traces, N_ems and S are those of the unbiased
-        estimate (but for ``|G|^2``; at 0 nothing is left to take back, and they are those of
-        uniform draws). ``lr_factor()`` is 1 below 1, and EMAIS does not pause where little gain is
-        predicted, since variance is not all that is wanted then. Saved with the state. A CUDA graph
-        keeps the correction that it was captured with.
-
-        Raises
-        ------
-        TypeError, ValueError
-            for no number in [0, 1], and for other than 1 with a method that has no such
-            coefficients.
-        """
-        return self._correction
-
-    @correction.setter
-    def correction(self, wanted: float) -> None:
-        found = check.number("correction", wanted, 0.0, 1.0)
-        if found != 1.0 and not self._method.has_coefficients:
-            raise ValueError(
-                f"correction must be 1 for method {self._method.name!r}, whose weights are not "
-                f"1/(N p), got {wanted!r}"
-            )
-        self._arguments["correction"] = self._correction = found
-        if hasattr(self, "_like"):  # else it is being made
-            self._pause_or_not()
-
-    def _pause_or_not(self) -> None:
-        """Lets the method pause importance sampling with a correction of 1, and where minibatches
-        can be drawn without replacement."""
-        least_gain = self._method.constants().get("least_gain", 0.0)
-        pauses = self._correction == 1.0 and self.global_batch_size <= self.num_samples
-        self._table.pause_below(least_gain if pauses else 0.0)
-
-    @property
-    def uniform(self) -> bool:
-        """Whether draws are uniform because you asked for it; settable at any time.
-
-        True: from the next draw on (or the end of the warm-up) samples are drawn uniformly, without
-        replacement, by whole epochs; coefficients and learning rate factor are 1, and
-        :meth:`update` goes on learning. False: as the method says. Saved with the state. Setting it
-        waits for nothing, and reaches CUDA graphs captured before.
-
-        Raises
-        ------
-        TypeError
-            for anything but a bool.
-        ValueError
-            when ``batch_size`` exceeds ``num_samples``.
-        """
-        return self._table.uniform
-
-    @uniform.setter
-    def uniform(self, wanted: bool) -> None:
-        if not isinstance(wanted, bool):
-            raise TypeError(f"uniform must be a bool, got {check.describe(wanted)}")
-        size = self.global_batch_size
-        if wanted and size > self.num_samples:
-            raise ValueError(
-                "uniform must be False: there is no drawing without replacement of "
-                f"batch_size={size} from num_samples={self.num_samples}"
-            )
-        self._table.draw_uniformly(wanted)
 
 
 def _duplicates(max_duplicates: float, num_samples: int, batch_size: int, used: bool) -> float:

@@ -25,6 +25,8 @@ from fastis.kernels.layout import (
     FACTOR,
     GAIN,
     LAST,
+    LAST_EXCLUDED,
+    LAST_UNSEEN,
     MEAN,
     NEVER,
     NO_EXPONENT,
@@ -139,7 +141,7 @@ def grown(
     new = {f"memory.{name}": tensor for name, tensor in memory(table).items()}
     if table.states is not None:
         new["states"] = torch.zeros_like(table.states)
-        new["states"][:, LAST] = -1
+        new["states"][:, LAST] = LAST_UNSEEN
     rows = {
         name: _with_rows_of(t, before, name, state[name])
         for name, t in new.items()
@@ -210,12 +212,12 @@ def _is_same(theirs: Any, ours: Any) -> bool:
 
 
 def checked(
-    table: Table, state: Mapping[str, Any], ranges: Mapping[str, Range]
+    table: Table, state: Mapping[str, Any], ranges: Mapping[str, Range], may_exclude: bool = False
 ) -> dict[str, Tensor]:
     """The tensors of ``state`` that the table takes over, on its device, ready to be copied.
 
-    ``ranges`` are those of the method's memory. A state of a version whose totals had less room to
-    spare is rescaled.
+    ``ranges`` are those of the method's memory; ``may_exclude``: whether it can have excluded
+    samples. A state of a version whose totals had less room to spare is rescaled.
 
     Raises
     ------
@@ -230,14 +232,20 @@ def checked(
         _check_range(f"memory.{name}", tensors[f"memory.{name}"], values)
     if table.states is None:
         return tensors
-    seen, total = check_states(table, tensors["states"], scalars[UPDATES], scalars[EXPONENT])
+    seen, total, excluded = check_states(
+        table, tensors["states"], scalars[UPDATES], scalars[EXPONENT]
+    )
+    if excluded and not may_exclude:
+        raise ValueError(
+            f"state_dict['states'] must have no excluded samples for this sampler, got {excluded}"
+        )
     for at, found in ((SEEN, seen), (TOTAL, total)):
         if scalars[at] != found:
             raise ValueError(
                 f"state_dict['scalars'] must have {_SCALARS[at]}={found}, as its states have, "
                 f"got {scalars[at]}"
             )
-    unseen = table.constants.num_samples - seen
+    unseen = table.constants.num_samples - excluded - seen
     if seen and total + unseen * (total // seen) > table.constants.total_limit:
         return {**tensors, **_rescaled(table, tensors)}
     return tensors
@@ -361,12 +369,13 @@ def as_tensors(state: dict[str, Any]) -> dict[str, Any]:
 # States -----------------------------------------------------------------------------------------
 
 
-def check_states(table: Table, states: Tensor, updates: int, e0: int) -> tuple[int, int]:
-    """How many of the ``states`` int32 [N, 4] are seen, and the sum of their integer weights."""
+def check_states(table: Table, states: Tensor, updates: int, e0: int) -> tuple[int, int, int]:
+    """How many of the ``states`` int32 [N, 4] are seen, the sum of their integer weights, and how
+    many are excluded."""
     kind = table.constants.importance
     compiled = _C is not None and states.device.type == "cpu"
     first_bad = compiled_first_bad if compiled else reference_first_bad
-    row, seen, total = first_bad(states, updates, e0, kind)
+    row, *found = first_bad(states, updates, e0, kind)
     if row >= 0:
         for expected, good in _conditions(states[row : row + 1], updates, e0, kind).items():
             if not bool(good):
@@ -376,49 +385,55 @@ def check_states(table: Table, states: Tensor, updates: int, e0: int) -> tuple[i
                     f"state_dict['states'] must have {expected}, got mean={mean!r}, var={var!r}, "
                     f"last={last}, code={code & 0xFFFFFFFF:#x} in row {row}"
                 )
-    return seen, total
+    seen, total, excluded = found
+    return seen, total, excluded
 
 
-def compiled_first_bad(states: Tensor, updates: int, e0: int, kind: int) -> tuple[int, int, int]:
+def compiled_first_bad(
+    states: Tensor, updates: int, e0: int, kind: int
+) -> tuple[int, int, int, int]:
     """:func:`reference_first_bad` by csrc/cpu/saved.cpp, in one pass."""
-    found = torch.zeros(2, dtype=torch.int64, device="cpu")
+    found = torch.zeros(3, dtype=torch.int64, device="cpu")
     arguments = len(states), updates, e0, kind
     row = _C.check_states(states.data_ptr(), *arguments, found.data_ptr())
-    seen, total = found.tolist()
-    return row, seen, total
+    seen, total, excluded = found.tolist()
+    return row, seen, total, excluded
 
 
-def reference_first_bad(states: Tensor, updates: int, e0: int, kind: int) -> tuple[int, int, int]:
-    """The first row that no update can have written, or -1; then also their number and sum."""
-    seen = total = 0
+def reference_first_bad(
+    states: Tensor, updates: int, e0: int, kind: int
+) -> tuple[int, int, int, int]:
+    """The first row that no update can have written, or -1; then also what check_states() says."""
+    seen = total = excluded = 0
     for start, chunk in _chunks(states):
         good = torch.stack(list(_conditions(chunk, updates, e0, kind).values())).all(0)
         if not bool(good.all()):
-            return start + int((~good).int().argmax()), 0, 0
+            return start + int((~good).int().argmax()), 0, 0, 0
         weights = weight_of(chunk[:, CODE], e0)
         seen += int((chunk[:, CODE] != 0).sum())
+        excluded += int((chunk[:, LAST] == LAST_EXCLUDED).sum())
         # In two halves, since the sum of a chunk may have more than 64 bits.
         total += (int((weights >> 32).sum()) << 32) + int((weights & 0xFFFFFFFF).sum())
-    return -1, seen, total if total < 2**63 else -1
+    return -1, seen, total if total < 2**63 else -1, excluded
 
 
 def _conditions(states: Tensor, updates: int, e0: int, kind: int) -> dict[str, Tensor]:
     """What must hold of every state, bool [n] each."""
     mean, var = (states.view(torch.float32)[:, at] for at in (MEAN, VAR))
     last, code = states[:, LAST], states[:, CODE]
-    unseen = last == -1
+    blank = (last == LAST_UNSEEN) | (last == LAST_EXCLUDED)
     shift = exponent_of(code) - e0
     least = code_of(importance_of(mean, var, kind), 0.0)
-    latest = min(updates - 1, 2**31 - 1)  # the clock in a state is modulo 2^31
+    latest = min(updates, 2**31 - 1)  # refresh()ed just now; the clock in a state is modulo 2^31
     return {
-        f"last in [-1, {latest}]": (last >= -1) & (last <= latest),
-        "zeros where nothing was seen": ~unseen | (states[:, (MEAN, VAR, CODE)] == 0).all(1),
-        f"means within {_MOST_MEAN:g}": unseen | (mean.abs() <= _MOST_MEAN),
-        f"variances in [0, {_MOST_VAR:g}]": unseen | ((var >= 0) & (var <= _MOST_VAR)),
-        "codes of 16 significant bits": unseen | ((code > 0) & (code & 0xFF == 0)),
-        f"exponents of codes in [{e0}, {e0 + _MOST_SHIFT}]": unseen
+        f"last in [-2, {latest}]": (last >= LAST_EXCLUDED) & (last <= latest),
+        "zeros where nothing was seen": ~blank | (states[:, (MEAN, VAR, CODE)] == 0).all(1),
+        f"means within {_MOST_MEAN:g}": blank | (mean.abs() <= _MOST_MEAN),
+        f"variances in [0, {_MOST_VAR:g}]": blank | ((var >= 0) & (var <= _MOST_VAR)),
+        "codes of 16 significant bits": blank | ((code > 0) & (code & 0xFF == 0)),
+        f"exponents of codes in [{e0}, {e0 + _MOST_SHIFT}]": blank
         | ((shift >= 0) & (shift <= _MOST_SHIFT)),
-        "codes no less than mean and var give": unseen | (code >= least),
+        "codes no less than mean and var give": blank | (code >= least),
     }
 
 

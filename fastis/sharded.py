@@ -354,6 +354,26 @@ class ShardedSampler(ResumableShards, Sampler):
         """
         raise TypeError("a ShardedSampler learns by update(batch, out) alone, not by fold()")
 
+    def reset(self, indices: Tensor) -> None:
+        """Not for shards.
+
+        Raises
+        ------
+        TypeError
+            always.
+        """
+        raise TypeError("a ShardedSampler keeps the samples that it has: there is no reset()")
+
+    def exclude(self, indices: Tensor) -> None:
+        """Not for shards.
+
+        Raises
+        ------
+        TypeError
+            always.
+        """
+        raise TypeError("a ShardedSampler keeps the samples that it has: there is no exclude()")
+
     def update_and_sample(self, batch: Batch, out: Scored | Sequence[Scored] | Tensor) -> Batch:
         """:meth:`update`, then :meth:`sample`."""
         self.update(batch, out)

@@ -23,7 +23,17 @@ from fastis import _C, kernels
 from fastis.kernels.cuda import table as cuda_table
 from fastis.kernels.cuda.table import _addresses as addresses_of
 from fastis.kernels.flatten import distribution
-from fastis.kernels.layout import CODE, LAST, MEAN, SEEN, TOTAL, UPDATES, VALID
+from fastis.kernels.layout import (
+    CODE,
+    LAST,
+    LAST_EXCLUDED,
+    LAST_UNSEEN,
+    MEAN,
+    SEEN,
+    TOTAL,
+    UPDATES,
+    VALID,
+)
 from fastis.methods import EMAIS
 
 FORWARDS, BACKWARDS, SCRAMBLED = 1, 0, 7919
@@ -41,13 +51,16 @@ class Emulator:
     def update(self, table, observation) -> None:
         native().update(table.device_handle, *addresses_of(observation), self.stride)
 
-    def refresh(self, table, indices, observed) -> None:
+    def fold(self, table, observation, iteration) -> None:
+        with mock.patch.object(cuda_table, "_learn", self._learn):
+            cuda_table.fold(table, observation, iteration)
+
+    def _learn(self, table, indices, observed) -> None:
         addresses = indices.data_ptr(), 0, observed.data_ptr(), 0, len(indices), 0, 0
         native().update(table.device_handle, *addresses, self.stride)
 
-    def fold(self, table, observation, iteration) -> None:
-        with mock.patch.object(cuda_table, "update", self.update):
-            cuda_table.fold(table, observation, iteration)
+    def clear(self, table, indices, last) -> None:
+        native().clear(table.device_handle, indices.data_ptr(), len(indices), last, self.stride)
 
     def rescale(self, table) -> None:
         native().rescale(table.device_handle, self.stride)
@@ -107,7 +120,9 @@ def assert_exact_tree(sampler):
     uncapped = torch.where(seen & ~capped, drawn.weights, 0)
     assert torch.equal(table.column(CODE) < 0, capped)
     assert torch.equal(tensors["sums"], levels_of(uncapped))
-    assert torch.equal(tensors["unseen"].long(), levels_of((~seen).long()))
+    last = table.column(LAST)
+    assert torch.equal(tensors["unseen"].long(), levels_of((last == LAST_UNSEEN).long()))
+    assert torch.equal(tensors["excluded"].long(), levels_of((last == LAST_EXCLUDED).long()))
     assert torch.equal(tensors["capped"].long(), levels_of(capped.long()))
     assert bool((tensors["claims"] == -1).all())
     assert int(tensors["arrivals"]) == 0

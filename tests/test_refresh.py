@@ -100,6 +100,14 @@ def test_the_same_network_is_not_asked_twice(any_backend):
     assert bool((sampler.mean > mean).nonzero().flatten().tolist() == [1, 2])
 
 
+def test_a_state_saved_before_the_next_update_can_be_loaded(any_backend):
+    sampler, resumed = trained(), trained(0)
+    sampler.refresh(torch.arange(N), lognormal(N))
+    resumed.load_state_dict(sampler.state_dict())
+    assert resumed.last_seen.tolist() == [60] * N
+    assert torch.equal(resumed.sample().indices, sampler.sample().indices)
+
+
 def test_what_is_not_finite_is_counted(any_backend):
     sampler = trained()
     before = sampler.mean
@@ -140,11 +148,16 @@ def test_the_device_does_as_the_reference(emulated, stride):  # noqa: F811
             assert torch.equal(batch.weights, again.weights)
 
 
-@pytest.mark.parametrize("name", sorted(set(methods.BY_NAME) - {"emais", "loss", "auto"}))
+def test_distributed_adds_its_constant():
+    sampler = fastis.Sampler(N, B, method="distributed", seed=0)
+    sampler.refresh(torch.arange(4), torch.tensor([1.0, 2.0, 3.0, 6.0]))
+    assert sampler.mean[:4].tolist() == pytest.approx([1.3, 2.3, 3.3, 6.3])
+    assert sampler.step == 0
+
+
+@pytest.mark.parametrize("name", sorted(n for n, m in methods.BY_NAME.items() if not m.folds))
 def test_methods_that_learn_from_their_own_draws_refuse_it(name):
     made = methods.Presampling(torch.rand) if name == "presampling" else methods.BY_NAME[name]()
-    if isinstance(made, EMAIS):
-        pytest.skip("averages scores")
     sampler = fastis.Sampler(N, B, method=made)
     with pytest.raises(TypeError, match=rf"method '{name}' learns from its own minibatches alone"):
         sampler.refresh(torch.arange(3), torch.ones(3))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import fastis
 from fastis.kernels.flatten import distribution, water_level
-from fastis.kernels.layout import CODE, LAST, VALID, cap_ratio
+from fastis.kernels.layout import CODE, LAST, LAST_EXCLUDED, LAST_UNSEEN, VALID, cap_ratio
 from fastis.methods import EMAIS
 
 
@@ -42,18 +42,22 @@ def assert_tree(sampler):
     s = dict(zip(names, table.scalars[VALID : VALID + 7].tolist(), strict=True))
     expected = distribution(table)
     assert s["valid"] == 1
-    unseen = table.column(LAST) < 0
+    last = table.column(LAST)
+    unseen, excluded = last == LAST_UNSEEN, last == LAST_EXCLUDED
     capped = table.column(CODE) < 0
     assert torch.equal(capped.nonzero().flatten(), expected.capped)
-    uncapped = torch.where(unseen | capped, 0, expected.weights - s["offset"])
+    uncapped = torch.where((last < 0) | capped, 0, expected.weights - s["offset"])
     assert_prefix_sums(table._tree["prefix"], uncapped)
     assert_prefix_sums(table._tree["unseen_prefix"], unseen.long())
     assert_prefix_sums(table._tree["capped_prefix"], capped.long())
+    *_, any_excluded = counts = table._tree["excluded_prefix"]
+    assert_prefix_sums(counts[:-1], excluded.long())
+    assert any_excluded or not counts.any()
     assert (uncapped <= s["ceiling"]).all()
     assert s["uncapped"] == int(uncapped.sum())
     assert s["num_capped"] == int(capped.sum())
     total = s["uncapped"] + s["num_capped"] * s["theta"] + s["unseen"] * int(unseen.sum())
-    assert total + s["offset"] * len(uncapped) == expected.total
+    assert total + s["offset"] * int((~excluded).sum()) == expected.total
 
 
 @pytest.mark.parametrize("n", [17, 300, 5000])

@@ -13,11 +13,18 @@ void elementwise_loss(const ElementwiseLoss& call);
 // anything has changed.
 void update(Pointer<const Table> table, const Observation& observation);
 
-// The observed scores alone, as of an `iteration` that may be past: no moments, no clock. The table
-// has states; the weights, the score and the mean gradient of the observation are not read.
+// The observed scores alone, as of an `iteration` that may be past (below 0: the present one): no
+// moments, no clock. The table has states; of the observation the weights, the score and the mean
+// gradient are not read.
 void fold(Pointer<const Table> table, const Observation& observation, int64_t iteration);
 
-// The next minibatch: without replacement in the warm-up, by importance (or uniformly) after it.
+// These samples have no score any more: `last` is kUnseen, or kExcluded. O(n) but for a rescale. The
+// table has states; an index out of range is an IndexError, before anything has changed.
+void clear(Pointer<const Table> table, Pointer<const int64_t> indices /* [n] */, int64_t n,
+           int32_t last);
+
+// The next minibatch: without replacement in the warm-up, by importance (or uniformly) after it. A
+// ValueError where all samples are excluded, before anything has changed.
 void draw(Pointer<const Table> table, const Batch& batch);
 
 // Of a shard with capped items at `theta`: the sum of the others' weights, and how many are capped;
@@ -36,9 +43,10 @@ void rescale(Pointer<const Table> table);
 void copy_state(int64_t num_scalars, int64_t num_states, const Durable& from, const Durable& to);
 
 // Can these states be those of a table with this clock and e0? The first that can't, or -1; then
-// `found` is how many are seen and the sum of their integer weights (-1: 2^63 or more).
+// `found` is how many are seen, the sum of their integer weights (-1: 2^63 or more), and how many
+// are excluded.
 int64_t check_states(Pointer<const State> states /* [N] */, int64_t n, int64_t updates,
-                     int exponent, Importance importance, Pointer<int64_t> found /* [2] */);
+                     int exponent, Importance importance, Pointer<int64_t> found /* [3] */);
 
 // Categorical: draws from fixed weights.
 

@@ -41,7 +41,8 @@ bool all_good(int size, int32_t latest, int exponent, Block& block) {
     const float mean = block.mean[at], var = block.var[at];
     const uint32_t code = block.code[at];
     const int32_t last = block.last[at], shift = exponent_of(code) - exponent;
-    const int32_t blank = (last == -1) & (float_to_bits(mean) == 0) & (float_to_bits(var) == 0);
+    const int32_t blank = ((last == kUnseen) | (last == kExcluded)) & (float_to_bits(mean) == 0) &
+                          (float_to_bits(var) == 0);
     const int32_t observed = (last >= 0) & (last <= latest) & (std::fabs(mean) <= kMostMean) &
                              (var >= 0) & (var <= kMostVar) & (shift >= 0) & (shift <= kMostShift);
     const int32_t coded = ((code & 0x800000FFu) == 0) & (code >= block.least[at]);
@@ -65,9 +66,10 @@ void copy_state(int64_t num_scalars, int64_t num_states, const Durable& from, co
 
 int64_t check_states(Pointer<const State> states, int64_t n, int64_t updates, int exponent,
                      Importance importance, Pointer<int64_t> found) {
-  // The clock in a state is modulo 2^31: from then on it can have every value.
-  const auto latest = static_cast<int32_t>(updates > INT32_MAX ? INT32_MAX : updates - 1);
-  int64_t seen = 0;
+  // A refresh is of the present iteration. The clock in a state is modulo 2^31: from then on it can
+  // have every value.
+  const auto latest = static_cast<int32_t>(updates > INT32_MAX ? INT32_MAX : updates);
+  int64_t seen = 0, excluded = 0;
   unsigned __int128 total = 0;
   Block block;
   for (int64_t begin = 0; begin < n; begin += kBlock) {
@@ -86,11 +88,13 @@ int64_t check_states(Pointer<const State> states, int64_t n, int64_t updates, in
       low += counted & 0xFFFFFFFFu;
       high += counted >> 32;
       seen += code != 0;
+      excluded += block.last[at] == kExcluded;
     }
     total += (static_cast<unsigned __int128>(high) << 32) + low;
   }
   found[0] = seen;
   found[1] = total >> 63 == 0 ? static_cast<int64_t>(total) : -1;
+  found[2] = excluded;
   return -1;
 }
 

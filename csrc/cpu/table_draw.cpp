@@ -23,27 +23,40 @@ using Wide = unsigned __int128;
 
 Wide wide(uint64_t low, uint64_t high) { return Wide{high} << 64 | low; }
 
-// What has weights beside the seen, uncapped items that the prefix sums add up.
-enum class Beside { nothing, unseen, unseen_and_offset };
+// What has weights beside the seen, uncapped items that the prefix sums add up; or the weight of
+// every active item is 1.
+enum class Beside { nothing, unseen, unseen_and_offset, alike };
+
+// before[j]: how many active items there are in the children before the j-th of `parent`.
+void count_active(const Table& t, int level, int64_t parent, int64_t (&before)[kRadix]) {
+  const int64_t span = int64_t{1} << (2 + 4 * level), items = t.num_samples - parent * kRadix * span;
+  for (int j = 0; j < kRadix; ++j) before[j] = j * span < items ? j * span : items;
+  if (t.scalars->excluded == 0) return;
+  const uint32_t* excluded = t.excluded_prefix + t.levels.first[level] + parent * kRadix;
+  for (int j = 0; j < kRadix; ++j) before[j] -= excluded[j];
+}
 
 // The child of `parent` that x falls into; x is then counted from that child's beginning.
 template <Beside beside>
 int find_child(const Table& t, int level, int64_t parent, uint64_t& x) {
-  const int64_t first = parent * kRadix, at = t.levels.first[level] + first;
+  const int64_t at = t.levels.first[level] + parent * kRadix;
   const uint64_t* prefix = t.prefix + at;
   alignas(64) uint64_t all[kRadix];
-  if (beside != Beside::nothing) {
+  if (beside == Beside::unseen || beside == Beside::unseen_and_offset) {
     const uint32_t* before = t.unseen_prefix + at;
     const uint64_t unseen = static_cast<uint64_t>(t.scalars->unseen);
     for (int j = 0; j < kRadix; ++j) all[j] = prefix[j] + before[j] * unseen;
     prefix = all;
   }
-  if (beside == Beside::unseen_and_offset) {
-    const int64_t span = int64_t{1} << (2 + 4 * level), offset = t.scalars->offset;
-    const int64_t items = t.num_samples - first * span;
+  if (beside == Beside::unseen_and_offset || beside == Beside::alike) {
+    const bool alike = beside == Beside::alike;
+    const int64_t offset = alike ? 1 : t.scalars->offset;
+    int64_t before[kRadix];
+    count_active(t, level, parent, before);
     for (int j = 0; j < kRadix; ++j) {
-      all[j] += static_cast<uint64_t>((j * span < items ? j * span : items) * offset);
+      all[j] = (alike ? 0 : all[j]) + static_cast<uint64_t>(before[j] * offset);
     }
+    prefix = all;
   }
   const int child = find_in_node(prefix, x);
   x -= prefix[child];
@@ -58,10 +71,12 @@ int64_t find_in_leaf(const Table& t, int64_t node, uint64_t x, uint64_t& weight)
   const int e0 = static_cast<int>(t.scalars->exponent);
   uint64_t weights[kLeaf];
   for (int j = 0; j < kLeaf; ++j) {
-    weights[j] = uncapped_weight(states[j].code, e0);
-    if (beside == Beside::nothing) continue;
-    const uint64_t unseen = states[j].last < 0 ? t.scalars->unseen : 0;
-    weights[j] += states[j].code & kCappedFlag ? 0 : unseen + t.scalars->offset;
+    const bool is_active = states[j].last != kExcluded;
+    weights[j] = beside == Beside::alike ? is_active : uncapped_weight(states[j].code, e0);
+    if (beside == Beside::nothing || beside == Beside::alike) continue;
+    const uint64_t unseen = states[j].last == kUnseen ? t.scalars->unseen : 0;
+    const uint64_t offset = is_active ? t.scalars->offset : 0;
+    weights[j] += states[j].code & kCappedFlag ? 0 : unseen + offset;
   }
   const uint64_t second = weights[0], third = second + weights[1], fourth = third + weights[2];
   const int at = (x >= second) + (x >= third) + (x >= fourth);
@@ -84,6 +99,10 @@ void descend(const Table& t, Descent& s) {
         continue;
       }
       const int64_t at = below + node * kRadix;
+      if (beside == Beside::alike) {
+        __builtin_prefetch(t.excluded_prefix + at);
+        continue;
+      }
       __builtin_prefetch(t.prefix + at);
       __builtin_prefetch(t.prefix + at + kRadix / 2);
       if (beside != Beside::nothing) __builtin_prefetch(t.unseen_prefix + at);
@@ -127,7 +146,7 @@ class Distribution {
     update_cap(t_);
     read();
     for_coefficients_ = static_cast<double>(total_);
-    num_samples_ = static_cast<double>(t_.num_samples);
+    num_samples_ = static_cast<double>(active(t_));
     theta_for_coefficients_ = static_cast<double>(theta_);
   }
 
@@ -169,6 +188,9 @@ class Distribution {
         break;
       case Beside::unseen_and_offset:
         descend<Beside::unseen_and_offset>(t_, uncapped);
+        break;
+      case Beside::alike:
+        descend<Beside::alike>(t_, uncapped);
     }
     for (int b = 0; b < capped.size; ++b) {
       put(capped.position[b], capped.node[b], theta_for_coefficients_, found);
@@ -182,17 +204,23 @@ class Distribution {
  private:
   void read() {
     const Scalars& s = *t_.scalars;
-    beside_ = s.offset != 0             ? Beside::unseen_and_offset
-              : s.seen < t_.num_samples ? Beside::unseen
-                                        : Beside::nothing;
+    const int64_t items = active(t_), unseen = items - s.seen;
     theta_ = static_cast<uint64_t>(s.theta);
+    if (s.offset < 0) {
+      beside_ = Beside::alike;
+      capped_total_ = 0;
+      total_ = static_cast<uint64_t>(items);
+      return;
+    }
+    beside_ = s.offset != 0 ? Beside::unseen_and_offset
+              : unseen > 0  ? Beside::unseen
+                            : Beside::nothing;
     capped_total_ = s.num_capped > 0 ? s.num_capped * theta_ : 0;
-    total_ =
-        capped_total_ + static_cast<uint64_t>(s.uncapped + (t_.num_samples - s.seen) * s.unseen +
-                                              t_.num_samples * s.offset);
+    total_ = capped_total_ +
+             static_cast<uint64_t>(s.uncapped + unseen * s.unseen + items * s.offset);
   }
 
-  // Coefficients are 1 / (N p).
+  // Coefficients are 1 / (N p), N being the active items.
   void put(int position, int64_t index, double weight, const Batch& found) const {
     found.indices[position] = index;
     found.weights[position] = static_cast<float>(for_coefficients_ / (num_samples_ * weight));
@@ -228,6 +256,32 @@ void draw_by_importance(const Table& t, uint64_t iteration, const Batch& batch) 
     place(t, iteration, distribution.total(), first, size, points);
     distribution.find(points, size, {batch.indices + first, batch.weights + first});
   }
+}
+
+// In place: from numbers among the active items to their indices.
+void find_active(const Table& t, int64_t* indices, int64_t count) {
+  if (!t.scalars->valid) rebuild(t);
+  Descent found;
+  for (int64_t first = 0; first < count; first += kBlock) {
+    found.size = static_cast<int>(std::min<int64_t>(kBlock, count - first));
+    std::copy_n(indices + first, found.size, found.x);
+    descend<Beside::alike>(t, found);
+    std::copy_n(found.node, found.size, indices + first);
+  }
+}
+
+void draw_without_replacement(const Table& t, int64_t iteration, const Batch& batch) {
+  const InEpoch place(t, iteration);
+  const int64_t items = active(t);
+  const Permutation permutation(t.seed, place.epoch, items);
+  if (items == t.num_samples) {
+    for (int64_t b = 0; b < t.batch_size; ++b) batch.indices[b] = permutation(place.first + b);
+    return;
+  }
+  for (int64_t b = 0; b < t.batch_size; ++b) {
+    batch.indices[b] = permutation((place.first + b) % items);
+  }
+  find_active(t, batch.indices, t.batch_size);
 }
 
 // floor(R total / 2^128): scale() of philox.h for totals below 2^127.
@@ -342,11 +396,10 @@ int64_t draw_share(Pointer<const Table> table, const Share& share, const Batch& 
 
 void draw(Pointer<const Table> table, const Batch& batch) {
   const Table& t = *table.address;
+  if (active(t) == 0) all_are_excluded(t.num_samples);
   const int64_t iteration = t.scalars->draws++;
   if (without_replacement(t, iteration)) {
-    const InEpoch place(t, iteration);
-    const Permutation permutation(t.seed, place.epoch, t.num_samples);
-    for (int64_t b = 0; b < t.batch_size; ++b) batch.indices[b] = permutation(place.first + b);
+    draw_without_replacement(t, iteration, batch);
   } else if (t.states == nullptr) {
     random_points(t.seed, Stream::draw, iteration, 0, t.batch_size, t.num_samples,
                   reinterpret_cast<uint64_t*>(batch.indices.address));

@@ -46,13 +46,14 @@ void gather(const Table& t, const int64_t* indices, const float* observed, int64
   block.size = block.num_fresh = 0;
   for (int64_t b = 0; b < n; ++b) {
     if (b < ahead) prefetch_state(t, indices[n + b]);
+    State& state = t.states[indices[b]];
+    if (state.last == kExcluded) continue;
     if (!usable(observed[b])) {
       ++t.scalars->skipped;
       continue;
     }
-    State& state = t.states[indices[b]];
     const int32_t dt = interval(now, state.last);
-    const bool fresh = state.last < 0;
+    const bool fresh = state.last == kUnseen;
     if (dt == 0 && !fresh) continue;
     const int at = block.size++;
     const bool anew = fresh || t.tau < 0;
@@ -214,35 +215,91 @@ void update_variance(const Table& t, const Observation& o) {
   smooth(t, {A, U, O * O, G2}, static_cast<double>(o.n));
 }
 
-void check_indices(const Table& t, const Observation& o) {
+void check_indices(const Table& t, const int64_t* indices, int64_t n) {
   bool good = true;
-  for (int64_t b = 0; b < o.n; ++b) {
-    good &= static_cast<uint64_t>(o.indices[b]) < static_cast<uint64_t>(t.num_samples);
+  for (int64_t b = 0; b < n; ++b) {
+    good &= static_cast<uint64_t>(indices[b]) < static_cast<uint64_t>(t.num_samples);
   }
   if (good) return;
-  const auto [least, most] = std::minmax_element(o.indices.address, o.indices + o.n);
+  const auto [least, most] = std::minmax_element(indices, indices + n);
   index_out_of_range(t.num_samples, *least, *most);
+}
+
+// A seen item's weight out of the totals and the tree.
+void take_out(const Table& t, int64_t index) {
+  Scalars& s = *t.scalars;
+  const uint32_t code = t.states[index].code;
+  const uint64_t weight = weight_of(code & ~kCappedFlag, exponent_of_table(t));
+  s.total -= static_cast<int64_t>(weight);
+  --s.seen;
+  if (!s.valid) return;
+  if (code & kCappedFlag) return count_capped(t, index, false);
+  s.uncapped -= static_cast<int64_t>(weight);
+  add_to_sums(t, index, ~weight + 1, t.levels.depth);
+}
+
+// One item more (or less, modulo 2^32) that is unseen or excluded.
+void count(const Table& t, int64_t index, int32_t last, uint32_t one) {
+  Scalars& s = *t.scalars;
+  const bool excluded = last == kExcluded;
+  if (excluded) s.excluded += static_cast<int32_t>(one);
+  if (!s.valid) return;
+  add_to_counts(t, excluded ? t.excluded_prefix : t.unseen_prefix, index, one);
+  if (excluded) t.excluded_prefix[t.levels.total()] = 1;
+}
+
+void clear_states(const Table& t, const int64_t* indices, int64_t n, int32_t last) {
+  constexpr int64_t kAhead = 16;
+  Scalars& s = *t.scalars;
+  const int64_t seen = s.seen;
+  for (int64_t k = 0; k < n; ++k) {
+    if (k + kAhead < n) {
+      prefetch_state(t, indices[k + kAhead]);
+      if (s.valid) prefetch_nodes(t, indices[k + kAhead], t.levels.depth);
+    }
+    State& state = t.states[indices[k]];
+    if (state.last == last) continue;
+    if (state.last >= 0) {
+      take_out(t, indices[k]);
+    } else {
+      count(t, indices[k], state.last, ~0u);
+    }
+    count(t, indices[k], last, 1);
+    state = {0, 0, last, 0};
+  }
+  if (s.seen == 0 && seen > 0) {  // as in the beginning
+    s.exponent = kNoExponent;
+    s.total = s.valid = 0;
+  } else if (exceeds_limit(t)) {
+    rescale(t);
+  }
 }
 
 }  // namespace
 
 void update(Pointer<const Table> table, const Observation& o) {
   const Table& t = *table.address;
-  check_indices(t, o);
+  check_indices(t, o.indices, o.n);
   if (o.n == 0) return;
   if (t.states != nullptr) {
     update_states(t, o, t.scalars->updates);
   } else {
     for (int64_t b = 0; b < o.n; ++b) t.scalars->skipped += !usable(o.observed[b]);
   }
-  if (o.weights == nullptr) return;
   if (t.keeps_moments) update_variance(t, o);
   ++t.scalars->updates;
 }
 
 void fold(Pointer<const Table> table, const Observation& o, int64_t iteration) {
-  check_indices(*table.address, o);
-  if (o.n > 0) update_states(*table.address, o, iteration);
+  const Table& t = *table.address;
+  check_indices(t, o.indices, o.n);
+  if (o.n > 0) update_states(t, o, iteration < 0 ? t.scalars->updates : iteration);
+}
+
+void clear(Pointer<const Table> table, Pointer<const int64_t> indices, int64_t n, int32_t last) {
+  const Table& t = *table.address;
+  check_indices(t, indices, n);
+  clear_states(t, indices, n, last);
 }
 
 void rescale(Pointer<const Table> table) { rescale(*table.address); }

@@ -67,11 +67,15 @@ void rebuild(const Table& t) {
   Scalars& s = *t.scalars;
   const uint64_t theta = t.flatten != Flatten::cap ? uint64_t{kNoCap}
                          : t.shard                 ? static_cast<uint64_t>(s.theta)
+                         : drawn_alike(t)          ? uint64_t{kNoCap}
                                                    : find_theta(t);
   const int e0 = exponent_of_table(t);
   std::fill_n(t.prefix, t.levels.total(), 0);
   std::fill_n(t.unseen_prefix, t.levels.total(), 0);
   std::fill_n(t.capped_prefix, t.levels.total(), 0);
+  uint32_t& any_excluded = t.excluded_prefix[t.levels.total()];
+  if (any_excluded) std::fill_n(t.excluded_prefix, t.levels.total(), 0);
+  any_excluded = s.excluded > 0;
   s.uncapped = s.num_capped = 0;
   for (int64_t i = 0; i < t.num_samples; ++i) {
     State& state = t.states[i];
@@ -79,7 +83,8 @@ void rebuild(const Table& t) {
     const bool capped = weight > theta;
     state.code = (state.code & ~kCappedFlag) | (capped ? kCappedFlag : 0);
     t.prefix[i / kLeaf] += capped ? 0 : weight;
-    t.unseen_prefix[i / kLeaf] += state.last < 0;
+    t.unseen_prefix[i / kLeaf] += state.last == kUnseen;
+    if (state.last == kExcluded) ++t.excluded_prefix[i / kLeaf];
     t.capped_prefix[i / kLeaf] += capped;
     s.uncapped += static_cast<int64_t>(capped ? 0 : weight);
     s.num_capped += capped;
@@ -87,6 +92,7 @@ void rebuild(const Table& t) {
   add_up(t.levels, t.prefix);
   add_up(t.levels, t.unseen_prefix);
   add_up(t.levels, t.capped_prefix);
+  if (any_excluded) add_up(t.levels, t.excluded_prefix);
   s.theta = static_cast<int64_t>(theta);
   s.offset = 0;
   s.ceiling = kNoCap;

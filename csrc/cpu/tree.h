@@ -1,7 +1,8 @@
 // The sum tree on the CPU: integer sums over the samples, 4 of them a leaf and 16 children a node.
 // Three numbers a node: the weights of its seen items at or below theta, how many of its items are
 // unseen, and how many are capped (above theta; these are drawn with weight theta each, and found
-// by their number). Bytes a sample: 16 for the state, 16/15 x (8 + 4 + 4)/4 = 4.3 for the nodes.
+// by their number); and where items are excluded, how many of its items are. Bytes a sample: 16 for
+// the state, 16/15 x (8 + 4 + 4)/4 = 4.3 for the nodes, 1.1 more with excluded items.
 // Bytes touched a level: an update 128 (shared by the whole minibatch where a level is small, 64
 // more for a new sample or one that crosses theta), a draw 128; and 64 of states each.
 #pragma once

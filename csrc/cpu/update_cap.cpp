@@ -295,8 +295,13 @@ void hold_theta(const Table& t, uint64_t theta) {
 void update_cap(const Table& t) {
   Scalars& s = *t.scalars;
   if (!s.valid) rebuild(t);
+  if (drawn_alike(t)) {
+    s.offset = -1;
+    return;
+  }
   switch (t.flatten) {
     case Flatten::cap:
+      s.offset = 0;
       return update_theta(t);
     case Flatten::mix:
       return update_offset(t);

@@ -1,9 +1,10 @@
-// The launches of the table: update, draw, both in one, and rescale. A minibatch of up to 256 is
+// The launches of the table: update, draw, both in one, clear, and rescale. A minibatch of up to 256 is
 // one block, launched like any kernel; more blocks are launched cooperatively, since a launch's
 // phases wait for each other. Bytes touched a sample: an update 64 (state, claim) and 8 a level, a
 // draw 128 a level (192 while samples are unseen) and 64.
 #include "cuda/grid.cuh"
 #include "cuda/launch.h"
+#include "device/table_clear.h"
 #include "device/table_draw.h"
 #include "fastis.h"
 
@@ -30,6 +31,13 @@ __global__ void __launch_bounds__(kThreads, 1)
                            const Batch next_batch) {
   CudaGrid grid(table.arrivals);
   device::update_and_draw(grid, table, observation, next_batch);
+}
+
+__global__ void __launch_bounds__(kThreads, 1)
+    clear_kernel(const __grid_constant__ DeviceTable table, const int64_t* indices, int64_t n,
+                 int32_t last) {
+  CudaGrid grid(table.arrivals);
+  device::clear(grid, table, indices, n, last);
 }
 
 __global__ void __launch_bounds__(kThreads, 1)
@@ -70,6 +78,12 @@ int64_t update_and_draw(Pointer<const DeviceTable> table, const Observation& obs
                                                     *table.address, observation, next_batch);
 }
 
+int64_t clear(Pointer<const DeviceTable> table, Pointer<const int64_t> indices, int64_t n,
+              int32_t last, int64_t device, uint64_t stream) {
+  return launch_cooperative<clear_kernel>(device, stream, n, *table.address, indices.address, n,
+                                          last);
+}
+
 int64_t load_sampler(int64_t device) {
   const OnDevice on(device);
   if (on.error() != cudaSuccess) return on.error();
@@ -77,6 +91,7 @@ int64_t load_sampler(int64_t device) {
   cudaError_t error = most_blocks<update_kernel>(on.device(), most);
   if (error == cudaSuccess) error = most_blocks<draw_kernel>(on.device(), most);
   if (error == cudaSuccess) error = most_blocks<update_and_draw_kernel>(on.device(), most);
+  if (error == cudaSuccess) error = most_blocks<clear_kernel>(on.device(), most);
   if (error == cudaSuccess) error = most_blocks<rescale_kernel>(on.device(), most);
   return error;
 }

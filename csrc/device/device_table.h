@@ -1,7 +1,7 @@
 // A sampler's memory on the device: that of layout.h, with a tree of plain sums and counts (one
 // integer atomic a level adds to it, and integer atomics commute), a top level of up to 1024 nodes
 // that a block reads whole, and the partial results of a launch. Bytes a sample: 16 for the state,
-// 16/15 x (8 + 4 + 4)/4 = 4.3 for the nodes, 4 for the claims.
+// 16/15 x (8 + 4 + 4 + 4)/4 = 5.3 for the nodes, 4 for the claims.
 //
 // An item is capped, by the flag of its code, exactly if it weighs more than scalars.theta. A draw
 // finds the theta that follows from the present sums; while no weight lies between the two, as
@@ -41,6 +41,7 @@ struct DeviceTable : Table {
   uint64_t* sums = nullptr;    // [K] weights of the uncapped (seen, not capped) items below a node
   uint32_t* unseen = nullptr;  // [K] how many items below a node are unseen
   uint32_t* capped = nullptr;  // [K] how many are capped
+  uint32_t* excluded = nullptr;  // [K] how many are excluded
   uint32_t* claims = nullptr;  // [N] the position that updates a sample; kUnclaimed between updates
   Work* work = nullptr;        // [1]
   unsigned* arrivals = nullptr;  // [1] blocks that have arrived at the end of a launch

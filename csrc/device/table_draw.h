@@ -82,6 +82,8 @@ class Distribution {
                          const Top& held)
       : t_(t),
         top_(t.levels.depth - 1),
+        alike_(flattening.alike),
+        active_(active(t)),
         unseen_(flattening.unseen),
         offset_(flattening.offset),
         theta_(flattening.theta),
@@ -89,7 +91,9 @@ class Distribution {
     const Prefix all = block.template running_sums<Prefix>(
         held,
         [&](int64_t node, const TopNode& of) {
-          return Prefix{of.sum + of.unseen * unseen_ + offset_of(top_, node), of.capped};
+          const uint64_t offset = offset_of(top_, node);
+          if (alike_) return Prefix{offset, 0};
+          return Prefix{of.sum + of.unseen * unseen_ + offset, of.capped};
         },
         [&](int64_t node, const Prefix& before) {
           prefix_.weight[node] = before.weight;
@@ -107,7 +111,7 @@ class Distribution {
                                             : find_uncapped(x - capped_total_, weight);
     index = found < t_.num_samples ? found : t_.num_samples - 1;
     // 1 / (N p)
-    const double samples = static_cast<double>(t_.num_samples);
+    const double samples = static_cast<double>(active_);
     coefficient =
         static_cast<float>(static_cast<double>(total_) / (samples * static_cast<double>(weight)));
   }
@@ -146,8 +150,8 @@ class Distribution {
 
   FASTIS_HD int pick_child(int level, int64_t first, uint64_t& x) const {
     const int64_t at = t_.levels.first[level] + first;
-    uint64_t weights[kRadix];
-    read_node(t_.sums + at, weights);
+    uint64_t weights[kRadix] = {};
+    if (!alike_) read_node(t_.sums + at, weights);
     if (unseen_ != 0) {
       uint64_t unseen[kRadix];
       read_node(t_.unseen + at, unseen);
@@ -166,18 +170,25 @@ class Distribution {
 
   // What a node's items weigh more than they would without the offset.
   FASTIS_HD uint64_t offset_of(int level, int64_t node) const {
+    if (offset_ == 0) return 0;
     const int64_t span = int64_t{1} << (2 + 4 * level), left = t_.num_samples - node * span;
-    return static_cast<uint64_t>(left < 0 ? 0 : left < span ? left : span) * offset_;
+    int64_t items = left < 0 ? 0 : left < span ? left : span;
+    if (active_ < t_.num_samples) items -= t_.excluded[t_.levels.first[level] + node];
+    return static_cast<uint64_t>(items) * offset_;
   }
 
   FASTIS_HD uint64_t weight_of(const State& state) const {
-    const uint64_t beside = offset_ + (state.last < 0 ? unseen_ : 0);
+    const bool is_active = state.last != kExcluded;
+    if (alike_) return is_active;
+    const uint64_t beside = (is_active ? offset_ : 0) + (state.last == kUnseen ? unseen_ : 0);
     return uncapped_weight(state.code, exponent_of_table(t_)) +
            (state.code & kCappedFlag ? 0 : beside);
   }
 
   const DeviceTable& t_;
   int top_;
+  bool alike_;
+  int64_t active_;
   uint64_t unseen_, offset_, capped_total_ = 0, total_ = 0;
   Divisor theta_;
   TopPrefix& prefix_;
@@ -207,11 +218,36 @@ FASTIS_HD void draw_by_importance(Grid& grid, const DeviceTable& t, int64_t iter
   });
 }
 
-// The minibatch of `iteration`, the clock of draws, which stands still meanwhile.
+// A minibatch without replacement where samples are excluded.
+template <class Grid>
+FASTIS_COLD void draw_active(Grid& grid, const DeviceTable& t, int64_t iteration,
+                             const Batch& batch) {
+  ensure_tree(grid, t);
+  const InEpoch place(t, iteration);
+  const int64_t items = active(t);
+  const Permutation permutation(t.seed, place.epoch, items);
+  const auto& block = grid.block();
+  const Distribution distribution(block, t, all_alike(true), read_top(block, t));
+  grid.each(t.batch_size, [&](int64_t b) {
+    const uint64_t found = permutation(static_cast<uint64_t>((place.first + b) % items));
+    distribution.find(found, batch.indices[b], batch.weights[b]);
+  });
+}
+
+// The minibatch of `iteration`, the clock of draws, which stands still meanwhile. Of no active
+// samples any, with weights of 0, since nobody could be told.
 template <class Grid>
 FASTIS_HD void draw_minibatch(Grid& grid, const DeviceTable& t, int64_t iteration,
                               const Batch& batch) {
-  if (without_replacement(t, iteration)) {
+  const int64_t items = active(t);
+  if (items == 0) {
+    grid.each(t.batch_size, [&](int64_t b) {
+      batch.indices[b] = 0;
+      batch.weights[b] = 0;
+    });
+  } else if (without_replacement(t, iteration) && items < t.num_samples) {
+    draw_active(grid, t, iteration, batch);
+  } else if (without_replacement(t, iteration)) {
     const InEpoch place(t, iteration);
     const Permutation permutation(t.seed, place.epoch, t.num_samples);
     grid.each(t.batch_size, [&](int64_t b) {

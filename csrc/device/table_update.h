@@ -27,7 +27,10 @@ FASTIS_HD inline void claim(const DeviceTable& t, const Observation& o, int32_t 
   const int64_t index = o.indices[b];
   if (!in_table(t, index) || !usable(o.observed[b])) return;
   const int32_t last = t.states[index].last;
-  if (last < 0 || interval(now, last) > 0) atomic_min(t.claims + index, static_cast<uint32_t>(b));
+  if (last == kExcluded) return;
+  if (last == kUnseen || interval(now, last) > 0) {
+    atomic_min(t.claims + index, static_cast<uint32_t>(b));
+  }
 }
 
 // An item's new weight in the tree, on the side of theta where it belongs.
@@ -37,7 +40,7 @@ FASTIS_HD inline void move_weight(const DeviceTable& t, int64_t index, const Sta
   const uint64_t before = uncapped_weight(old.code, exponent_of_table(t));
   tally.uncapped = (is_capped ? 0 : weight) - before;
   if (tally.uncapped != 0) add_above(t, t.sums, index, tally.uncapped);
-  if (old.last < 0) add_above(t, t.unseen, index, ~0u);
+  if (old.last == kUnseen) add_above(t, t.unseen, index, ~0u);
   if (is_capped != was_capped) {
     add_above(t, t.capped, index, is_capped ? 1u : ~0u);
     atomic_add(&t.scalars->num_capped, int64_t{is_capped} - int64_t{was_capped});
@@ -53,13 +56,15 @@ FASTIS_HD inline Tally apply(const DeviceTable& t, const Observation& o, const U
   if (!in_table(t, index)) return tally;
   const float x = o.observed[b];
   if (!usable(x)) {
-    atomic_add(&t.scalars->skipped, int64_t{1});
+    const auto last = static_cast<int32_t>(
+        load_relaxed(reinterpret_cast<const uint32_t*>(&t.states[index].last)));
+    if (last != kExcluded) atomic_add(&t.scalars->skipped, int64_t{1});
     return tally;
   }
   if (load_relaxed(t.claims + index) != static_cast<uint32_t>(b)) return tally;
   store_relaxed(t.claims + index, kUnclaimed);
   const State old = t.states[index];
-  const bool fresh = old.last < 0, anew = fresh || t.tau < 0;
+  const bool fresh = old.last == kUnseen, anew = fresh || t.tau < 0;
   State state{anew ? x : old.mean, anew ? 0.0f : old.var, p.now, 0};
   observe(state.mean, state.var, x, static_cast<float>(fresh ? 1 : interval(p.now, old.last)),
           p.tau);

@@ -60,15 +60,17 @@ FASTIS_COLD void rebuild(Grid& grid, const DeviceTable& t) {
   const int e0 = exponent_of_table(t);
   grid.each(t.levels.size[0], [&](int64_t node) {
     uint64_t weight = 0;
-    uint32_t unseen = 0;
+    uint32_t unseen = 0, excluded = 0;
     for (int64_t i = node * kLeaf; i < (node + 1) * kLeaf && i < t.num_samples; ++i) {
       State& state = t.states[i];
       state.code &= ~kCappedFlag;
       weight += uncapped_weight(state.code, e0);
-      unseen += state.last < 0;
+      unseen += state.last == kUnseen;
+      excluded += state.last == kExcluded;
     }
     t.sums[node] = weight;
     t.unseen[node] = unseen;
+    t.excluded[node] = excluded;
     t.capped[node] = 0;
   });
   for (int level = 1; level < t.levels.depth; ++level) {
@@ -76,13 +78,15 @@ FASTIS_COLD void rebuild(Grid& grid, const DeviceTable& t) {
     const int64_t first = t.levels.first[level], below = t.levels.first[level - 1];
     grid.each(t.levels.size[level], [&](int64_t node) {
       uint64_t weight = 0;
-      uint32_t unseen = 0;
+      uint32_t unseen = 0, excluded = 0;
       for (int64_t child = node * kRadix; child < (node + 1) * kRadix; ++child) {
         weight += t.sums[below + child];  // 0 beyond the last
         unseen += t.unseen[below + child];
+        excluded += t.excluded[below + child];
       }
       t.sums[first + node] = weight;
       t.unseen[first + node] = unseen;
+      t.excluded[first + node] = excluded;
       t.capped[first + node] = 0;
     });
   }
@@ -95,6 +99,13 @@ FASTIS_COLD void rebuild(Grid& grid, const DeviceTable& t) {
     s.valid = 1;
   });
   grid.wait();
+}
+
+template <class Grid>
+FASTIS_HD void ensure_tree(Grid& grid, const DeviceTable& t) {
+  if (t.scalars->valid) return;
+  grid.wait();  // until every block has read that
+  rebuild(grid, t);
 }
 
 }  // namespace fastis::device

@@ -8,11 +8,16 @@
 
 namespace fastis::device {
 
-// What items are drawn with: capped ones theta, unseen ones `unseen`, and `offset` more each.
+// What active items are drawn with: capped ones theta, unseen ones `unseen`, and `offset` more each.
 struct Flattening {
   bool up_to_date;  // all flags are right for it
   uint64_t theta, unseen, offset;
+  bool alike = false;  // drawn with the offset alone
 };
+
+FASTIS_HD inline Flattening all_alike(bool up_to_date) {
+  return {up_to_date, static_cast<uint64_t>(kNoCap), 0, 1, true};
+}
 
 FASTIS_HD inline uint64_t smaller(uint64_t a, uint64_t b) { return a < b ? a : b; }
 FASTIS_HD inline uint64_t larger(uint64_t a, uint64_t b) { return a < b ? b : a; }
@@ -24,6 +29,7 @@ FASTIS_HD inline Flattening flattening_of(const DeviceTable& t) {
                  uncapped = static_cast<uint64_t>(s.uncapped);
   const uint64_t before = static_cast<uint64_t>(s.theta);
   const Unseen unseen(t);
+  if (drawn_alike(t)) return all_alike(s.valid != 0);
   if (t.flatten == Flatten::none || !s.valid) return {s.valid != 0, kNoCap, unseen.weight, 0};
   const uint64_t theta =
       water_level(t, uncapped, static_cast<uint64_t>(s.num_capped), unseen, before);
@@ -139,15 +145,15 @@ FASTIS_HD Flattening update_mix(Grid& grid, const DeviceTable& t, const Unseen& 
     t.work->turn = (turn + 1) % 3;
     s.ceiling = static_cast<int64_t>(ceiling);
   });
-  return {true, kNoCap, unseen.weight, static_cast<uint64_t>(mix_offset(t, peak, total))};
+  const int64_t offset = mix_offset(t, peak, total);
+  if (offset < 0) return all_alike(true);
+  return {true, kNoCap, unseen.weight, static_cast<uint64_t>(offset)};
 }
 
 template <class Grid>
 FASTIS_COLD Flattening update_flattening(Grid& grid, const DeviceTable& t) {
-  if (!t.scalars->valid) {
-    grid.wait();  // until every block has read that
-    rebuild(grid, t);
-  }
+  ensure_tree(grid, t);
+  if (drawn_alike(t)) return all_alike(true);
   const Unseen unseen(t);
   if (t.flatten == Flatten::cap) return update_cap(grid, t, unseen);
   if (t.flatten == Flatten::mix) return update_mix(grid, t, unseen);

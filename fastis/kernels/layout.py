@@ -5,7 +5,7 @@ layout is that of csrc/layout.h, position by position.
 
 =============  ==============  =================================================================
 ``states``    int32 [N, 4]    mean (float32 bits), variance (float32 bits), iteration of the last
-                               observation (-1: unseen), code of the importance (see math in
+                               observation (-1: unseen, -2: excluded), code of the importance (see
                                csrc/code.h). One state is 16 bytes: one cache line a sample.
 ``scalars``    int64 [24]      clocks and totals, named below
 ``variance``   float64 [12]    minibatch moments, smoothed, and what follows from them
@@ -20,7 +20,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
-from math import ceil
+from math import ceil, floor
 from threading import RLock
 from typing import Any
 
@@ -28,11 +28,12 @@ import torch
 from torch import Tensor
 
 from fastis.kernels.extension import _C
-from fastis.kernels.memory import zeros
+from fastis.kernels.memory import untouched_zeros, zeros
 
 # Positions in `scalars`.
 DRAWS, UPDATES, SKIPPED, EXPONENT, TOTAL, SEEN, UNIFORM_FROM, PAUSE, VALID = range(9)
 OTHERS_SUM, OTHERS_NUMBER = 21, 22  # of the shards beside this one; the sum as float64
+EXCLUDED = 23  # how many samples are never drawn; the others are active
 NUM_SCALARS = 24
 DURABLE_SCALARS = VALID  # the rest describes the structure and is rebuilt
 # Positions in `variance`.
@@ -53,6 +54,8 @@ DURABLE_SCALARS = VALID  # the rest describes the structure and is rebuilt
 ) = range(13)
 # Columns of `states`.
 MEAN, VAR, LAST, CODE = range(4)
+# In place of an iteration; all else in such a state is 0.
+LAST_UNSEEN, LAST_EXCLUDED = -1, -2
 
 LEAF = 4  # states below a node of the sampling tree (kLeaf in csrc/layout.h)
 LATEST = 2**31 - 1  # the iteration in a state is modulo one more
@@ -122,8 +125,19 @@ class Constants:
     @property
     def max_capped(self) -> int:
         """How many items can be above the cap at once: ceil(B/D) - 1."""
-        ratio = Fraction(self.batch_size * self.cap_denominator, self.cap_numerator)
-        return max(0, ceil(ratio) - 1)
+        return max(0, ceil(self._most_uniform) - 1)
+
+    @property
+    def max_alike(self) -> int:
+        """So many active items, or fewer, are drawn alike: no other probabilities meet the cap.
+
+        floor(B/D); 0 without a cap.
+        """
+        return 0 if self.flatten == FLATTEN["none"] else floor(self._most_uniform)
+
+    @property
+    def _most_uniform(self) -> Fraction:
+        return Fraction(self.batch_size * self.cap_denominator, self.cap_numerator)
 
 
 def _bits(n: int) -> int:
@@ -174,6 +188,14 @@ def is_paused(word: int, draw: int) -> bool:
     return (draw >= word >> 1) == bool(word & 1)
 
 
+def active(table: Table) -> int:
+    """How many samples are drawn from, all but the excluded ones: the N of coefficients.
+
+    Waits for a device.
+    """
+    return table.constants.num_samples - int(table.scalars[EXCLUDED])
+
+
 def without_replacement(table: Table, draw: int) -> bool:
     """Whether that minibatch is drawn without replacement, with coefficients of 1."""
     uniform_from, word = int(table.scalars[UNIFORM_FROM]), int(table.scalars[PAUSE])
@@ -195,6 +217,7 @@ class Table:
         self.variance[:TRACE_IS] = 0.0
         self.variance[FACTOR:] = 1.0
         self.variance[PAUSED_EFFICIENCY] = -1.0
+        self.excludes = False  # whether samples may be excluded, as far as the host knows
         self.memory: dict[str, Tensor] = {}
         # The clocks as :meth:`count_on_host` follows them; none: not known.
         self.counts_on_host = {DRAWS: 0, UPDATES: 0}
@@ -202,7 +225,7 @@ class Table:
         if constants.has_states:
             padded = -(-constants.num_samples // LEAF) * LEAF  # whole leaves for the kernels
             states = zeros((padded, 4), torch.int32, device)
-            states[:, LAST] = -1
+            states[:, LAST] = LAST_UNSEEN
             self.states = states[: constants.num_samples]
         self._tree: dict[str, Tensor] = {}
         self._view: Any = None  # of the compiled kernels
@@ -228,6 +251,7 @@ class Table:
                 "prefix": (nodes, torch.int64, 0),
                 "unseen_prefix": (nodes, torch.int32, 0),
                 "capped_prefix": (nodes, torch.int32, 0),
+                "excluded_prefix": (nodes + 1, torch.int32, None),
                 "near": (near, torch.int64, 0),
                 "listed": (2 * listed, torch.int64, 0),
                 "flipped": (listed, torch.int64, 0),
@@ -247,6 +271,7 @@ class Table:
                 "sums": (nodes, torch.int64, 0),
                 "unseen": (nodes, torch.int32, 0),
                 "capped": (nodes, torch.int32, 0),
+                "excluded": (nodes, torch.int32, 0),
                 "claims": (n, torch.int32, -1),
                 "work": (_C.DEVICE_WORK, torch.int64, 0),
                 "arrivals": (1, torch.int32, 0),
@@ -254,21 +279,25 @@ class Table:
         )
 
     def _view_of(
-        self, view: Any, layout: dict[str, tuple[int, torch.dtype, int]], **constants: int
+        self, view: Any, layout: dict[str, tuple[int, torch.dtype, int | None]], **constants: int
     ) -> int:
-        """Allocates the structure (tables with states only) and describes all tensors."""
+        """Allocates the structure (tables with states only) and describes all tensors.
+
+        By name: size, dtype, and what it is filled with; None: zeros, not touched here.
+        """
         with self.lock:  # a second view's tensors would take the place of the first's
             if type(self._view) is not view:
                 self._view = self._new_view(view, layout, **constants)
             return int(self._view.address)
 
     def _new_view(
-        self, view: type, layout: dict[str, tuple[int, torch.dtype, int]], **constants: int
+        self, view: type, layout: dict[str, tuple[int, torch.dtype, int | None]], **constants: int
     ) -> Any:
         if self.states is not None:
             for name, (size, dtype, fill) in layout.items():
-                self._tree[name] = zeros((size,), dtype, self.device)
-                if fill != 0:
+                new = untouched_zeros if fill is None else zeros
+                self._tree[name] = new((size,), dtype, self.device)
+                if fill:
                     self._tree[name].fill_(fill)
         elif "arrivals" in layout:
             self._tree["arrivals"] = zeros((1,), torch.int32, self.device)
@@ -335,6 +364,20 @@ class Table:
                 f"{least} to {most}"
             )
 
+    def check_active(self) -> None:
+        """Raises ValueError where all samples are excluded. On a device it waits for that."""
+        if self.states is not None and active(self) == 0:
+            n = self.constants.num_samples
+            raise ValueError(
+                f"there must be samples to draw from, but all {n} are excluded: reset() some first"
+            )
+
+    def is_active(self) -> Tensor:
+        """bool [N]: which samples can be drawn."""
+        if self.states is None:
+            return torch.ones(self.constants.num_samples, dtype=torch.bool, device=self.device)
+        return self.column(LAST) != LAST_EXCLUDED
+
     def column(self, position: int) -> Tensor:
         """A view of one column of the states, float32 for mean and variance."""
         assert self.states is not None
@@ -343,13 +386,13 @@ class Table:
         return self.states[:, position]
 
     def last_seen(self) -> Tensor:
-        """int64 [N]: iteration of the last observation, -1 if unseen; the latest of those that a
-        state may mean."""
+        """int64 [N]: iteration of the last observation (the latest of those that a state may mean);
+        -1 if unseen, -2 if excluded."""
         last, latest = self.column(LAST).long(), self.scalars[UPDATES] + LATE
         return torch.where(last < 0, last, latest - ((latest - last) & LATEST))
 
     def codes(self) -> Tensor:
-        """int32 [N]: the codes without the flag of capped items; 0 for unseen samples."""
+        """int32 [N]: the codes without the flag of capped items; 0 for samples without a score."""
         return self.column(CODE) & 0x7FFFFFFF
 
     def durable(self) -> dict[str, Tensor]:
@@ -375,6 +418,8 @@ class Table:
         """
         rebuilt = torch.zeros_like(self.scalars)
         rebuilt[:DURABLE_SCALARS] = state["scalars"]
+        if "states" in state:
+            rebuilt[EXCLUDED] = (state["states"][:, LAST] == LAST_EXCLUDED).sum()
         with self.lock:
             try:
                 self._take({**state, "scalars": rebuilt}, seed)
@@ -385,6 +430,7 @@ class Table:
     def _take(self, state: dict[str, Tensor], seed: int) -> None:
         self._copy(state, {**self.durable(), "scalars": self.scalars})
         self.uniform = bool(self.scalars[UNIFORM_FROM] != NEVER)
+        self.excludes = bool(self.scalars[EXCLUDED] > 0)
         self.counts_on_host.clear()
         self.constants = replace(self.constants, seed=seed)
         if self._view is not None:

@@ -49,6 +49,7 @@ def shift_of(values: Tensor) -> int:
     return first + SUM_BITS - at_most.bit_length()
 
 
-def coefficients(weights: Tensor, total: int, indices: Tensor) -> Tensor:
-    """r = 1 / (N p) = total / (N W), float32 [n], for the drawn ``indices`` int64 [n]."""
-    return (float(total) / (float(weights.numel()) * weights[indices].double())).float()
+def coefficients(weights: Tensor, total: int, indices: Tensor, number: int) -> Tensor:
+    """r = 1 / (N p) = total / (N W), float32 [n], for the drawn ``indices`` int64 [n] of N, the
+    ``number`` of items that can be drawn."""
+    return (float(total) / (float(number) * weights[indices].double())).float()

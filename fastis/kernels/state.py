@@ -75,12 +75,13 @@ def smoothed(table: Table, i: Tensor | slice, x: Tensor, updates: int) -> tuple[
 
 
 def observe_all(table: Table, observed: Tensor, iteration: int) -> None:
-    """Observes every sample that has not been observed in ``iteration``; float32 [N]. O(N).
+    """Observes every active sample that has not been observed in ``iteration``; float32 [N]. O(N).
 
     Of the states alone: :func:`rescale` of the backend in use has to follow.
     """
-    usable = observed.abs() < LARGEST_SCORE
-    table.scalars[SKIPPED] += (~usable).sum()
+    usable, is_active = observed.abs() < LARGEST_SCORE, table.is_active()
+    table.scalars[SKIPPED] += (~usable & is_active).sum()
+    usable &= is_active
     usable &= interval(table.column(LAST), iteration) > 0
     new = smoothed(table, slice(None), observed, iteration)
     for at, values in zip((MEAN, VAR), new, strict=True):

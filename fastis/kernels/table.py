@@ -1,8 +1,8 @@
 """The contract of the table column: what every backend's table takes and fills.
 
 ``fastis/kernels/{reference,cpu,cuda}/table.py`` have ``update(table, observation)``,
-``refresh(table, indices, observed)``, ``fold(table, observation, iteration)``, ``draw(table,
-batch)``, ``update_and_draw(table, observation, next_batch)`` and ``rescale(table)``, with the
+``fold(table, observation, iteration)``, ``clear(table, indices, last)``, ``draw(table, batch)``,
+``update_and_draw(table, observation, next_batch)`` and ``rescale(table)``, with the
 :class:`fastis.kernels.layout.Table` of a sampler; ``shard_total(table, theta)`` and
 ``draw_share(table, share, batch)``, with that of a shard (:mod:`fastis.kernels.shards`); and
 ``IS_ATOMIC``: whether an update, a fold or a draw is one call that holds the GIL. Other threads'

@@ -20,7 +20,17 @@ from fastis import check
 from fastis.batch import Scored
 from fastis.kernels import kernels_for
 from fastis.kernels.flatten import distribution
-from fastis.kernels.layout import DRAWS, FACTOR, GAIN, NEVER, PAUSE, UNIFORM_FROM, UPDATES, Table
+from fastis.kernels.layout import (
+    DRAWS,
+    FACTOR,
+    GAIN,
+    LAST_EXCLUDED,
+    NEVER,
+    PAUSE,
+    UNIFORM_FROM,
+    UPDATES,
+    Table,
+)
 from fastis.kernels.table import Batch, Observation
 from fastis.kernels.variance import ESTIMATORS
 from fastis.saved import Range
@@ -69,6 +79,8 @@ class Method:
     has_coefficients: ClassVar[bool] = True
     # Is the table one of scores, so that such may come from elsewhere (:meth:`fold`)?
     folds: ClassVar[bool] = False
+    # Can samples be reset and excluded (:meth:`clear`)?
+    renews: ClassVar[bool] = False
     # Does the learning rate follow N_ems (:meth:`lr_factor`)? If not, the factor is 1.
     adjusts_lr: ClassVar[bool] = False
 
@@ -140,23 +152,9 @@ class Method:
         if len(observation.indices) > 0:
             table.tick_on_host(UPDATES)
 
-    def refresh(self, table: Table, observation: Observation) -> None:
-        """What was scored outside of the draws: no iteration, and no part of the variance.
-
-        Raises
-        ------
-        TypeError
-            for a method that does not average the scores of the samples.
-        IndexError
-            as :meth:`update`.
-        """
-        raise TypeError(
-            f"method {self.name!r} learns from its own minibatches alone: refresh() is for those "
-            "that average each sample's score, emais and loss"
-        )
-
-    def fold(self, table: Table, observation: Observation, iteration: int) -> None:
-        """Scores that another process computed with the parameters of ``iteration``.
+    def fold(self, table: Table, observation: Observation, iteration: int | None) -> None:
+        """Scores from outside of the draws, of the parameters of ``iteration`` (None: the present
+        one): the states learn of them, and neither the variance averages nor the clock.
 
         Raises
         ------
@@ -164,6 +162,12 @@ class Method:
             as :meth:`update`.
         """
         kernels_for("table", table.device.type).fold(table, observation, iteration)
+
+    def clear(self, table: Table, indices: Tensor, last: int) -> None:
+        """Makes samples unseen or excluded, as ``last`` says: ``LAST_UNSEEN`` or
+        ``LAST_EXCLUDED``. A method with ``renews`` that remembers more of a sample forgets it."""
+        kernels_for("table", table.device.type).clear(table, indices, last)
+        table.excludes |= last == LAST_EXCLUDED
 
     def update_and_draw(self, table: Table, observation: Observation, next_batch: Batch) -> None:
         """:meth:`update`, then :meth:`draw` into ``next_batch``; by one kernel if ``fused``."""
@@ -191,12 +195,13 @@ class Method:
         return table.scalars.new_full((), table.states is None, dtype=torch.bool)
 
     def probabilities(self, table: Table) -> Tensor:
-        """float64 [N]: the probabilities of each draw of the next minibatch. O(N)."""
-        n = table.constants.num_samples
+        """float64 [N]: the probabilities of each draw of the next minibatch; 0 for all where all
+        samples are excluded. O(N)."""
         if table.states is None or PHASES[int(self.phase(table))] != "importance":
-            return torch.full((n,), 1 / n, dtype=torch.float64, device=table.device)
+            weights = table.is_active().double()
+            return weights / weights.sum().clamp(min=1)
         drawn = distribution(table)
-        return drawn.weights.double() / float(drawn.total)
+        return drawn.weights.double() / float(max(drawn.total, 1))
 
     def lr_factor(self, table: Table, rule: str) -> Tensor:
         """0-d float64: what SGD's learning rate is multiplied with, by the "linear" or "gain"."""

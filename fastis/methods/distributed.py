@@ -14,8 +14,10 @@ from fastis.kernels import kernels_for, layout
 from fastis.kernels.layout import (
     CODE,
     DRAWS,
+    EXCLUDED,
     EXPONENT,
     LAST,
+    LAST_UNSEEN,
     LATE,
     LATEST,
     MEAN,
@@ -76,6 +78,7 @@ class Distributed(Method):
     name: ClassVar[str] = "distributed"
     has_states: ClassVar[bool] = True
     folds: ClassVar[bool] = True
+    renews: ClassVar[bool] = True
 
     constant: float = 0.1
     max_age: int | None = None
@@ -114,8 +117,12 @@ class Distributed(Method):
                 forget_stale(table, self.max_age)
         self._pause_while_few(table)
 
-    def fold(self, table: Table, observation: Observation, iteration: int) -> None:
+    def fold(self, table: Table, observation: Observation, iteration: int | None) -> None:
         super().fold(table, self._with_constant(table, observation), iteration)
+        self._pause_while_few(table)
+
+    def clear(self, table: Table, indices: Tensor, last: int) -> None:
+        super().clear(table, indices, last)
         self._pause_while_few(table)
 
     def _with_constant(self, table: Table, observation: Observation) -> Observation:
@@ -130,15 +137,16 @@ class Distributed(Method):
 
     def _pause_while_few(self, table: Table) -> None:
         """Uniform draws from the next one on, or the end of them, as many scores as there are."""
-        scalars, least = table.scalars, self.min_usable * table.constants.num_samples
+        scalars, n = table.scalars, table.constants.num_samples
         if may_read(table.device):  # the same at once
             counts = scalars.tolist()
-            is_few, is_paused = counts[SEEN] < least, layout.is_paused(counts[PAUSE], counts[DRAWS])
+            is_few = counts[SEEN] < self.min_usable * (n - counts[EXCLUDED])
+            is_paused = layout.is_paused(counts[PAUSE], counts[DRAWS])
             if is_few != is_paused:
                 scalars[PAUSE] = counts[DRAWS] * 2 + is_few
             return
         draws, word = scalars[DRAWS], scalars[PAUSE]
-        few = scalars[SEEN] < least
+        few = scalars[SEEN] < self.min_usable * (n - scalars[EXCLUDED]).double()
         paused = (draws >= word >> 1) == (word & 1).bool()
         scalars[PAUSE].copy_(torch.where(few == paused, word, draws * 2 + few))
 
@@ -162,7 +170,7 @@ def forget_stale(table: Table, max_age: int) -> None:
     last, scalars = table.column(LAST), table.scalars
     age = ((scalars[UPDATES] & LATEST) - last) & LATEST
     stale = (last >= 0) & (age > max_age) & (age <= LATEST - LATE)
-    for at, value in ((MEAN, 0.0), (VAR, 0.0), (LAST, -1), (CODE, 0)):
+    for at, value in ((MEAN, 0.0), (VAR, 0.0), (LAST, LAST_UNSEEN), (CODE, 0)):
         table.column(at).masked_fill_(stale, value)
     kernels_for("table", table.device.type).rescale(table)
     none = scalars[SEEN] == 0  # of whom a rescale leaves the totals as they were

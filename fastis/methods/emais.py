@@ -69,6 +69,7 @@ class EMAIS(Method):
     has_states: ClassVar[bool] = True
     fused: ClassVar[bool] = True  # without a score_fn
     folds: ClassVar[bool] = True
+    renews: ClassVar[bool] = True
     adjusts_lr: ClassVar[bool] = True
 
     tau: str | float = "linear"
@@ -146,10 +147,6 @@ class EMAIS(Method):
         if refreshed is not None:
             observe_all(table, refreshed, iteration)
             kernels_for("table", table.device.type).rescale(table)
-
-    def refresh(self, table: Table, observation: Observation) -> None:
-        kernels = kernels_for("table", table.device.type)
-        kernels.refresh(table, observation.indices, observation.observed)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastis import check
 from fastis.batch import Scored
-from fastis.kernels.layout import DRAWS, Table, may_read
+from fastis.kernels.layout import DRAWS, LAST, LAST_UNSEEN, UPDATES, Table, may_read
 from fastis.kernels.state import LARGEST_SCORE
 from fastis.kernels.table import Batch, Observation
 from fastis.methods.weighted import Distinct, Weighted, assign
@@ -27,8 +27,9 @@ class Prioritized(Weighted):
 
         p_i ~ (l_i + 1e-8)^alpha;   weights = (1/(N p))^beta / (their maximum in the minibatch)
 
-    Samples without a loss so far have the largest priority so far; on a GPU every update sets it
-    anew, which costs O(N) and waits for nothing. The estimate is biased until beta reaches 1, and
+    Samples without a loss so far, new ones in a ring buffer (:meth:`fastis.Sampler.reset`) among
+    them, have the largest priority so far; on a GPU every update sets it anew, which costs O(N) and
+    waits for nothing. The estimate is biased until beta reaches 1, and
     then unbiased up to the minibatch's scale.
 
     Parameters
@@ -52,6 +53,7 @@ class Prioritized(Weighted):
 
     name: ClassVar[str] = "prioritized"
     has_coefficients: ClassVar[bool] = False  # in part
+    renews: ClassVar[bool] = True
     memory_ranges: ClassVar[dict[str, Range]] = {
         "known": Range(0, 1),
         "largest": Range(0.0, LARGEST_SCORE),
@@ -92,6 +94,20 @@ class Prioritized(Weighted):
         losses = out.losses
         # 0 times the loss: what is not finite stays so, also for alpha = 0.
         return (losses.abs() + _EPSILON) ** self.alpha + 0 * losses
+
+    def clear(self, table: Table, indices: Tensor, last: int) -> None:
+        super().clear(table, indices, last)
+        known = table.memory["known"]
+        if may_read(table.device):
+            known[indices] = False
+        else:  # nobody has looked whether they are in range
+            known &= table.column(LAST) >= 0
+        # As of the iteration before, since the present one is to observe these samples.
+        iteration = table.count_on_host(UPDATES) - 1
+        if last == LAST_UNSEEN and iteration >= 0:
+            priority = table.memory["largest"].expand(len(indices)).contiguous()
+            observation = Observation(indices, priority, priority, priority, None)
+            super().fold(table, observation, iteration)
 
     def learn(self, table: Table, observation: Observation, kept: Distinct) -> None:
         self.update_table(table, observation)

@@ -42,7 +42,8 @@ def score(score_fn: ScoreFn, indices: Tensor, pick: Callable[[Scored], Tensor]) 
 
 
 def score_all(score_fn: ScoreFn, table: Table, pick: Callable[[Scored], Tensor]) -> Tensor:
-    """float32 [N]: the same of all samples, in calls of at most 1000 of them."""
-    n = table.constants.num_samples
-    parts = torch.arange(n, device=table.device).split(_CHUNK)
-    return torch.cat([score(score_fn, part, pick) for part in parts])
+    """float32 [N]: the same of all samples, in calls of at most 1000; 0 of excluded ones."""
+    everything = torch.arange(table.constants.num_samples, device=table.device)
+    wanted = everything[table.is_active()] if table.excludes else everything
+    found = torch.cat([score(score_fn, part, pick) for part in wanted.split(_CHUNK)])
+    return found.new_zeros(len(everything)).index_copy_(0, wanted, found)

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from fastis import check
 from fastis.kernels import kernels_for
-from fastis.kernels.layout import LAST, LATEST, MEAN, UPDATES, VAR, Table, may_read
+from fastis.kernels.layout import (
+    LAST,
+    LAST_UNSEEN,
+    LATEST,
+    MEAN,
+    UPDATES,
+    VAR,
+    Table,
+    may_read,
+)
 from fastis.kernels.state import LARGEST_SCORE, first_positions
 from fastis.kernels.table import Batch, Observation
 from fastis.methods.base import Method
@@ -88,7 +97,7 @@ def usable(observed: Tensor) -> Tensor:
 
 
 class Distinct(NamedTuple):
-    """What counts of a minibatch: the first usable observation of every distinct sample.
+    """What counts of a minibatch: the first usable observation of every distinct active sample.
 
     On the CPU m is their number. A device would have to be waited for to know it; there m is n, and
     what is left over repeats the last of them, so that writing it again changes nothing.
@@ -124,7 +133,8 @@ def distinct(table: Table, observation: Observation) -> Distinct:
 
     A device leaves rows out of range out, as its kernels do: nothing here waits for it.
     """
-    indices, good = observation.indices, usable(observation.observed)
+    indices = observation.indices
+    good = usable(observation.observed) & table.is_active()[clamped(table, indices)]
     if may_read(indices.device):
         at = first_positions(indices, good)
         counts = torch.ones_like(at, dtype=torch.bool)
@@ -154,15 +164,17 @@ def epoch_ended(table: Table, updates: int = 0) -> int:
 
 
 def assign(table: Table, weights: Tensor, which: Tensor | None = None) -> None:
-    """Gives all samples (or those where ``which`` bool [N] is true) the ``weights`` float32 [N].
+    """Gives all active samples (or those where ``which`` bool [N] is true) the ``weights``.
 
-    O(N). Weights of 0 become the least that the table can hold. Samples keep the iteration of their
-    last observation; those without one get the present, since without they would have no weight.
+    float32 [N], O(N). Weights of 0 become the least that the table can hold. Samples keep the
+    iteration of their last observation; those without one get the present, since without they
+    would have no weight.
     """
     weights = weights.clamp(-LARGEST_SCORE, LARGEST_SCORE)  # as those of a minibatch are
     now = ((table.scalars[UPDATES] - 1).clamp(min=0) & LATEST).int()
-    last = torch.where(table.column(LAST) < 0, now, table.column(LAST))
+    last = torch.where(table.column(LAST) == LAST_UNSEEN, now, table.column(LAST))
+    which = table.is_active() if which is None else which & table.is_active()
     for at, values in ((MEAN, weights), (VAR, torch.zeros_like(weights)), (LAST, last)):
         column = table.column(at)
-        column[:] = values if which is None else torch.where(which, values, column)
+        column[:] = torch.where(which, values, column)
     kernels_for("table", table.device.type).rescale(table)

@@ -6,12 +6,14 @@
 #include "inverse_cdf.h"
 
 void fastis::out_of_memory() { throw std::bad_alloc(); }
+void fastis::all_are_excluded(int64_t) { throw std::domain_error("all samples are excluded"); }
 
 #define FASTIS_EMULATED(name) FASTIS_DEFINE(m, #name, &fastis::emulated::name)
 
 PYBIND11_MODULE(native, m) {
   FASTIS_EMULATED(update)
   FASTIS_EMULATED(draw)
+  FASTIS_EMULATED(clear)
   FASTIS_EMULATED(rescale)
   FASTIS_EMULATED(update_and_draw)
   FASTIS_EMULATED(reduce)

@@ -121,6 +121,12 @@ def uniform_alone(sampler, batch, rank):
     learn(sampler, batch, 0)
 
 
+def excludes_alone(sampler, batch, rank):
+    if rank:
+        sampler.exclude(torch.arange(40))
+    learn(sampler, batch, 0)
+
+
 def with_another_gradient(sampler, batch, rank):
     score = scores(batch.indices)
     sampler.update(batch, Observation(score, score, torch.ones(3 + rank)))
@@ -145,6 +151,7 @@ APART = [
     (mixes_alone, "update of another minibatch than was drawn is False on rank 0 and True"),
     (corrects_alone, "correction is 1.0 on rank 0 and 0.75 on rank 1"),
     (uniform_alone, "uniform_from is 4611686018427387904 on rank 0 and 40 on rank 1"),
+    (excludes_alone, r"total is \d+ on rank 0 and \d+ on rank 1"),
     (with_another_gradient, r"len\(out.mean_grad\) is 3 on rank 0 and 4 on rank 1"),
     (without_a_gradient, r"len\(out.mean_grad\) is 3 on rank 0 and -1 on rank 1"),
     (with_another_state, "skipped is 0 on rank 0 and 7 on rank 1"),

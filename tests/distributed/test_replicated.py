@@ -124,6 +124,17 @@ def with_non_finite_scores(sampler, batch, step):
     sampler.update(batch, torch.where(batch.indices % 7 == step % 7, torch.nan, score))
 
 
+def while_samples_come_and_go(sampler, batch, step):
+    """Also some of the minibatch that is being learnt from."""
+    if step % 3 == 0:
+        sampler.exclude(torch.arange(step, step + 40))
+    if step % 5 == 4:
+        sampler.reset(torch.arange(step, N, 4))
+    learn(sampler, batch, step)
+    if step % 7 == 6:
+        sampler.reset(torch.arange(step))
+
+
 def with_correction(sampler, batch, step):
     sampler.correction = 0.5 + step / 200
     learn(sampler, batch, step)
@@ -160,7 +171,7 @@ def moved(sampler, batch, step):
 
 STEPS = [
     *(in_parts, by_scores, with_non_finite_scores, with_correction, uniform_for_a_while),
-    *(read_at_once, with_new_tensors, written_to, moved),
+    *(read_at_once, with_new_tensors, written_to, moved, while_samples_come_and_go),
 ]
 
 

@@ -11,6 +11,7 @@ from fastis.kernels.reference import table as reference
 from fastis.kernels.table import Batch, Observation, ShardTotal, Share
 
 _WORD = 2**64 - 1
+_PRESENT = -1  # the iteration of a fold
 IS_ATOMIC = True  # an update or a draw is one call, which holds the GIL
 
 
@@ -29,17 +30,16 @@ def update(table: Table, observation: Observation) -> None:
     )
 
 
-def refresh(table: Table, indices: Tensor, observed: Tensor) -> None:
-    """See :func:`fastis.kernels.reference.table.refresh`."""
-    addresses = indices.data_ptr(), 0, observed.data_ptr(), 0
-    _C.update(table.handle, *addresses, indices.numel(), 0, 0)
-
-
-def fold(table: Table, observation: Observation, iteration: int) -> None:
+def fold(table: Table, observation: Observation, iteration: int | None) -> None:
     """See :func:`fastis.kernels.reference.table.fold`."""
     indices, _, observed, _, _ = observation
     addresses = indices.data_ptr(), 0, observed.data_ptr(), 0, indices.numel(), 0, 0
-    _C.fold(table.handle, *addresses, iteration)
+    _C.fold(table.handle, *addresses, _PRESENT if iteration is None else iteration)
+
+
+def clear(table: Table, indices: Tensor, last: int) -> None:
+    """See :func:`fastis.kernels.reference.table.clear`."""
+    _C.clear(table.handle, indices.data_ptr(), indices.numel(), last)
 
 
 def rescale(table: Table) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastis.kernels.cuda.launch import launch
 from fastis.kernels.extension import _C
-from fastis.kernels.layout import LATE, PAUSE, UPDATES, Table
+from fastis.kernels.layout import LATE, UPDATES, Table
 from fastis.kernels.reference import table as reference
 from fastis.kernels.table import Batch, Observation, ShardTotal, Share
 
@@ -20,31 +20,36 @@ def update(table: Table, observation: Observation) -> None:
         launch(_C.cuda_update, table.device, table.device_handle, *_addresses(observation))
 
 
-def refresh(table: Table, indices: Tensor, observed: Tensor) -> None:
-    """See :func:`fastis.kernels.reference.table.refresh`. Indices out of range are left out."""
+def fold(table: Table, observation: Observation, iteration: int | None) -> None:
+    """See :func:`fastis.kernels.reference.table.fold`. Indices out of range are left out, and all
+    scores, as if they were no numbers, where the iteration is still to come or ``LATE`` ago.
+
+    The update's kernel without weights and score; the clock, which it leaves as it is, stands at
+    ``iteration`` meanwhile. All of it in the order of the stream, for which nothing waits.
+    """
+    if iteration is None:
+        return _learn(table, observation.indices, observation.observed)
+    clock = table.scalars[UPDATES]
+    present = clock.clone()
+    age = present - iteration
+    observed = observation.observed.masked_fill((age < 0) | (age >= LATE), torch.nan)
+    clock.fill_(iteration)
+    _learn(table, observation.indices, observed)
+    clock.copy_(present)
+
+
+def _learn(table: Table, indices: Tensor, observed: Tensor) -> None:
+    """The part of an update that concerns the states."""
     if indices.numel() > 0:
         addresses = indices.data_ptr(), 0, observed.data_ptr(), 0
         launch(_C.cuda_update, table.device, table.device_handle, *addresses, len(indices), 0, 0)
 
 
-def fold(table: Table, observation: Observation, iteration: int) -> None:
-    """See :func:`fastis.kernels.reference.table.fold`. Indices out of range are left out, and all
-    scores, as if they were no numbers, where the iteration is still to come or ``LATE`` ago.
-
-    The update's kernel, for which the clock stands at ``iteration`` meanwhile; what else it moves
-    is put back. All of it in the order of the stream, for which nothing waits.
-    """
-    if observation.indices.numel() == 0:
-        return
-    scalars, variance = table.scalars, table.variance
-    updates, pause, moments = scalars[UPDATES].clone(), scalars[PAUSE].clone(), variance.clone()
-    age = updates - iteration
-    observed = observation.observed.masked_fill((age < 0) | (age >= LATE), torch.nan)
-    scalars[UPDATES].fill_(iteration)
-    update(table, observation._replace(observed=observed))
-    scalars[UPDATES].copy_(updates)
-    scalars[PAUSE].copy_(pause)
-    variance.copy_(moments)
+def clear(table: Table, indices: Tensor, last: int) -> None:
+    """See :func:`fastis.kernels.reference.table.clear`. Indices out of range are left out."""
+    if indices.numel() > 0:
+        arguments = indices.data_ptr(), indices.numel(), last
+        launch(_C.cuda_clear, table.device, table.device_handle, *arguments)
 
 
 def rescale(table: Table) -> None:

@@ -44,7 +44,10 @@ def draw(weights: IntegerWeights, seed: int, first: int, count: int) -> Batch:
     """Draws ``first`` ... of the stream of ``seed``, [count]."""
     points = random_below(weights.total, seed, first, count, weights.values.device)
     indices = torch.searchsorted(weights.prefix, points, right=True)
-    return Batch(indices, coefficients(integer_weights(weights), weights.total, indices))
+    return Batch(
+        indices,
+        coefficients(integer_weights(weights), weights.total, indices, weights.values.numel()),
+    )
 
 
 def alias_build(weights: IntegerWeights) -> Tensor:
@@ -72,7 +75,7 @@ def alias_build(weights: IntegerWeights) -> Tensor:
     filled = reached[torch.searchsorted(reached, surplus)]
     own[heavy] = capacity[heavy] + surplus - filled
     alias[heavy[:-1]] = heavy[1:]
-    r = coefficients(w, total, torch.arange(n, device=w.device))
+    r = coefficients(w, total, torch.arange(n, device=w.device), n)
     second = torch.stack([r, r[alias]], dim=1).view(torch.int64)
     return torch.cat([(own << index_bits(n) | alias)[:, None], second], dim=1)
 

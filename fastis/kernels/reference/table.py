@@ -13,9 +13,12 @@ from fastis.kernels.flatten import Distribution, distribution, others_of, unflat
 from fastis.kernels.layout import (
     CODE,
     DRAWS,
+    EXCLUDED,
     EXPONENT,
     LAST,
+    LAST_EXCLUDED,
     MEAN,
+    NO_EXPONENT,
     SCHEMES,
     SEEN,
     SKIPPED,
@@ -25,6 +28,7 @@ from fastis.kernels.layout import (
     VALID,
     VAR,
     Table,
+    active,
     without_replacement,
 )
 from fastis.kernels.quantize import coefficients
@@ -66,23 +70,9 @@ def update(table: Table, observation: Observation) -> None:
     table.scalars[UPDATES] += 1
 
 
-def refresh(table: Table, indices: Tensor, observed: Tensor) -> None:
-    """The part of an update that concerns the states: no iteration, no moments.
-
-    Samples that the present iteration has observed already stay as they are.
-
-    Raises
-    ------
-    IndexError
-        as :func:`update`.
-    """
-    table.check_indices(indices)
-    if indices.numel() > 0:
-        _update_state(table, indices, observed, int(table.scalars[UPDATES]))
-
-
-def fold(table: Table, observation: Observation, iteration: int) -> None:
-    """The observed scores alone, as of a possibly past ``iteration``: neither moments nor clock.
+def fold(table: Table, observation: Observation, iteration: int | None) -> None:
+    """The part of an update that concerns the states, as of a possibly past ``iteration`` (None:
+    the present one): neither moments nor clock.
 
     A sample that was observed in that iteration or later stays as it is. The weights, the score and
     the mean gradient of the observation are not read; the table has states.
@@ -94,7 +84,33 @@ def fold(table: Table, observation: Observation, iteration: int) -> None:
     """
     table.check_indices(observation.indices)
     if observation.indices.numel() > 0:
-        _update_state(table, observation.indices, observation.observed, iteration)
+        at = int(table.scalars[UPDATES]) if iteration is None else iteration
+        _update_state(table, observation.indices, observation.observed, at)
+
+
+def clear(table: Table, indices: Tensor, last: int) -> None:
+    """These samples have no score any more: they are unseen or excluded, as ``last`` says, which is
+    ``LAST_UNSEEN`` or ``LAST_EXCLUDED``. The table has states.
+
+    Raises
+    ------
+    IndexError
+        as :func:`update`.
+    """
+    assert table.states is not None
+    table.check_indices(indices, "indices")
+    scalars, i = table.scalars, torch.unique(indices)
+    before, had_seen = table.column(LAST)[i], int(scalars[SEEN]) > 0
+    if had_seen:
+        scalars[TOTAL] -= weight_of(table.codes()[i], int(scalars[EXPONENT])).sum()
+    scalars[SEEN] -= (before >= 0).sum()
+    scalars[EXCLUDED] += len(i) * (last == LAST_EXCLUDED) - (before == LAST_EXCLUDED).sum()
+    table.states[i] = table.states.new_tensor([0, 0, last, 0])
+    scalars[VALID] = 0
+    if had_seen and int(scalars[SEEN]) == 0:  # as in the beginning
+        scalars[EXPONENT] = NO_EXPONENT
+    elif _exceeds_limit(table):
+        rescale(table)
 
 
 def _update_state(table: Table, indices: Tensor, observed: Tensor, updates: int) -> None:
@@ -102,9 +118,9 @@ def _update_state(table: Table, indices: Tensor, observed: Tensor, updates: int)
     iteration ``updates``."""
     constants, scalars = table.constants, table.scalars
     total, seen, e0 = (int(scalars[at]) for at in (TOTAL, SEEN, EXPONENT))
-    usable = observed.abs() < LARGEST_SCORE
-    scalars[SKIPPED] += (~usable).sum()
-    keep = first_positions(indices, usable)
+    usable, is_active = observed.abs() < LARGEST_SCORE, table.is_active()[indices]
+    scalars[SKIPPED] += (~usable & is_active).sum()
+    keep = first_positions(indices, usable & is_active)
     keep = keep[interval(table.column(LAST)[indices[keep]], updates) > 0]
     i, x = indices[keep], observed[keep]
 
@@ -133,7 +149,7 @@ def _update_state(table: Table, indices: Tensor, observed: Tensor, updates: int)
 def _exceeds_limit(table: Table) -> bool:
     """Is the sum of all weights, those of the unseen included, more than a draw can take?"""
     total, seen = int(table.scalars[TOTAL]), int(table.scalars[SEEN])
-    of_unseen = (table.constants.num_samples - seen) * (total // seen) if seen else 0
+    of_unseen = (active(table) - seen) * (total // seen) if seen else 0
     return total + of_unseen > table.constants.total_limit
 
 
@@ -175,7 +191,15 @@ def update_and_draw(table: Table, observation: Observation, next_batch: Batch) -
 
 
 def draw(table: Table, batch: Batch) -> None:
-    """The next minibatch, into ``indices`` int64 [B] and ``weights`` float32 [B]; ticks DRAWS."""
+    """The next minibatch, into ``indices`` int64 [B] and ``weights`` float32 [B]; ticks DRAWS.
+
+    Raises
+    ------
+    ValueError
+        where all samples are excluded, before anything has changed. (A backend that would have to
+        wait for the device to know draws any sample, with weights of 0.)
+    """
+    table.check_active()
     indices, weights = batch
     constants = table.constants
     iteration = int(table.scalars[DRAWS])
@@ -183,7 +207,10 @@ def draw(table: Table, batch: Batch) -> None:
     positions = torch.arange(constants.batch_size, device=indices.device)
     if without_replacement(table, iteration):
         epoch, first = _in_epoch(table, iteration)
-        indices.copy_(permute(constants.seed, epoch, constants.num_samples, first + positions))
+        items = active(table)
+        found = permute(constants.seed, epoch, items, (first + positions) % items)
+        excludes = items < constants.num_samples
+        indices.copy_(torch.nonzero(table.is_active()).flatten()[found] if excludes else found)
         weights.fill_(1.0)
     elif table.states is None:
         words = random_words(constants.seed, STREAM_DRAW, iteration, positions)
@@ -226,7 +253,7 @@ def _held_at(table: Table, theta: int) -> Distribution:
     raw = unflattened(table)
     capped = torch.nonzero((table.column(LAST) >= 0) & (raw > theta)).flatten()
     weights = raw.clamp(max=theta)
-    return Distribution(weights, int(weights.sum()), capped)
+    return Distribution(weights, int(weights.sum()), len(weights), capped)
 
 
 def _points_of_all(table: Table, share: Share, iteration: int) -> list[int]:
@@ -267,11 +294,15 @@ def _in_epoch(table: Table, draw: int) -> tuple[int, int]:
     position there.
 
     Epochs of the warm-up are counted; later ones have the number of their first minibatch, which is
-    no epoch's of the warm-up. Those that the user asks for are whole.
+    no epoch's of the warm-up. Those that the user asks for are whole. An epoch is one of the active
+    samples; of fewer than B it is a minibatch, which begins again where it ends.
     """
     constants, uniform_from = table.constants, int(table.scalars[UNIFORM_FROM])
+    length, items = constants.batches_per_epoch, active(table)
+    if items < constants.num_samples:
+        length = max(1, items // constants.batch_size)
     since = draw - uniform_from if draw >= uniform_from else draw
-    epoch, minibatch = divmod(since, constants.batches_per_epoch)
+    epoch, minibatch = divmod(since, length)
     in_warmup = draw < constants.warmup_draws
     return epoch if in_warmup else draw - minibatch, minibatch * constants.batch_size
 
@@ -298,7 +329,7 @@ def _inverse_cdf(drawn: Distribution, points: Tensor, indices: Tensor, weights: 
     order = torch.cat([drawn.capped, torch.nonzero(uncapped).flatten()])
     prefix = torch.cumsum(drawn.weights[order], 0)
     indices.copy_(order[torch.searchsorted(prefix, points, right=True)])
-    weights.copy_(coefficients(drawn.weights, drawn.total, indices))
+    weights.copy_(coefficients(drawn.weights, drawn.total, indices, drawn.active))
 
 
 def _slice_points(positions: Tensor, offsets: Tensor, total: int, batch_size: int) -> Tensor:
