@@ -43,6 +43,7 @@ from fastis.estimators import per_sample_gradients, population_traces
 from fastis.methods import Prioritized
 
 try:
+    from tensordict import TensorDict
     from torchrl._torchrl import SumSegmentTreeFp32  # noqa: F401
     from torchrl.data import LazyTensorStorage, PrioritizedReplayBuffer
 except ImportError:  # not installed, or built for another torch
@@ -89,15 +90,9 @@ class TorchRL:
         )
         self.growth = (1 - BETA) / total_steps
 
-    def add(self, state: Any, action: Any, next_state: Any, goes_on: Any) -> None:
-        self.buffer.add(
-            {
-                "state": torch.as_tensor(state),
-                "action": torch.as_tensor(action),
-                "next_state": torch.as_tensor(next_state),
-                "goes_on": torch.as_tensor(goes_on),
-            }
-        )
+    def add(self, *transition: Any) -> None:
+        columns = Transitions(*map(torch.as_tensor, transition))
+        self.buffer.add(TensorDict(columns._asdict(), batch_size=[]))
 
     def sample(self) -> tuple[Transitions, Tensor]:
         drawn, info = self.buffer.sample(return_info=True)
@@ -204,7 +199,7 @@ def fill(replay: Replay, capacity: int) -> None:
     )
     errors = torch.empty(capacity).log_normal_()
     if isinstance(replay, TorchRL):
-        found = replay.buffer.extend(tensordict(columns))
+        found = replay.buffer.extend(TensorDict(columns._asdict(), batch_size=[capacity]))
         replay.buffer.update_priority(found, errors)
         return
     assert isinstance(replay, Uniform | PrioritizedReplay)
@@ -213,12 +208,6 @@ def fill(replay: Replay, capacity: int) -> None:
         everything = torch.arange(capacity)
         replay.sampler.reset(everything)
         replay.sampler.update(fastis.Batch(everything, torch.ones(capacity)), errors)
-
-
-def tensordict(columns: Transitions) -> Any:
-    from tensordict import TensorDict
-
-    return TensorDict(columns._asdict(), batch_size=[len(columns.action)])
 
 
 # ---- learning
