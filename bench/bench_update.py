@@ -7,12 +7,18 @@ variance, the last iteration and the importance of every sample that was drawn, 
 minibatch's variance moments. Results are compared first; then the two take turns, and the ratio is
 the median over rounds. Bytes moved: 16 a sample of the table, read and written, 20 of the batch.
 
-Targets: 4096 samples of a table of 1e6, one thread: at most 0.10.
+Then samples that come and go: 1000 of a table, with scores and a tree, are excluded and reset. The
+next draw has to follow; it is compared with the draws after it.
+
+Targets: 4096 samples of a table of 1e6, one thread: at most 0.10. 1000 of 1e6 excluded, and reset:
+at most 0.3 ms each.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
+import time
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -26,6 +32,7 @@ from fastis import ScoredLoss
 
 TARGETS = {(4096, 1_000_000): 0.10}
 CASES = ((128, 60_000), (128, 1_000_000), (4096, 1_000_000))
+RENEWED, RENEWAL_TARGET_US = 1000, 300.0
 
 
 class Eager:
@@ -94,6 +101,44 @@ def measure(batch_size: int, n: int, rounds: int) -> Times:
     return interleaved(contenders, rounds=rounds, turn=0.01)
 
 
+def measure_renewal(n: int, rounds: int) -> dict[str, float]:
+    """Microseconds, medians: of samples with scores, other ones in every round."""
+    sampler = fastis.Sampler(n, 128, method=fastis.methods.EMAIS(warmup_epochs=0), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    score = torch.empty(n).log_normal_(0, 1, generator=generator)
+    sampler.refresh(torch.arange(n), score)
+    sampler.sample()
+    times: dict[str, list[float]] = {"exclude": [], "reset": [], "next_draw": [], "draw": []}
+    for _ in range(rounds):
+        indices = torch.randperm(n, generator=generator)[:RENEWED]
+        calls = {
+            "exclude": lambda i=indices: sampler.exclude(i),
+            "reset": lambda i=indices: sampler.reset(i),
+            "next_draw": sampler.sample,
+            "draw": sampler.sample,
+        }
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(1e6 * (time.perf_counter() - start))
+        assert bool((sampler.last_seen[indices] == -1).all())
+        sampler.refresh(indices, score[indices])
+        sampler.sample()
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def report_renewal(rounds: int, json: str | None) -> None:
+    head = ("samples", "N", "exclude us", "reset us", "next draw us", "draw us", "target us")
+    report = Report("renewal", head, json)
+    for n in (60_000, 1_000_000):
+        us = measure_renewal(n, rounds)
+        row = {"samples": RENEWED, "num_samples": n, "threads": 1}
+        report.store({**row, **{f"{name}_us": round(value, 2) for name, value in us.items()}})
+        cells = [f"{value:.1f}" for value in us.values()]
+        report.line(RENEWED, n, *cells, RENEWAL_TARGET_US if n == 1_000_000 else None)
+    report.show()
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__, "a case")
     parser.add_argument("--rounds", type=int, default=100)
@@ -111,6 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         cells = [f"{times.us(name):.1f}" for name in times]
         report.line(batch_size, n, *cells, ratio.text(".3f"), TARGETS.get((batch_size, n)))
     report.show()
+    report_renewal(3 if args.quick else args.rounds, args.json)
     return 0
 
 

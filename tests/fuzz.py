@@ -33,7 +33,8 @@ import fastis
 WHATS = ("sampler", "sample", "losses", "states")
 KINDS = (
     "init", "draw", "update", "update_and_sample", "save", "copy", "wrong", "read", "change",
-    "sweep", "weights", "alias", "race", "cross_entropy", "soft_targets", "bce", "mse", "tampered",
+    "sweep", "renew", "weights", "alias", "race", "cross_entropy", "soft_targets", "bce", "mse",
+    "tampered",
 )  # fmt: skip
 CASE, CALLS, EXPECTED, FAILURES, FIRST_KIND = range(5)
 HERE = Path(__file__).resolve().parent

@@ -19,7 +19,7 @@ from torch import Tensor
 import fastis
 from fastis import methods
 from fastis.kernels.code import exponent_of, mantissa_of
-from fastis.kernels.layout import EXPONENT, LAST, SEEN, TOTAL
+from fastis.kernels.layout import EXCLUDED, EXPONENT, LAST, LAST_EXCLUDED, SEEN, TOTAL
 
 # Whose coefficients are 1 / (N p) of Sampler.probabilities().
 EXACT = ("emais", "loss", "scan", "uniform", "rais")
@@ -101,7 +101,7 @@ class Session:
     def run(self, length: int) -> None:
         steps = (
             [self.step] * 10 + [self.ahead, self.fused, self.fused, self.sweep, self.partial]
-            + [self.wrong, self.wrong, self.save, self.copied, self.read, self.change]
+            + [self.wrong, self.wrong, self.save, self.copied, self.read, self.change, self.renew]
         )  # fmt: skip
         for _ in range(length):
             with fastis.backend("reference" if self.turns and self.case.chance(0.3) else "cpu"):
@@ -137,8 +137,10 @@ class Session:
         assert bool(batch.weights.isfinite().all()), "a weight is not finite"
         least = 1e-38 if self.sampler.method.name in EXACT else 0.0  # 0: left out by self_paced
         assert float(batch.weights.min()) >= least, "a weight is not positive"
+        assert bool(self.sampler._table.is_active()[batch.indices].all()), "an excluded sample"
         if p is not None and self.sampler.method.name in EXACT:
-            wanted = (1 / (self.n * p[batch.indices])).pow(self.sampler.correction).float()
+            items = int(self.sampler._table.is_active().sum())
+            wanted = (1 / (items * p[batch.indices])).pow(self.sampler.correction).float()
             torch.testing.assert_close(batch.weights, wanted, rtol=3e-7, atol=0)
         if p is not None and self.sampler.method.name != "presampling":
             assert bool((p[batch.indices] > 0).all())
@@ -243,6 +245,25 @@ class Session:
         if sampler.method.has_coefficients:
             sampler.correction = case.pick(1.0, 1.0, 0.5, 0.0)
 
+    def renew(self) -> None:
+        """Samples come and go; one is left at least."""
+        case, sampler = self.case, self.sampler
+        count = case.pick(1, 1, 5, case.size(self.n))
+        indices = torch.randint(self.n, (count,), generator=case.generator)
+        if case.chance(0.1):  # all but a few
+            indices = torch.randperm(self.n, generator=case.generator)[case.size(9) :]
+        if not sampler.method.renews:
+            return case.must_raise(lambda: sampler.reset(indices))
+        case.count("renew")
+        if case.chance(0.5):
+            sampler.reset(indices)
+            return None
+        sampler.exclude(indices)
+        assert bool((sampler.last_seen[indices] == LAST_EXCLUDED).all())
+        if not bool(sampler._table.is_active().any()):
+            sampler.reset(indices[:1])
+        return None
+
     def save(self) -> None:
         """Goes on with another sampler that took over the state: it draws the same."""
         case = self.case
@@ -280,7 +301,8 @@ class Session:
         assert s.skipped >= 0
         assert math.isfinite(float(s.effective_iterations))
         assert s.importance.shape == (self.n,)
-        assert bool((s.importance > 0).all()), "an importance is not positive"
+        is_active = s._table.is_active()
+        assert torch.equal(s.importance > 0, is_active), "an importance is not positive"
         assert repr(s)
         check_probabilities(s, s.probabilities())
 
@@ -294,6 +316,8 @@ class Session:
         seen = table.column(LAST) >= 0
         assert scalars[SEEN] == int(seen.sum()), "the number of seen samples is wrong"
         assert bool((codes[~seen] == 0).all())
+        excluded = table.column(LAST) == LAST_EXCLUDED
+        assert scalars[EXCLUDED] == int(excluded.sum()), "the number of excluded samples is wrong"
         if scalars[SEEN] == 0:
             return
         # By exponents: a sum of mantissas fits 64 bits, the sum itself is Python's.
@@ -309,15 +333,21 @@ class Session:
             shifts = (exponent_of(codes) - e0).tolist()
             pairs = zip(mantissa_of(codes).tolist(), shifts, seen.tolist(), strict=True)
             unseen = total // scalars[SEEN]
-            check_flattened(table, [m << s if known else unseen for m, s, known in pairs], p)
+            weights = [m << s if known else unseen for m, s, known in pairs]
+            assert not p[excluded].any(), "a probability of an excluded sample"
+            active = [w for w, out in zip(weights, excluded.tolist(), strict=True) if not out]
+            check_flattened(table, active, p[~excluded])
 
 
 def check_flattened(table: Any, weights: list[int], p: Tensor) -> None:
-    """The distribution, in Python's integers: water filling, or a mixture with the uniform one."""
+    """The distribution, in Python's integers: water filling, or a mixture with the uniform one; all
+    alike where so many are excluded that it can't meet the cap."""
     constants, n = table.constants, len(weights)
     assert sum(weights) < 2**62, "the total leaves its 62 bits"
     most = Fraction(constants.cap_numerator, constants.cap_denominator) / constants.batch_size
-    if constants.flatten == 1:
+    if constants.flatten != 0 and n < constants.num_samples and n * most <= 1:
+        weights, most = [1] * n, Fraction(1, n)
+    elif constants.flatten == 1:
         rest, theta = sum(weights), 0
         for above, largest in enumerate(sorted(weights, reverse=True)):
             theta = math.floor(most * rest / (1 - above * most))
@@ -327,7 +357,9 @@ def check_flattened(table: Any, weights: list[int], p: Tensor) -> None:
         weights = [min(w, theta) for w in weights]
     elif constants.flatten == 2:
         over = (max(weights) - most * sum(weights)) / (n * most - 1)
-        weights = [w + max(0, math.ceil(over)) for w in weights]
+        offset = max(0, math.ceil(over))
+        fits = sum(weights) + n * offset < 2**62
+        weights = [w + offset for w in weights] if fits else [1] * n
     total = sum(weights)
     expected = torch.tensor([w / total for w in weights], dtype=torch.float64)
     torch.testing.assert_close(p, expected, rtol=1e-14, atol=0)
@@ -339,10 +371,11 @@ def check_probabilities(sampler: fastis.Sampler, p: Tensor) -> None:
     constants = sampler._table.constants
     assert p.shape == (sampler.num_samples,)
     assert abs(float(p.sum()) - 1) < 1e-9, f"probabilities add up to {float(p.sum())}"
-    assert float(p.min()) > 0, "a probability is not positive"
+    is_active = sampler._table.is_active()
+    assert torch.equal(p > 0, is_active), "a probability is not positive"
     if constants.flatten != 0 and sampler.method.name != "presampling":
         bound = constants.max_duplicates / constants.batch_size
-        bound = max(bound, 1 / sampler.num_samples)
+        bound = max(bound, 1 / int(is_active.sum()))
         assert float(p.max()) <= bound * (1 + 1e-9), "the cap does not hold"
 
 

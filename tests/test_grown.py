@@ -117,7 +117,7 @@ def test_a_damaged_state_of_fewer_samples_is_refused():
     refuses(lambda s: s.update(states=s["states"][:-1]), r"'states'\] must have shape \[70, 4\]")
     refuses(lambda s: s.update(states=s["states"].float()), r"'states'\] must have shape \[70, 4\]")
     refuses(lambda s: s.pop("states"), "must have 'states'")
-    refuses(lambda s: s["states"][3, 2].fill_(10**6), r"must have last in \[-1, 59\]")
+    refuses(lambda s: s["states"][3, 2].fill_(10**6), r"must have last in \[-2, 60\]")
     refuses(lambda s: s["scalars"][5].add_(1), "must have seen=53, as its states have")
 
 

@@ -23,6 +23,7 @@ GRID = "cuda/grid.cuh"
 TABLE = (
     "flatten.h",
     "device/table_update.h",
+    "device/table_clear.h",
     "device/tree.h",
     "device/update_cap.h",
     "device/table_draw.h",

@@ -83,7 +83,6 @@ class Distribution {
       : t_(t),
         top_(t.levels.depth - 1),
         alike_(flattening.alike),
-        active_(active(t)),
         unseen_(flattening.unseen),
         offset_(flattening.offset),
         theta_(flattening.theta),
@@ -111,7 +110,7 @@ class Distribution {
                                             : find_uncapped(x - capped_total_, weight);
     index = found < t_.num_samples ? found : t_.num_samples - 1;
     // 1 / (N p)
-    const double samples = static_cast<double>(active_);
+    const double samples = static_cast<double>(active(t_));
     coefficient =
         static_cast<float>(static_cast<double>(total_) / (samples * static_cast<double>(weight)));
   }
@@ -173,7 +172,7 @@ class Distribution {
     if (offset_ == 0) return 0;
     const int64_t span = int64_t{1} << (2 + 4 * level), left = t_.num_samples - node * span;
     int64_t items = left < 0 ? 0 : left < span ? left : span;
-    if (active_ < t_.num_samples) items -= t_.excluded[t_.levels.first[level] + node];
+    if (t_.scalars->excluded > 0) items -= t_.excluded[t_.levels.first[level] + node];
     return static_cast<uint64_t>(items) * offset_;
   }
 
@@ -188,7 +187,6 @@ class Distribution {
   const DeviceTable& t_;
   int top_;
   bool alike_;
-  int64_t active_;
   uint64_t unseen_, offset_, capped_total_ = 0, total_ = 0;
   Divisor theta_;
   TopPrefix& prefix_;
@@ -218,10 +216,10 @@ FASTIS_HD void draw_by_importance(Grid& grid, const DeviceTable& t, int64_t iter
   });
 }
 
-// A minibatch without replacement where samples are excluded.
+// A minibatch without replacement where samples are excluded. (The minibatch by value: a reference
+// would cost the kernel a stack.)
 template <class Grid>
-FASTIS_COLD void draw_active(Grid& grid, const DeviceTable& t, int64_t iteration,
-                             const Batch& batch) {
+FASTIS_COLD void draw_active(Grid& grid, const DeviceTable& t, int64_t iteration, Batch batch) {
   ensure_tree(grid, t);
   const InEpoch place(t, iteration);
   const int64_t items = active(t);

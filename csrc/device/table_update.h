@@ -25,9 +25,13 @@ FASTIS_HD inline bool in_table(const Table& t, int64_t index) {
 
 FASTIS_HD inline void claim(const DeviceTable& t, const Observation& o, int32_t now, int64_t b) {
   const int64_t index = o.indices[b];
-  if (!in_table(t, index) || !usable(o.observed[b])) return;
+  if (!in_table(t, index)) return;
   const int32_t last = t.states[index].last;
   if (last == kExcluded) return;
+  if (!usable(o.observed[b])) {
+    atomic_add(&t.scalars->skipped, int64_t{1});
+    return;
+  }
   if (last == kUnseen || interval(now, last) > 0) {
     atomic_min(t.claims + index, static_cast<uint32_t>(b));
   }
@@ -54,15 +58,9 @@ FASTIS_HD inline Tally apply(const DeviceTable& t, const Observation& o, const U
   Tally tally;
   const int64_t index = o.indices[b];
   if (!in_table(t, index)) return tally;
-  const float x = o.observed[b];
-  if (!usable(x)) {
-    const auto last = static_cast<int32_t>(
-        load_relaxed(reinterpret_cast<const uint32_t*>(&t.states[index].last)));
-    if (last != kExcluded) atomic_add(&t.scalars->skipped, int64_t{1});
-    return tally;
-  }
   if (load_relaxed(t.claims + index) != static_cast<uint32_t>(b)) return tally;
   store_relaxed(t.claims + index, kUnclaimed);
+  const float x = o.observed[b];
   const State old = t.states[index];
   const bool fresh = old.last == kUnseen, anew = fresh || t.tau < 0;
   State state{anew ? x : old.mean, anew ? 0.0f : old.var, p.now, 0};
@@ -121,7 +119,7 @@ FASTIS_HD Products add_products(Grid& grid, const Observation& o) {
 // waits for it: a dozen divisions, one after the other.
 FASTIS_HD inline void finish_update(const Table& t, const Observation& o, const Products& p) {
   const double n = static_cast<double>(o.n), first = p.first / n;
-  // In a table with states apply() has counted them.
+  // In a table with states claim() has counted them.
   if (t.states == nullptr) t.scalars->skipped += static_cast<int64_t>(p.unusable);
   if (o.weights == nullptr) return;
   if (t.keeps_moments) {

@@ -6,6 +6,7 @@
 #include <random>
 
 #include "cuda/grid.cuh"
+#include "device/table_clear.h"
 #include "device/table_draw.h"
 
 using namespace fastis;
@@ -23,7 +24,7 @@ struct World {
   unsigned arrivals = 0;
   std::vector<State> states;
   std::vector<uint64_t> sums;
-  std::vector<uint32_t> unseen, capped, claims;
+  std::vector<uint32_t> unseen, capped, excluded, claims;
 
   World(int64_t n, Flatten flatten, bool has_states) {
     DeviceTable& t = table;
@@ -46,6 +47,7 @@ struct World {
     sums.resize(nodes);
     unseen.resize(nodes);
     capped.resize(nodes);
+    excluded.resize(nodes);
     claims.assign(static_cast<size_t>(n), kUnclaimed);
     scalars.exponent = kNoExponent;
     scalars.uniform_from = kNever;
@@ -57,13 +59,15 @@ struct World {
     t.sums = sums.data();
     t.unseen = unseen.data();
     t.capped = capped.data();
+    t.excluded = excluded.data();
     t.claims = claims.data();
   }
 
   bool operator==(const World& o) const {
     return std::memcmp(states.data(), o.states.data(), states.size() * sizeof(State)) == 0 &&
-           sums == o.sums && unseen == o.unseen && capped == o.capped && claims == o.claims &&
-           std::memcmp(&scalars, &o.scalars, sizeof scalars) == 0 && arrivals == 0 &&
+           sums == o.sums && unseen == o.unseen && capped == o.capped && excluded == o.excluded &&
+           claims == o.claims && std::memcmp(&scalars, &o.scalars, sizeof scalars) == 0 &&
+           arrivals == 0 &&
            std::abs(variance.second - o.variance.second) <= 1e-12 * std::abs(o.variance.second);
   }
 };
@@ -80,7 +84,8 @@ class Test {
   Test(unsigned blocks, int64_t n, Flatten flatten, bool has_states)
       : blocks_(blocks), ours_(n, flatten, has_states), theirs_(n, flatten, has_states) {}
 
-  // Scores that rise and fall by decades, with duplicates and unusable ones.
+  // Scores that rise and fall by decades, with duplicates and unusable ones; samples that come and
+  // go, at times all of those with a score.
   bool run(int steps) {
     std::mt19937_64 random(1);
     std::normal_distribution<float> normal;
@@ -122,6 +127,15 @@ class Test {
         if (!update_and_draw(observation, next)) return failed("update and draw", step);
       }
       if (!(ours_ == theirs_)) return failed("table", step);
+      if (ours_.table.states == nullptr) continue;
+      indices.resize(static_cast<size_t>(step % 4 == 3 ? ours_.table.num_samples : 3 * kBatch));
+      for (size_t k = 0; k < indices.size(); ++k) {
+        const auto any = static_cast<int64_t>(random() % ours_.table.num_samples);
+        indices[k] = step % 4 == 3 ? static_cast<int64_t>(k) : any;
+      }
+      clear(indices, step % 2 == 0 ? kExcluded : kUnseen);
+      if (!(ours_ == theirs_)) return failed("clear", step);
+      if (!draw(batch)) return failed("draw after clear", step);
     }
     return true;
   }
@@ -143,6 +157,12 @@ class Test {
   void update(const Observation& o) {
     on_threads([&](CudaGrid& grid) { device::update(grid, ours_.table, o); });
     device::update(host_, theirs_.table, o);
+  }
+
+  void clear(const std::vector<int64_t>& indices, int32_t last) {
+    const auto n = static_cast<int64_t>(indices.size());
+    on_threads([&](CudaGrid& grid) { device::clear(grid, ours_.table, indices.data(), n, last); });
+    device::clear(host_, theirs_.table, indices.data(), n, last);
   }
 
   bool draw(Draws& out) {
