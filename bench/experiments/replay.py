@@ -153,8 +153,8 @@ def factors(replay: PrioritizedReplay, network: nn.Module, target: nn.Module) ->
     score = error.abs().double()
     weights = {
         "ideal": torch.linalg.vector_norm(gradients, dim=1, dtype=torch.float64),
-        "|error|": score,
-        "|error|^alpha": score**ALPHA,
+        "TD error": score,
+        "its power alpha": score**ALPHA,
         "in force": replay.sampler.probabilities()[:count],
     }
     p = torch.stack([w.clamp(min=1e-6 * float(w.mean())) for w in weights.values()])
@@ -165,7 +165,7 @@ def factors(replay: PrioritizedReplay, network: nn.Module, target: nn.Module) ->
 # ---- what the buffer costs a step
 
 
-def measure_cost(capacity: int, batch_size: int) -> Row:
+def measure_cost(capacity: int, batch_size: int, rounds: int = 40) -> Row:
     """Microseconds of every buffer: of a step with a new transition, and without."""
     cases: dict[str, Callable[[], None]] = {}
     for name, make in BUFFERS.items():
@@ -182,7 +182,7 @@ def measure_cost(capacity: int, batch_size: int) -> Row:
             draw()
 
         cases |= {f"{name}, step": step, f"{name}, draw and update": draw}
-    times = interleaved(cases, rounds=40, turn=0.02)
+    times = interleaved(cases, rounds=rounds, turn=0.02)
     return {
         "what": "cost",
         "capacity": capacity,
@@ -328,6 +328,12 @@ def learning_table(rows: list[Row]) -> str:
     return text
 
 
+def paragraph(part: str) -> str:
+    """What the module's docstring says of a part."""
+    text = (__doc__ or "").split(f"``{part}``: ")[1].split("\n\n")[0]
+    return (text[0].upper() + text[1:]).replace("\n", " ").replace("``", "`")
+
+
 def report(folder: Path) -> None:
     rows = read_rows(folder / ROWS)
     parts = [
@@ -336,17 +342,17 @@ def report(folder: Path) -> None:
         "this folder; nothing is typed in. ± after a mean is the standard deviation over seeds; a "
         "difference is paired by seed, with Student's 95 % interval.",
         "## Probe: what can be gained",
-        (__doc__ or "").split("``probe``: ")[1].split("\n\n")[0].replace("\n", " "),
+        paragraph("probe"),
         probe_table(rows),
         "## What the buffer costs a step",
         "A full buffer of CartPole's transitions. `step`: one is added, a minibatch drawn and its "
         "priorities updated; the draw includes gathering the transitions.",
         cost_table(rows),
         "## Learning",
-        (__doc__ or "").split("``learning``: ")[1].split("\n\n")[0].replace("\n", " "),
+        paragraph("learning"),
         learning_table(rows),
         "```sh\npython bench/experiments/replay.py --seeds 5\n```",
-        f"Measured {provenance_line(rows)}",
+        provenance_line(rows),
     ]
     (folder / PAGE).write_text("\n\n".join(parts) + "\n")
 
