@@ -50,8 +50,9 @@ FASTIS_HD inline uint64_t water_level(const Table& t, uint64_t uncapped, uint64_
                                : water_level(t, uncapped + unseen.number * unseen.weight, capped);
 }
 
-// Flattening by "mix": the least constant c with B (peak + c) <= D (total + N c), N being the active
-// items, more than max_alike. Below 0: of so few a draw can't take the sum, and they are drawn alike.
+// Flattening by "mix": the least constant c with B (peak + c) <= D (total + N c), N being the
+// active items, more than max_alike. Below 0: of so few a draw can't take the sum, and they are
+// drawn alike.
 FASTIS_HD inline int64_t mix_offset(const Table& t, uint64_t peak, uint64_t total) {
   const __int128 batch = static_cast<__int128>(t.batch_size) * t.cap_denominator;
   const __int128 over = batch * peak - static_cast<__int128>(t.cap_numerator) * total;

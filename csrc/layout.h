@@ -137,9 +137,9 @@ struct Table {
   // [K + 1] numbers of excluded items, and whether one of these is not 0: this memory is touched
   // only where something was excluded.
   uint32_t* excluded_prefix = nullptr;
-  int64_t* near = nullptr;            // [near_capacity] items that theta may pass next
-  int64_t* listed = nullptr;          // [2 x list_capacity] the capped items, ascending
-  int64_t* flipped = nullptr;         // [list_capacity] items that were capped since, or no longer
+  int64_t* near = nullptr;     // [near_capacity] items that theta may pass next
+  int64_t* listed = nullptr;   // [2 x list_capacity] the capped items, ascending
+  int64_t* flipped = nullptr;  // [list_capacity] items that were capped since, or no longer
   int64_t near_capacity = 0, list_capacity = 0;  // list_capacity 0: capped items are not listed
 
   // Constants.
@@ -161,8 +161,8 @@ struct Table {
   Levels levels{1};
 
   // What would be divisions.
-  uint64_t max_capped = 0;      // the most items that can be at the cap, ceil(B/D) - 1
-  uint64_t max_alike = 0;       // so many active items, or fewer, meet the cap only if all are alike
+  uint64_t max_capped = 0;  // the most items that can be at the cap, ceil(B/D) - 1
+  uint64_t max_alike = 0;   // so many active items, or fewer, meet the cap only if all are alike
   uint64_t theta_quotient = 0;  // 2^62 / numerator of D
   Divisor batch;                // B
 

@@ -18,8 +18,8 @@ void update(Pointer<const Table> table, const Observation& observation);
 // gradient are not read.
 void fold(Pointer<const Table> table, const Observation& observation, int64_t iteration);
 
-// These samples have no score any more: `last` is kUnseen, or kExcluded. O(n) but for a rescale. The
-// table has states; an index out of range is an IndexError, before anything has changed.
+// These samples have no score any more: `last` is kUnseen, or kExcluded. O(n) but for a rescale.
+// The table has states; an index out of range is an IndexError, before anything has changed.
 void clear(Pointer<const Table> table, Pointer<const int64_t> indices /* [n] */, int64_t n,
            int32_t last);
 

@@ -1,7 +1,7 @@
-// The launches of the table: update, draw, both in one, clear, and rescale. A minibatch of up to 256 is
-// one block, launched like any kernel; more blocks are launched cooperatively, since a launch's
-// phases wait for each other. Bytes touched a sample: an update 64 (state, claim) and 8 a level, a
-// draw 128 a level (192 while samples are unseen) and 64.
+// The launches of the table: update, draw, both in one, clear, and rescale. A minibatch of up to
+// 256 is one block, launched like any kernel; more blocks are launched cooperatively, since a
+// launch's phases wait for each other. Bytes touched a sample: an update 64 (state, claim) and 8 a
+// level, a draw 128 a level (192 while samples are unseen) and 64.
 #include "cuda/grid.cuh"
 #include "cuda/launch.h"
 #include "device/table_clear.h"

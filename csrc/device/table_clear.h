@@ -66,7 +66,7 @@ FASTIS_HD void clear(Grid& grid, const DeviceTable& t, const int64_t* indices, i
         atomic_add(&s.excluded, tally.excluded);
         atomic_add(&s.num_capped, tally.capped);
       });
-  grid.wait();  // all sums and totals are complete
+  grid.wait();                    // all sums and totals are complete
   if (had_seen && s.seen == 0) {  // as in the beginning
     grid.once([&] {
       s.exponent = kNoExponent;

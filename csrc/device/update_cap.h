@@ -8,7 +8,8 @@
 
 namespace fastis::device {
 
-// What active items are drawn with: capped ones theta, unseen ones `unseen`, and `offset` more each.
+// What active items are drawn with: capped ones theta, unseen ones `unseen`, and `offset` more
+// each.
 struct Flattening {
   bool up_to_date;  // all flags are right for it
   uint64_t theta, unseen, offset;

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastis import check
 from fastis.batch import Scored
-from fastis.kernels.layout import DRAWS, LAST, LAST_UNSEEN, UPDATES, Table, may_read
+from fastis.kernels.layout import (
+    DRAWS,
+    LAST,
+    LAST_UNSEEN,
+    LATEST,
+    MEAN,
+    UPDATES,
+    Table,
+    may_read,
+)
 from fastis.kernels.state import LARGEST_SCORE
 from fastis.kernels.table import Batch, Observation
-from fastis.methods.weighted import Distinct, Weighted, assign
+from fastis.methods.base import Method
+from fastis.methods.weighted import Weighted, assign, clamped
 from fastis.saved import Range
 
 _EPSILON = 1e-8
@@ -84,11 +94,18 @@ class Prioritized(Weighted):
             assign(table, largest.expand(len(known)), which=~known)
 
     def draw(self, table: Table, batch: Batch) -> None:
-        share = table.scalars[DRAWS] / (self.total_steps or float("inf"))
-        beta = self.beta + (1 - self.beta) * share.clamp(max=1)
+        draws = table.scalars[DRAWS]
+        beta = self._beta(draws.item() if may_read(table.device) else draws)
         super().draw(table, batch)
-        batch.weights.pow_(beta)
-        batch.weights.div_(batch.weights.max())
+        batch.weights.pow_(beta).div_(batch.weights.max())
+
+    def _beta(self, draws: Any) -> Any:
+        """In the minibatch of that number, on the host or a device."""
+        if self.total_steps is None:
+            return self.beta
+        share = draws / self.total_steps
+        most = min(share, 1.0) if isinstance(share, float) else share.clamp(max=1)
+        return self.beta + (1 - self.beta) * most
 
     def observed(self, out: Scored) -> Tensor:
         losses = out.losses
@@ -109,13 +126,19 @@ class Prioritized(Weighted):
             observation = Observation(indices, priority, priority, priority, None)
             super().fold(table, observation, iteration)
 
-    def learn(self, table: Table, observation: Observation, kept: Distinct) -> None:
-        self.update_table(table, observation)
+    def update(self, table: Table, observation: Observation) -> None:
+        indices = observation.indices
+        Method.update(self, table, observation)
+        if len(indices) == 0:
+            return
         known, largest = table.memory["known"], table.memory["largest"]
-        kept.write(known, torch.ones_like(kept.counts))
-        before = largest.clone()
-        counts = torch.where(kept.counts, kept.observed, 0.0)
-        largest.copy_(torch.cat([counts, largest[None]]).max())
+        i = clamped(table, indices)
+        # The table has kept what counts: of a sample drawn twice the first usable loss.
+        now = (table.scalars[UPDATES] - 1) & LATEST
+        known[i] |= table.column(LAST)[i] == now
+        found = table.column(MEAN)[i].max()
         # Whether that changes anything only the device knows: there it is done every time.
-        if not may_read(table.device) or (bool(largest > before) and not bool(known.all())):
+        rises = not may_read(table.device) or bool(found > largest)
+        torch.maximum(largest, found, out=largest)
+        if rises and not (may_read(table.device) and bool(known.all())):
             assign(table, largest.expand(len(known)), which=~known)

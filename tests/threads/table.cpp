@@ -66,8 +66,8 @@ struct World {
   bool operator==(const World& o) const {
     return std::memcmp(states.data(), o.states.data(), states.size() * sizeof(State)) == 0 &&
            sums == o.sums && unseen == o.unseen && capped == o.capped && excluded == o.excluded &&
-           claims == o.claims &&
-           std::memcmp(&scalars, &o.scalars, sizeof scalars) == 0 && arrivals == 0 &&
+           claims == o.claims && std::memcmp(&scalars, &o.scalars, sizeof scalars) == 0 &&
+           arrivals == 0 &&
            std::abs(variance.second - o.variance.second) <= 1e-12 * std::abs(o.variance.second);
   }
 };
