@@ -24,7 +24,7 @@ ORDER = [
     *("kernels.reference", "kernels.cpu", "kernels.cuda", "kernels.triton"),
     *("check", "batch", "scored", "autograd", "operators", "loss", "any_loss", "categorical"),
     *("saved", "methods", "coefficients", "batch_norm", "variance", "misuse"),
-    *("monitor", "resume", "sampler", "scalars", "figures", "exchange", "replicated"),
+    *("monitor", "resume", "sampler", "scalars", "figures", "suspects", "exchange", "replicated"),
     "scoring",
     *("ranks", "moments", "sharded_state", "sharded"),
     *("rates", "in_flight", "data", "checkpoint", "lr", "gradients", "estimators", "config"),
