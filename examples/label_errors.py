@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import fastis
 
 SUBSET = Path(__file__).resolve().parents[1] / "bench" / "data" / "fashion_mnist_subset.npz"
-NAMES = "T-shirt trousers pullover dress coat sandal shirt sneaker bag boot".split()
+NAMES = ["T-shirt", "trousers", "pullover", "dress", "coat"]
+NAMES += ["sandal", "shirt", "sneaker", "bag", "boot"]
 
 
 def mislabelled(y: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -78,8 +79,8 @@ def main() -> None:
         print(f"image {i}: labelled {NAMES[y[i]]}, in truth {NAMES[truth[i]]}")
     print(f"of the {len(wrong)} most suspicious {found.double().mean():.1%} are mislabelled")
     if args.plot:
-        labels = [f"{NAMES[label]}" for label in y]
-        fastis.contact_sheet(sampler, images, labels).savefig(args.plot)
+        names = [NAMES[label] for label in y]
+        fastis.contact_sheet(sampler, images, names).savefig(args.plot)
 
 
 if __name__ == "__main__":
