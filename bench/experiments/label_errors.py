@@ -2,6 +2,7 @@
 
     python bench/experiments/label_errors.py [--data fashion_mnist.npz] [--seeds 3]
     python bench/experiments/label_errors.py --report
+    python bench/experiments/label_errors.py --picture
 
 LeNet-5 on images of which about 20 % have a wrong label, in three ways (label_noise.py). Ways of
 ranking:
@@ -217,13 +218,15 @@ def main(argv: list[str] | None = None) -> int:
     add("--seeds", type=positive(int), default=3, help="how many: 0, 1, ...")
     add("--json", type=Path, default=ROWS, help="file of the rows")
     add("--report", action="store_true", help="no runs: write the page from the rows")
+    add("--picture", action="store_true", help="one training: draws the page's picture")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     dataset = load_dataset("fashion_mnist", args.data)
-    if args.report:
-        from bench.experiments import label_errors_page
+    if args.report or args.picture:
+        from bench.experiments import label_errors_page as page
 
-        print(label_errors_page.write(args.json.parent, dataset))
+        folder = args.json.parent
+        print(page.draw(folder, dataset) if args.picture else page.write(folder))
         return 0
     wanted = configs(data_name(args.data), args.seeds)
     run_missing(BENCHMARK, args.json, wanted, lambda config: measure(config, dataset))
