@@ -30,13 +30,18 @@ from bench.provenance import provenance_line
 from bench.report import Row, markdown_table, read_rows
 
 PAGE, FIGURE = "COORDINATE_NETWORK.md", "coordinate_network.png"
-PROBED_SCORES = ("gradient norm", "|residual|", "loss", "fastis")
+PROBED_SCORES = {
+    "gradient norm": "by the gradient's norm",
+    "|residual|": "by the residual's norm",
+    "loss": "by the loss",
+    "fastis": "fastis' own",
+}
 INTRODUCTION = f"""# Coordinate networks
 
 Written by `python bench/experiments/coordinate_network.py --report` from the rows in this folder;
 nothing is typed in. A SIREN (Sitzmann et al. 2020; three hidden layers of {WIDTH}, w0 = 30) is
-fitted to {SIZE} x {SIZE} pixels, {BATCH:,} of them a step: to "texture", which is smooth but for a
-star of sharp edges and a fine grating, and to "photo", the portrait that comes with matplotlib. Adam
+fitted to {SIZE} x {SIZE} pixels, {BATCH:,} of them a step: to "texture", smooth but for a star of
+sharp edges and a fine grating, and to "photo", the portrait that comes with matplotlib; by Adam,
 with a cosine to 0 at the end of each run. PSNR is that of all pixels, in dB. fastis is
 `Sampler(method=EMAIS(warmup_epochs=1, least_gain=0))` on the norm of the residual; "annealed": its
 correction goes linearly from 0 to 1; "stratified": pixels lie along a Z-order curve, and
@@ -49,8 +54,7 @@ def of(rows: Sequence[Row], kind: str) -> list[Row]:
 
 
 def probe_table(rows: Sequence[Row]) -> str:
-    lines = [["image, step", "PSNR, dB", *(f"by {score}" for score in PROBED_SCORES[:-1])]]
-    lines[0].append("fastis' own")
+    lines = [["image, step", "PSNR, dB", *PROBED_SCORES.values()]]
     for row in rows:
         final = row["final"]
         for i, step in enumerate(final["step"]):

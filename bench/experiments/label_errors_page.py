@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+import fastis
 from bench.experiments import label_errors
 from bench.experiments.datasets import Dataset
 from bench.experiments.label_errors import BENCHMARK, EPOCHS, LENGTHS, Config
 from bench.experiments.label_noise import KINDS
+from bench.experiments.plot import save
 from bench.experiments.tables import NOT_YET, mean_sd, paired_interval
 from bench.provenance import provenance_line
 from bench.report import Row, markdown_table, read_rows
@@ -124,14 +126,11 @@ def length_table(results: Results) -> str:
 
 def draw(folder: Path, dataset: Dataset) -> Path:
     """A training, and its most and least important samples."""
-    import fastis
-
     config = Config("symmetric", "emais", EPOCHS, 0, "embedded")
     y = label_errors.labels_of(config, dataset)
     sampler, _ = label_errors.with_sampler(config, dataset, y)
     labels = [f"{a}" if a == b else f"{a} ({b})" for a, b in zip(y, dataset.y_train, strict=True)]
-    figure = fastis.contact_sheet(sampler, dataset.x_train, labels)
-    figure.savefig(folder / PICTURE, dpi=90)
+    save(fastis.contact_sheet(sampler, dataset.x_train, labels, count=12), folder / PICTURE)
     return folder / PICTURE
 
 
