@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,8 @@ def measure(config: Config, dataset: Dataset) -> dict[str, Any]:
     wrong = y != dataset.y_train
     found: dict[str, Any] = {name: quality(score, wrong) for name, score in scores.items()}
     final = {"wrong": int(wrong.sum()), "seconds": round(seconds, 2), "rankings": found}
+    if config.way == "cleanlab":
+        final["peer"] = f"cleanlab {version('cleanlab')}"
     if model is not None:
         error = (predicted(model, dataset.x_test).argmax(1) != dataset.y_test).double().mean()
         # Of the wrong labels, those that the network predicts by now.

@@ -159,7 +159,9 @@ def write(folder: Path) -> Path:
             f"![{text}]({PICTURE})",
         ]
     parts.append("```sh\npython bench/experiments/label_errors.py\n```")
-    parts.append(provenance_line(results.rows) if results.rows else "")
+    if results.rows:
+        peers = sorted({row["final"]["peer"] for row in results.rows if "peer" in row["final"]})
+        parts.append(" ".join([provenance_line(results.rows), *(f"Peer: {p}." for p in peers)]))
     out = folder / PAGE
     out.write_text("\n\n".join(part for part in parts if part) + "\n")
     return out
