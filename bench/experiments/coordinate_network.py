@@ -41,8 +41,8 @@ from fastis.estimators import gradient_norms, population_traces
 ROWS = Path(__file__).parents[1] / "results" / "coordinate_network.jsonl"
 BENCHMARK = "coordinate_network"
 SIZE, WIDTH, BATCH, STEPS = 256, 64, 2048, 1000
-RATES = (0.001, 0.002, 0.004)
-BUDGETS = (0.35, 0.5, 0.7)  # of the time, for fastis
+RATES = (0.0005, 0.001, 0.002, 0.004)
+BUDGETS = (0.5, 0.7)  # of the time, for fastis
 PROBED = (100, 250, 500, 1000)
 MIXED = 0.1  # of uniform draws in what is proportional to last errors
 

@@ -8,7 +8,8 @@ LeNet-5 on images of which about 20 % have a wrong label, in three ways (label_n
 ranking:
 
 - "emais", "loss": one training with such a sampler; by the table's mean, importance and variance,
-  and by each sample's last loss;
+  and by each sample's last loss; "emais, tau = t": with the paper's time constant, the average over
+  all of the training;
 - "uniform": one training in plain torch with shuffled epochs; by each sample's loss in the last
   epoch ("last loss"), and by the mean of its losses over all epochs ("mean loss");
 - "cleanlab": out-of-sample predictions of five folds, ranked by its label quality scores. It needs
@@ -41,13 +42,17 @@ from bench.experiments.metrics import area_under_roc, average_precision
 from bench.experiments.missing_runs import run_missing
 from bench.experiments.models import build_model
 from bench.report import make_parser, positive
+from fastis.methods import EMAIS, Loss
 
 RESULTS = Path(__file__).parents[1] / "results"
 ROWS = RESULTS / "label_errors.jsonl"
 BENCHMARK = "label_errors"
 SHARE, BATCH, FOLDS, WARM_UP = 0.2, 128, 5, 640
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 1e-3
-EPOCHS, LENGTHS = 10, (5, 30)  # of the comparison, and of two ways beside it
+EPOCHS, LENGTHS = 10, (5, 30)  # of the comparison, and of some ways beside it
+LONG = "emais, tau = t"
+METHODS = {"emais": EMAIS(), "loss": Loss(), LONG: EMAIS(tau_scale=1.0)}
+COMPARED = ("emais", "loss", "uniform", "cleanlab")
 # cleanlab's ways to rank by the same predictions.
 QUALITY = ("self_confidence", "normalized_margin", "confidence_weighted_entropy")
 
@@ -69,11 +74,11 @@ Ranked = tuple[dict[str, Tensor], nn.Module | None]  # scores by name: high is s
 def configs(data: str, seeds: int) -> Iterator[Config]:
     for seed in range(seeds):
         for noise in KINDS:
-            for way in WAYS:
+            for way in COMPARED:
                 yield Config(noise, way, EPOCHS, seed, data)
-    for epochs in LENGTHS:  # one seed: how a ranking changes with the length is no small effect
+    for epochs in (EPOCHS, *LENGTHS):  # one seed: what the length does is no small effect
         for noise in KINDS:
-            for way in ("emais", "uniform"):
+            for way in ("emais", "uniform", LONG):
                 yield Config(noise, way, epochs, 0, data)
 
 
@@ -107,7 +112,7 @@ def with_sampler(config: Config, dataset: Dataset, y: Tensor) -> tuple[fastis.Sa
     x, n = dataset.x_train, len(y)
     steps = config.epochs * (n // BATCH)
     training = Training(dataset, steps, config.seed)
-    sampler = fastis.Sampler(n, BATCH, method=config.way, seed=config.seed)
+    sampler = fastis.Sampler(n, BATCH, method=METHODS[config.way], seed=config.seed)
     schedule = fastis.EffectiveBatchLR(training.schedule, sampler)
     last = torch.zeros(n)
     for _ in range(steps):
@@ -168,7 +173,7 @@ def by_folds(config: Config, dataset: Dataset, y: Tensor) -> Ranked:
     return {name: -torch.from_numpy(score) for name, score in scores.items()}, None
 
 
-WAYS = {"emais": by_table, "loss": by_table, "uniform": by_losses, "cleanlab": by_folds}
+WAYS = {**dict.fromkeys(METHODS, by_table), "uniform": by_losses, "cleanlab": by_folds}
 
 
 @torch.no_grad()
