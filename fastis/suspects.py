@@ -21,8 +21,8 @@ def suspects(sampler: Sampler, count: int | None = None) -> Tensor:
         seen[sampler.mean[seen].argsort(descending=True, stable=True)][:count]
 
     It is a ranking, not a verdict: correctly labelled samples that are hard are among the first,
-    too. A network that is trained until it knows wrong labels by heart forgets who they were: call
-    it while the train error is well above 0 (``docs/recipes/label-errors.md``).
+    too. Training until the network knows wrong labels by heart spoils it, less with a longer
+    memory, ``EMAIS(tau_scale=1.0)`` (measured: ``docs/recipes/label-errors.md``).
 
     Parameters
     ----------

@@ -102,9 +102,9 @@ def test_the_correction_is_annealed():
 
 def test_time_to_a_quality():
     time_to = coordinate_network_page.time_to
-    assert time_to([(0.5, 20.0), (1.0, 22.0)], 21.0) == "0.75"
-    assert time_to([(0.5, 20.0), (1.0, 22.0)], 19.0) == "at most 0.5"
-    assert time_to([(0.5, 20.0), (1.0, 22.0)], 23.0) == "not reached"
+    assert time_to([(0.5, 20.0), (1.0, 22.0)], 21.0) == 0.75
+    assert time_to([(0.5, 20.0), (1.0, 22.0)], 19.0) == 0.5
+    assert time_to([(0.5, 20.0), (1.0, 22.0)], 23.0) is None
 
 
 def test_the_page_is_that_of_the_rows(tmp_path):

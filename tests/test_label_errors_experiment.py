@@ -54,9 +54,9 @@ def test_instance_dependent_noise_depends_on_the_image(dataset):
 
 
 def test_quality_by_hand():
-    wrong = torch.tensor([True, False, True, False])
-    found = quality(torch.tensor([4.0, 3.0, 2.0, 1.0]), wrong)
-    assert found == {"auroc": 0.75, "average_precision": 0.83333, "precision": 0.5}
+    wrong = torch.tensor([True, False, True, False, False])
+    found = quality(torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0]), wrong)
+    assert found == {"auroc": 0.83333, "average_precision": 0.83333, "precision": 0.5}
 
 
 @pytest.mark.parametrize("way", ["emais", "loss", "uniform"])

@@ -110,20 +110,38 @@ class Fits:
             lines.append([*line, difference(found, self.psnr(best)) if way != best else "-"])
         return markdown_table(lines, aligned=False)
 
-    def curve(self, way: str) -> list[tuple[float, float]]:
-        """Part of the time and mean PSNR, ascending."""
+    def curve(self, way: str, seed: int | None = None) -> list[tuple[float, float]]:
+        """Part of the time and PSNR, ascending; of a seed, or the mean over seeds."""
         found = {budget: self.psnr(way, budget) for budget in (*BUDGETS, 1.0)}
-        return [(budget, fmean(psnr.values())) for budget, psnr in found.items() if psnr]
+        if seed is None:
+            return [(budget, fmean(psnr.values())) for budget, psnr in found.items() if psnr]
+        return [(budget, psnr[seed]) for budget, psnr in found.items() if seed in psnr]
 
     def time_table(self) -> str:
-        target = fmean(self.psnr(self.best_incumbent).values())
-        lines = [["way", *(f"PSNR in {budget:g} of the time" for budget in (*BUDGETS, 1.0))]]
-        lines[0].append(f"part of the time to {target:.2f} dB ({self.best_incumbent}'s)")
+        budgets = (*BUDGETS, 1.0)
+        lines = [["way", *(f"PSNR in {budget:g} of the time" for budget in budgets)]]
+        lines[0] += [f"time to {way}'s" for way in INCUMBENTS]
         for way in OURS:
             curve = dict(self.curve(way))
-            cells = [f"{curve[b]:.2f}" if b in curve else "-" for b in (*BUDGETS, 1.0)]
-            lines.append([way, *cells, time_to(self.curve(way), target)])
+            if len(curve) > 1:
+                cells = [f"{curve[b]:.2f}" if b in curve else "-" for b in budgets]
+                lines.append([way, *cells, *(self.time_cell(way, peer) for peer in INCUMBENTS)])
         return markdown_table(lines, aligned=False)
+
+    def time_cell(self, way: str, peer: str) -> str:
+        """Until ``way`` is as good as ``peer`` at the end, seed by seed."""
+        times = {
+            seed: time_to(self.curve(way, seed), target) for seed, target in self.psnr(peer).items()
+        }
+        reached = {seed: time for seed, time in times.items() if time is not None}
+        if not reached or len(reached) < len(times):
+            return f"reached by {len(reached)} of {len(times)} seeds" if times else "-"
+        if max(reached.values()) <= min(BUDGETS):
+            return f"at most {min(BUDGETS):g}"
+        if len(reached) == 1:
+            return f"{reached.popitem()[1]:.2f}"
+        mean, half, _ = paired_interval(reached, dict.fromkeys(reached, 0.0))
+        return f"{mean:.2f} ± {half:.2f}"
 
 
 def difference(ours: dict[int, float], theirs: dict[int, float]) -> str:
@@ -134,17 +152,18 @@ def difference(ours: dict[int, float], theirs: dict[int, float]) -> str:
     return f"{mean:+.2f} ± {half:.2f}"
 
 
-def time_to(curve: Sequence[tuple[float, float]], target: float) -> str:
-    """The part of the time in which ``target`` is reached, linear between two budgets."""
+def time_to(curve: Sequence[tuple[float, float]], target: float) -> float | None:
+    """The part of the time in which ``target`` is reached, linear between two budgets; the shortest
+    budget where that is enough; None where the whole isn't."""
     before: tuple[float, float] | None = None
     for budget, value in curve:
         if value >= target:
             if before is None:
-                return f"at most {budget:g}" if budget < 1 else "at most 1"
+                return budget
             share = (target - before[1]) / (value - before[1])
-            return f"{before[0] + share * (budget - before[0]):.2f}"
+            return before[0] + share * (budget - before[0])
         before = budget, value
-    return "not reached"
+    return None
 
 
 def figure(fits: Sequence[Fits], out: Path) -> str:
@@ -191,7 +210,7 @@ def write(folder: Path) -> Path:
             "of seeds, which are paired in the differences (95 % intervals).",
             one.quality_table(),
             "How soon, with schedules that end with the shorter time, at the rate chosen for the "
-            "whole:",
+            "whole; times are parts of it, by seed (95 % intervals), linear between two of them:",
             one.time_table(),
         ]
     if all(one.curve(way) for one in fits for way in OURS):

@@ -100,7 +100,7 @@ def time_table(results: Results) -> str:
     lines = [["way", "processor time, s", "beyond one uniform training, s"]]
     for way, found in seconds.items():
         extra = fmean(found) - (0 if way == "cleanlab" else plain)
-        lines.append([way, mean_sd(found, 1), f"{extra:.1f}"])
+        lines.append([way, mean_sd(found, 1), f"{round(extra, 1) + 0.0:.1f}"])
     return markdown_table(lines, aligned=False)
 
 
