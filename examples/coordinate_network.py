@@ -5,7 +5,7 @@
 Three things are worth copying. The score of a pixel is the norm of its residual, which the loss has
 at hand. Pixels lie along a Z-order curve, so that stratified draws are spread over the image. And
 the correction is annealed from 0, where the fit leans towards what it finds hard, to 1, where it
-minimises the plain squared error. Half a minute on one core.
+minimises the plain squared error. Ten seconds on one core.
 """
 
 from __future__ import annotations
