@@ -20,6 +20,7 @@ from fastis.sampler import Sampler
 from fastis.scalars import log
 from fastis.scored import ScoredLoss
 from fastis.sharded import ShardedSampler
+from fastis.suspects import suspects
 
 __version__ = "0.1.0"
 
@@ -48,5 +49,6 @@ __all__ = [
     "save_checkpoint",
     "scored_loss",
     "show_config",
+    "suspects",
     "weighted_batch_norm",
 ]
