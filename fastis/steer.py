@@ -221,8 +221,10 @@ class Steerable(Resumable):
                 f"correction must be 1 for method {self._method.name!r}, whose weights are not "
                 f"1/(N p), got {wanted!r}"
             )
+        is_made = hasattr(self, "_like")
+        may_pause = is_made and self._correction == 1.0
         self._arguments["correction"] = self._correction = found
-        if hasattr(self, "_like"):  # else it is being made
+        if is_made and (found == 1.0) != may_pause:
             self._pause_or_not()
 
     def _pause_or_not(self) -> None:
