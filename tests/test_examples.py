@@ -21,6 +21,7 @@ SHORT = {
     "train_timm.py": ["--samples", "128", "--epochs", "3"],
     "train_transformers.py": ["--samples", "256", "--epochs", "3"],
     "train_ddp.py": ["--epochs", "1"],  # in one process; by torchrun: tests/distributed
+    "diffusion_timesteps.py": ["--steps", "120"],
     "distributed_scoring.py": ["--samples", "2000", "--steps", "200", "--scorers", "1"],
 }
 
