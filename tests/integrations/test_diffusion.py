@@ -23,8 +23,9 @@ T = 50
 
 
 def losses_of(t: Tensor, step: int = 0) -> Tensor:
-    """Far larger for small t; other ones for other steps."""
-    noise = torch.frac((t + 1) * (step + 1) * 0.6180339887)
+    """Far larger for small t; other ones for other steps, and places in the minibatch."""
+    places = torch.arange(len(t)) + 1
+    noise = torch.frac((t + 1) * (step + 1) * places * 0.6180339887)
     return (1 + 200 * (t < 4)) * (0.5 + noise).double()
 
 
@@ -119,10 +120,11 @@ def test_more_draws_than_timesteps():
 
 def test_losses_that_are_not_finite_or_negative():
     sampler = TimestepSampler(4, seed=0)
-    sampler.update_with_all_losses([0, 0, 1, 2, 3], [float("nan"), 2.0, -2.0, float("inf"), 1.0])
+    nan, inf = float("nan"), float("inf")
+    sampler.update_with_all_losses([0, 0, 0, 1, 2, 3], [nan, 1.0, 7.0, -2.0, inf, 1.0])
     assert sampler.sampler is not None
     assert sampler.sampler.skipped == 2
-    assert sampler.sampler.mean.tolist() == [2.0, 2.0, 0.0, 1.0]
+    assert sampler.sampler.mean.tolist() == [5.0, 2.0, 0.0, 1.0]
 
 
 # ---- in a training loop
@@ -180,7 +182,7 @@ def step_of(model: nn.Module, sampler: TimestepSampler, x: Tensor, scale: float 
     return torch.stack([t.double(), (2 / 3 * output.detach()).norm(dim=1).double()])
 
 
-def test_learns_the_gradients_at_the_output():
+def test_learns_the_gradients_at_the_output(monkeypatch):
     model, x = Network(), torch.randn(20, 3)
     sampler = TimestepSampler(20, model=model, seed=0)
     t, norms = step_of(model, sampler, x)  # each timestep once
@@ -189,17 +191,22 @@ def test_learns_the_gradients_at_the_output():
     assert sampler.sampler.step == 1, "the losses beside them are left out"
     for _ in range(40):
         step_of(model, sampler, x)
-    weighted = TimestepSampler(20, model=model, seed=0)
     assert sampler.weights()[:4].min() > 2 * sampler.weights()[4:].max()
-    assert weighted.weights().tolist() == [1.0] * 20
+    seen = []
+    monkeypatch.setattr(sampler, "_update", lambda *arguments: seen.append(arguments))
+    t, norms = step_of(model, sampler, x)
+    ((t_seen, scores, coefficients),) = seen
+    assert torch.equal(t_seen.double(), t)
+    assert coefficients.min() < 0.5, "the weights are taken out of the gradients"
+    torch.testing.assert_close(scores, norms, rtol=1e-5, atol=0)
 
 
 def test_gradients_are_taken_from_the_pass_that_is_trained():
     model, x = Network(), torch.randn(8, 3)
     sampler = TimestepSampler(20, model=model, seed=0)
+    t, weights = sampler.sample(8, "cpu")
     copied = copy.deepcopy(model)
     torch.save(model, io.BytesIO())
-    t, weights = sampler.sample(8, "cpu")
     with torch.no_grad():
         model(x, t)  # an evaluation
     copied(x, t).sum().backward()
@@ -264,8 +271,9 @@ def test_processes_share_what_they_learn(tmp_path, sizes):
     everything = TimestepSampler(T, seed=5)
     for step, both in enumerate(zip(drawn, others, strict=True)):
         everything.sample(sizes[0])  # past the warm-up
-        t = torch.cat([part[0] for part in both]).long()
-        everything.update_with_all_losses(t, losses_of(t, step))
+        parts = [part[0].long() for part in both]
+        losses = torch.cat([losses_of(t, step) for t in parts])
+        everything.update_with_all_losses(torch.cat(parts), losses)
     np.testing.assert_allclose(everything.weights(), weights, rtol=1e-6)
     again = run(tmp_path, 2, in_group, sizes, state)
     assert np.array_equal(again[0][1], again[1][1])
@@ -346,4 +354,6 @@ def test_wrong_states():
     with pytest.raises(ValueError, match="options"):
         other.load_state_dict(state)
     assert other.sampler is None
+    fresh = TimestepSampler(T, method=EMAIS(floor=0.5), seed=9)
+    assert torch.equal(other.sample(16)[0], fresh.sample(16)[0])
     assert sampler.sampler is before
