@@ -33,9 +33,16 @@ from bench.experiments.diffusion import OBJECTIVES, SCHEDULES, Diffusion, Images
 from bench.provenance import provenance
 from bench.report import Row, append_row, make_parser, read_rows
 from fastis.estimators import population_traces
-from fastis.integrations.diffusion import TimestepSampler
+from fastis.integrations.diffusion import FLOOR, TimestepSampler
+from fastis.methods import EMAIS
 
-METHODS = ("uniform", "loss-second-moment", "fastis by loss", "fastis by gradient")
+METHODS = (
+    "uniform",
+    "loss-second-moment",
+    "loss-second-moment of 2",
+    "fastis by loss",
+    "fastis by gradient",
+)
 RATES = (2e-3, 4e-3, 8e-3)
 SEEDS = 3
 IMAGES_A_STEP = 16  # of the probe, half of them to find probabilities by
@@ -109,8 +116,8 @@ def sampler_of(config: Config, model: nn.Module) -> Any:
     steps, seed = config.num_timesteps, config.seed
     if config.method == "uniform":
         return Uniform(steps)
-    if config.method == "loss-second-moment":
-        return LossSecondMoment(steps, seed)
+    if config.method.startswith("loss-second-moment"):
+        return LossSecondMoment(steps, seed, history=2 if config.method.endswith("2") else 10)
     by_gradient = config.method == "fastis by gradient"
     return TimestepSampler(steps, model=model if by_gradient else None, seed=seed)
 
@@ -235,10 +242,12 @@ def probe(config: Config, images: Images, at: list[int]) -> Row:
     """The row of one network: N_ems / B of every way to draw timesteps, at some steps."""
     run = Run(config, images)
     steps, seed = config.num_timesteps, config.seed
+    # They would pause for lack of gain, which they can't tell from draws of another sampler.
+    method = EMAIS(floor=FLOOR, least_gain=0.0)
     lookers = {
         "loss-second-moment": LossSecondMoment(steps, seed),
-        "fastis by loss": TimestepSampler(steps, seed=seed),
-        "fastis by gradient": TimestepSampler(steps, seed=seed),
+        "fastis by loss": TimestepSampler(steps, method=method, seed=seed),
+        "fastis by gradient": TimestepSampler(steps, method=method, seed=seed),
     }
     found: dict[str, list[float]] = {}
     for step in tqdm(range(1, max(at) + 1), desc=config.method, leave=False, disable=None):

@@ -25,17 +25,18 @@ from bench.report import Row, markdown_table, read_rows
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 PAGE, ROWS = "TIMESTEPS.md", "timesteps.jsonl"
-INCUMBENTS = METHODS[:2]
+INCUMBENTS = METHODS[:3]
 INTRODUCTION = """# Diffusion timesteps
 
 Written by `python bench/experiments/timesteps_page.py` from the rows in this folder; nothing is
 typed in. How timesteps are drawn while a small diffusion model is trained (an MLP-mixer on images
-of 16 x 16, Adam, the rate falling linearly to 0): uniformly, by improved-diffusion's
+of 16 x 16, Adam, the rate falling linearly to 0): uniformly; by improved-diffusion's
 loss-second-moment resampling (p ~ sqrt(E[loss^2]), the last 10 losses of each timestep, uniform
-until all have them), by fastis' `TimestepSampler` from the same losses, and by it from the norm of
-the gradient at the model's output. Objectives are those of Nichol & Dhariwal 2021: "simple", the
-error of the predicted noise; "vlb", the variational bound with a learned variance, in bits per
-dimension; "hybrid", simple + 0.001 vlb. Weights keep all of them unbiased.
+until all have them; "of 2": the last 2, which shortens that); by fastis' `TimestepSampler` from the
+same losses; and by it from the norm of the gradient at the model's output. Objectives are those of
+Nichol & Dhariwal 2021: "simple", the error of the predicted noise; "vlb", the variational bound
+with a learned variance, in bits per dimension; "hybrid", simple + 0.001 vlb. Weights keep all of
+them unbiased.
 """
 PROBE = """## What there is to gain
 
@@ -139,7 +140,7 @@ class Comparison:
         })  # fmt: skip
 
     def incumbent(self) -> str:
-        """The better one of those that people use."""
+        """The best of those that people use."""
         there = [method for method in INCUMBENTS if method in self.methods]
         return min(there, key=lambda m: fmean(self.losses(m, self.steps).values()))
 
@@ -233,7 +234,7 @@ class Comparison:
 COMPARISON = (
     "Mean and standard deviation over seeds; every length is a run with a schedule of its own. The "
     "time is processor time on one thread: steps times the method's median cost of a step, over "
-    "all its runs, and relative to the better one of uniform and loss-second-moment at full "
+    "all its runs, and relative to the best of uniform and loss-second-moment at full "
     "length; its geometric mean over seeds, with a 95 % interval. A method that is there at its "
     "shortest length counts with that."
 )

@@ -37,7 +37,7 @@ _INTEGERS = (torch.int64, torch.int32)
 _VERSION = 1
 _OF_RANKS = 0x9E3779B97F4A7C15  # from one rank's key to the next one's: 2^64 over the golden ratio
 # Timesteps are few and visited often: what is known of them can be trusted further than of samples.
-_FLOOR = 0.01
+FLOOR = 0.01
 
 
 class TimestepSampler:
@@ -114,7 +114,7 @@ class TimestepSampler:
     ) -> None:
         steps = getattr(diffusion, "num_timesteps", diffusion)
         self.num_timesteps = check.integer("diffusion.num_timesteps", steps, 1, 2**24)
-        method = EMAIS(floor=_FLOOR) if method is None else method
+        method = EMAIS(floor=FLOOR) if method is None else method
         if not isinstance(method, EMAIS) or method.score_fn is not None:
             raise TypeError(
                 "method must be a fastis.methods.EMAIS without score_fn, or None, got "
@@ -245,8 +245,11 @@ class TimestepSampler:
         if self._watches:
             return
         drawn, self._drawn = self._drawn, None
-        as_drawn = drawn is not None and torch.equal(drawn[0], t)
-        self._learn(t, losses, drawn[1] if as_drawn else self._coefficients(t))  # type: ignore[index]
+        if drawn is not None and torch.equal(drawn[0], t):
+            coefficients = drawn[1]
+        else:
+            coefficients = self._coefficients(t)
+        self._learn(t, losses, coefficients)
 
     def update_with_all_losses(
         self, ts: Sequence[int] | Tensor, losses: Sequence[float] | Tensor
@@ -254,7 +257,9 @@ class TimestepSampler:
         """Learns from losses, or gradient norms, of any timesteps: one iteration.
 
         Says nothing to other processes: in a group all ranks must call it with the same ``ts`` and
-        ``losses``. For loops that gather them themselves.
+        ``losses``. For loops that gather them themselves. Of timesteps that were not drawn here all
+        is learnt but whether it pays: give ``method=EMAIS(..., least_gain=0.0)`` then, or draws may
+        go uniform for an apparent lack of gain.
 
         Parameters
         ----------
