@@ -122,27 +122,29 @@ def test_the_network_takes_any_number_of_channels():
     assert model(torch.randn(2, 3, 16, 16), torch.tensor([0, 9])).shape == (2, 6, 16, 16)
 
 
-def row_of(config: Config, loss: float, seconds: float) -> dict:
+def row_of(config: Config, loss: float) -> dict:
     return {
         "benchmark": "timesteps",
         "config": vars(config),
         "test": dict.fromkeys(("simple", "hybrid", "vlb"), loss),
-        "seconds": seconds,
     }
 
 
 def test_time_to_the_incumbents_end():
     """Loss falls by 1 a doubling; a step costs twice the incumbent's."""
-    full = replace(SMALL, lr=timesteps.RATES[0], steps=400)
-    theirs, ours = (replace(full, method=m) for m in ("loss-second-moment", "fastis by loss"))
-    rows = [row_of(theirs, 2.5, 4.0), row_of(replace(full, method="uniform"), 9.0, 4.0)]
-    rows += [row_of(replace(ours, steps=n), x, 0.02 * n) for n, x in ((100, 3), (200, 2), (400, 1))]
-    comparison = timesteps_page.Comparison(timesteps_page.setting_of(rows[0]), rows)
-    assert comparison.incumbent() == "loss-second-moment"
-    ratio = comparison.time_ratio("fastis by loss", 0)
+    full, peer = replace(SMALL, lr=timesteps.RATES[0], steps=400), "loss-second-moment"
+    theirs, ours = (replace(full, method=m) for m in (peer, "fastis by loss"))
+    rows = [row_of(theirs, 2.5), row_of(replace(full, method="uniform"), 9.0)]
+    rows += [row_of(replace(ours, steps=n), x) for n, x in ((100, 3), (200, 2), (400, 1))]
+    cost = {"config": vars(SMALL), "ms": {peer: 4.0, "uniform": 4.0, "fastis by loss": 8.0}}
+    comparison = timesteps_page.Comparison(timesteps_page.setting_of(rows[0]), rows, [cost])
+    assert comparison.incumbents() == ["uniform", peer]
+    ratio = comparison.time_ratio("fastis by loss", peer, 0)
     assert ratio == pytest.approx(2 * 100 * 2**0.5 / 400)
-    assert math.isnan(comparison.time_ratio("uniform", 0))
-    assert comparison.time_cell("fastis by loss") == "0.71"
+    assert math.isnan(comparison.time_ratio("uniform", peer, 0))
+    assert comparison.time_cell("fastis by loss", peer) == "0.71"
+    assert comparison.time_cell("fastis by loss", "uniform") == "at most 0.50"
+    assert comparison.time_cell("uniform", peer) == "not reached"
 
 
 def test_runs_and_the_page(tmp_path, images, monkeypatch):
@@ -151,11 +153,12 @@ def test_runs_and_the_page(tmp_path, images, monkeypatch):
     file = tmp_path / timesteps_page.ROWS
     short = ["--json", str(file), "--num-timesteps", "40", "--batch-size", "4", "--steps", "2"]
     timesteps.main(["probe", *short, "--at", "2"])
+    timesteps.main(["costs", *short, "--rounds", "1"])
     for _ in range(2):  # the second time nothing is left to do
         timesteps.main(["compare", *short, "--parts", "1", "0.5"])
     found = file.read_text().splitlines()
     methods = len(timesteps.METHODS)
-    assert len(found) == 1 + methods * (len(timesteps.RATES) + 1)
+    assert len(found) == 2 + methods * (len(timesteps.RATES) + 1)
     text = timesteps_page.write(tmp_path).read_text()
     assert "fastis by gradient" in text
     assert timesteps_page.NOT_YET not in text

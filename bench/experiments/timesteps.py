@@ -2,13 +2,14 @@
 
     python bench/experiments/timesteps.py probe --json bench/results/timesteps.jsonl
     python bench/experiments/timesteps.py compare --json bench/results/timesteps.jsonl
+    python bench/experiments/timesteps.py costs --json bench/results/timesteps.jsonl
     python bench/experiments/timesteps_page.py
 
 ``probe`` trains with uniform timesteps while the samplers look on, and computes the variance of one
 draw's gradient of all parameters under each one's probabilities. ``compare`` trains with each
-sampler, every schedule decayed to its own number of steps; its clock is the processor time of the
-training loop, on one thread. Runs that the file has already are left out. Without ``--data`` the
-images are the subset of Fashion-MNIST in bench/data.
+sampler, every schedule decayed to its own number of steps; runs that the file has already are left
+out. ``costs`` is the processor time of a training step, on one thread, with the samplers taking
+turns. Without ``--data`` the images are the subset of Fashion-MNIST in bench/data.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from bench.experiments.datasets import data_name
 from bench.experiments.diffusion import OBJECTIVES, SCHEDULES, Diffusion, Images, Mixer, load_images
 from bench.provenance import provenance
 from bench.report import Row, append_row, make_parser, read_rows
+from bench.timing import interleaved, thread
 from fastis.estimators import population_traces
 from fastis.integrations.diffusion import FLOOR, TimestepSampler
 from fastis.methods import EMAIS
@@ -187,6 +189,26 @@ def measure(config: Config, images: Images) -> Row:
     }
 
 
+def costs(setting: Config, images: Images, rounds: int) -> Row:
+    """The row of a step's cost with every sampler, all of them past their warm-up."""
+    runs = {method: Run(replace(setting, method=method), images) for method in METHODS}
+    every = torch.arange(setting.num_timesteps)
+    for run in runs.values():
+        for _ in range(10):
+            run.sampler.update_with_local_losses(every, torch.ones(len(every)))
+        for _ in range(2 * len(every) // setting.batch_size + 1):
+            run.sampler.sample(setting.batch_size, "cpu")
+    cases = {method: run.step for method, run in runs.items()}
+    times = interleaved(cases, rounds=rounds, calls=10, clock=thread)
+    return {
+        "benchmark": "timesteps_cost",
+        "config": asdict(setting),
+        "ms": {method: times.us(method) / 1e3 for method in METHODS},
+        "ratio": {method: times.ratio(method, "uniform")._asdict() for method in METHODS},
+        **provenance(torch.device("cpu")),
+    }
+
+
 # ---- variance of the gradient, on one network for all samplers
 
 
@@ -319,7 +341,7 @@ def best_rate(rows: list[Row], setting: Config) -> float:
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser(__doc__, "a run")
     add = parser.add_argument
-    add("command", choices=["probe", "compare"])
+    add("command", choices=["probe", "compare", "costs"])
     add("--dataset", default="fashion_mnist")
     add("--data", help="the data set's .npz (default: FASTIS_DATA, else the subset)")
     add("--objective", choices=OBJECTIVES, default="vlb")
@@ -331,15 +353,19 @@ def main(argv: list[str] | None = None) -> int:
     add("--methods", nargs="+", choices=METHODS, default=METHODS)
     add("--at", type=int, nargs="+", default=[250, 1000, 2000], help="of the probe")
     add("--lr", type=float, default=2e-3, help="of the probe")
+    add("--rounds", type=int, default=30, help="of the costs")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     images = load_images(args.dataset, args.data)
     options = ("objective", "schedule", "num_timesteps", "batch_size", "dataset")
     given = {name: vars(args)[name] for name in options}
     setting = Config("uniform", args.lr, 0, args.steps, data=data_name(args.data), **given)
-    if args.command == "probe":
-        row = probe(replace(setting, steps=max(args.at)), images, args.at)
-        print(row["gain"])
+    if args.command != "compare":
+        if args.command == "probe":
+            row = probe(replace(setting, steps=max(args.at)), images, args.at)
+        else:
+            row = costs(setting, images, args.rounds)
+        print(row.get("gain") or row["ratio"])
         if args.json:
             append_row(args.json, row)
         return 0

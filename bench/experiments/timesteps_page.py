@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, stdev
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
@@ -95,22 +95,20 @@ def probe_section(rows: Sequence[Row]) -> str:
 # ---- the comparison
 
 
+def _sizes(row: Row) -> list[Any]:
+    """What a step's cost depends on, beside the method."""
+    return [row["config"][name] for name in ("dataset", "num_timesteps", "batch_size", "width")]
+
+
 class Comparison:
     """The runs of one setting."""
 
-    def __init__(self, setting: Config, rows: Sequence[Row]) -> None:
+    def __init__(self, setting: Config, rows: Sequence[Row], costs: Sequence[Row]) -> None:
         self.setting = setting
         self.rows = [row for row in rows if setting_of(row) == setting]
         self.steps = max(row["config"]["steps"] for row in self.rows)
         self.methods = [m for m in METHODS if self._grid(m)]
-        self.step_seconds = {
-            method: median(
-                row["seconds"] / row["config"]["steps"]
-                for row in self.rows
-                if row["config"]["method"] == method
-            )
-            for method in self.methods
-        }
+        self.cost = next((row["ms"] for row in costs if _sizes(row) == _sizes(self.rows[0])), None)
 
     def _grid(self, method: str) -> dict[float, float]:
         """Test losses by rate, of seed 0 at full length."""
@@ -139,16 +137,13 @@ class Comparison:
             row["config"]["steps"] for row in self.rows if row["config"]["method"] == method
         })  # fmt: skip
 
-    def incumbent(self) -> str:
-        """The best of those that people use."""
-        there = [method for method in INCUMBENTS if method in self.methods]
-        return min(there, key=lambda m: fmean(self.losses(m, self.steps).values()))
+    def incumbents(self) -> list[str]:
+        return [method for method in INCUMBENTS if method in self.methods]
 
-    def time_ratio(self, method: str, seed: int) -> float:
-        """Of the processor time that the method needs for what the incumbent ends with; NaN where
-        it does not come to that. Between lengths log(steps) is linear in the loss; below the
-        shortest it counts as that."""
-        peer = self.incumbent()
+    def time_ratio(self, method: str, peer: str, seed: int) -> float:
+        """Of the processor time that the method needs for what a peer ends with; NaN where it does
+        not come to that. Between lengths log(steps) is linear in the loss; below the shortest it
+        counts as that."""
         target = self.losses(peer, self.steps)[seed]
         found = [(n, self.losses(method, n).get(seed, math.nan)) for n in self.lengths(method)]
         needed = math.nan
@@ -160,8 +155,11 @@ class Comparison:
                     part = (before - target) / (before - after)
                     needed = n0 * (n1 / n0) ** part
                     break
-        cost = self.step_seconds[method] / self.step_seconds[peer]
-        return needed / self.steps * cost
+        return needed / self.steps * self.relative_cost(method, peer)
+
+    def relative_cost(self, method: str, peer: str) -> float:
+        """Of a step; where it is not yet measured all steps cost the same."""
+        return 1.0 if self.cost is None else self.cost[method] / self.cost[peer]
 
     def grid_table(self) -> str:
         lines = [["seed 0", *(f"rate {rate:g}" for rate in RATES)]]
@@ -172,25 +170,37 @@ class Comparison:
 
     def results_table(self) -> str:
         lengths = sorted({n for m in self.methods for n in self.lengths(m)})
-        head = ["method", "rate", "ms a step", *(f"{n} steps" for n in lengths)]
-        lines = [[*head, f"time to {self.incumbent()}'s end"]]
+        lines = [["method", "rate", "ms a step", *(f"{n} steps" for n in lengths)]]
         for method in self.methods:
-            cells = [method, f"{self.rate(method):g}", f"{1e3 * self.step_seconds[method]:.2f}"]
+            cells = [
+                method,
+                f"{self.rate(method):g}",
+                "-" if self.cost is None else f"{self.cost[method]:.2f}",
+            ]
             for n in lengths:
                 losses = self.losses(method, n)
                 cells.append(mean_sd(list(losses.values()), 4) if losses else "-")
-            lines.append([*cells, self.time_cell(method)])
+            lines.append(cells)
         return markdown_table(lines, aligned=False)
 
-    def time_cell(self, method: str) -> str:
-        """Mean and 95 % interval, over seeds, of the logarithms of the ratios."""
-        if method == self.incumbent():
+    def time_table(self) -> str:
+        peers = self.incumbents()
+        lines = [["time of, to the end of", *peers]]
+        lines += [[m, *(self.time_cell(m, peer) for peer in peers)] for m in self.methods]
+        return markdown_table(lines, aligned=False)
+
+    def time_cell(self, method: str, peer: str) -> str:
+        """Geometric mean of the ratios over seeds, and its 95 % interval."""
+        if method == peer:
             return "1"
-        seeds = self.losses(method, self.steps).keys()
-        seeds &= self.losses(self.incumbent(), self.steps).keys()
-        ratios = [self.time_ratio(method, seed) for seed in seeds]
-        if any(map(math.isnan, ratios)):
+        seeds = self.losses(method, self.steps).keys() & self.losses(peer, self.steps).keys()
+        ratios = [self.time_ratio(method, peer, seed) for seed in seeds]
+        if not ratios or any(map(math.isnan, ratios)):
             return "not reached"
+        shortest = self.lengths(method)[0]
+        cost = self.relative_cost(method, peer)
+        if all(ratio <= shortest / self.steps * cost for ratio in ratios):
+            return f"at most {ratios[0]:.2f}"
         if len(ratios) < 2:
             return f"{ratios[0]:.2f}"
         logs = [math.log(ratio) for ratio in ratios]
@@ -222,6 +232,8 @@ class Comparison:
                 "Test loss, over all timesteps. " + COMPARISON,
                 self.results_table(),
                 self.differences(),
+                TIMES,
+                self.time_table(),
                 "The rates were chosen by seed 0:",
                 self.grid_table(),
                 f"```sh\n{command} {options} --steps {self.steps}\n```",
@@ -232,20 +244,23 @@ class Comparison:
 
 
 COMPARISON = (
-    "Mean and standard deviation over seeds; every length is a run with a schedule of its own. The "
-    "time is processor time on one thread: steps times the method's median cost of a step, over "
-    "all its runs, and relative to the best of uniform and loss-second-moment at full "
-    "length; its geometric mean over seeds, with a 95 % interval. A method that is there at its "
-    "shortest length counts with that."
+    "Mean and standard deviation over seeds; every length is a run with a schedule of its own. A "
+    "step's cost is processor time on one thread, with the methods taking turns."
+)
+TIMES = (
+    "Processor time (steps times their cost) that a row's method needs to come to the test loss "
+    "that a column's has at full length, as a part of that one's: geometric mean over seeds, with "
+    "a 95 % interval. Between lengths log(steps) is taken to be linear in the loss."
 )
 
 
 def write(folder: Path) -> Path:
     rows = read_rows(folder / ROWS)
     runs = [row for row in rows if row["benchmark"] == "timesteps"]
+    costs = [row for row in rows if row["benchmark"] == "timesteps_cost"]
     settings: dict[Any, Config] = {tuple(asdict(s).items()): s for s in map(setting_of, runs)}
     parts = [INTRODUCTION.rstrip(), probe_section(rows)]
-    parts += [Comparison(setting, runs).section() for setting in settings.values()]
+    parts += [Comparison(setting, runs, costs).section() for setting in settings.values()]
     page = folder / PAGE
     page.write_text("\n\n".join(parts) + "\n")
     return page
