@@ -33,10 +33,10 @@ typed in. How timesteps are drawn while a small diffusion model is trained (an M
 of 16 x 16, Adam, the rate falling linearly to 0): uniformly; by improved-diffusion's
 loss-second-moment resampling (p ~ sqrt(E[loss^2]), the last 10 losses of each timestep, uniform
 until all have them, which is much of a run as short as these; "of 2": the last 2, which shortens
-that); by fastis' `TimestepSampler` from the same losses; and by it from the norm of the gradient at the model's output. Objectives are those of
-Nichol & Dhariwal 2021: "simple", the error of the predicted noise; "vlb", the variational bound
-with a learned variance, in bits per dimension; "hybrid", simple + 0.001 vlb. Weights keep all of
-them unbiased.
+that); by fastis' `TimestepSampler` from the same losses; and by it from the norm of the gradient at
+the model's output. Objectives are those of Nichol & Dhariwal 2021: "simple", the error of the
+predicted noise; "vlb", the variational bound with a learned variance, in bits per dimension;
+"hybrid", simple + 0.001 vlb. Weights keep all of them unbiased.
 """
 PROBE = """## What there is to gain
 
@@ -245,8 +245,8 @@ class Comparison:
 
 COMPARISON = (
     "Mean and standard deviation over seeds; every length is a run with a schedule of its own. A "
-    "step's cost is processor time on one thread, with the methods taking turns. Edge: of the grid of "
-    "rates; one beyond may be better still."
+    "step's cost is processor time on one thread, with the methods taking turns. Edge: of the grid "
+    "of rates; one beyond may be better still."
 )
 TIMES = (
     "Processor time (steps times their cost) that a row's method needs to come to the test loss "
