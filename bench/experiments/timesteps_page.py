@@ -46,7 +46,9 @@ Its gradients are computed for {images} images at each of the timesteps, so a fi
 for the choice of images and noise; the mean gradient counts as 0. "Ideal" is p ~ sqrt(E|g|^2),
 "by loss" sqrt(E[loss^2]) and "by output" the same of the gradient at the output, each with
 expectations of the moment, found on half of the images and judged on the others; the last three
-columns are the samplers' own tables."""
+columns are the samplers' own tables. These know the timesteps that the run has drawn by then: one
+that is missing has the mean weight, which decides where a single one is most of the variance. (A
+sampler that draws for itself begins with all of them.)"""
 PROBE_COLUMNS = {
     "ideal": "ideal",
     "ideal, image and timestep": "ideal, by image too",
