@@ -24,6 +24,7 @@ SHORT = {
     "train_transformers.py": ["--samples", "256", "--epochs", "3"],
     "train_ddp.py": ["--epochs", "1"],  # in one process; by torchrun: tests/distributed
     "replay.py": ["--steps", "1500"],
+    "diffusion_timesteps.py": ["--steps", "120"],
     "distributed_scoring.py": ["--samples", "2000", "--steps", "200", "--scorers", "1"],
 }
 
