@@ -372,11 +372,12 @@ class Table:
                 f"there must be samples to draw from, but all {n} are excluded: reset() some first"
             )
 
-    def is_active(self) -> Tensor:
-        """bool [N]: which samples can be drawn."""
+    def is_active(self, indices: Tensor | slice = slice(None)) -> Tensor:
+        """bool [N], or [n] of some samples: which can be drawn."""
         if self.states is None:
-            return torch.ones(self.constants.num_samples, dtype=torch.bool, device=self.device)
-        return self.column(LAST) != LAST_EXCLUDED
+            every = torch.ones((), dtype=torch.bool, device=self.device)
+            return every.expand(self.constants.num_samples)[indices]
+        return self.column(LAST)[indices] != LAST_EXCLUDED
 
     def column(self, position: int) -> Tensor:
         """A view of one column of the states, float32 for mean and variance."""

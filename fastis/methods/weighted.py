@@ -16,7 +16,6 @@ from fastis import check
 from fastis.kernels import kernels_for
 from fastis.kernels.layout import (
     LAST,
-    LAST_EXCLUDED,
     LAST_UNSEEN,
     LATEST,
     MEAN,
@@ -135,8 +134,7 @@ def distinct(table: Table, observation: Observation) -> Distinct:
     A device leaves rows out of range out, as its kernels do: nothing here waits for it.
     """
     indices = observation.indices
-    is_active = table.column(LAST)[clamped(table, indices)] != LAST_EXCLUDED
-    good = usable(observation.observed) & is_active
+    good = usable(observation.observed) & table.is_active(clamped(table, indices))
     if may_read(indices.device):
         at = first_positions(indices, good)
         counts = torch.ones_like(at, dtype=torch.bool)

@@ -118,7 +118,7 @@ def _update_state(table: Table, indices: Tensor, observed: Tensor, updates: int)
     iteration ``updates``."""
     constants, scalars = table.constants, table.scalars
     total, seen, e0 = (int(scalars[at]) for at in (TOTAL, SEEN, EXPONENT))
-    usable, is_active = observed.abs() < LARGEST_SCORE, table.is_active()[indices]
+    usable, is_active = observed.abs() < LARGEST_SCORE, table.is_active(indices)
     scalars[SKIPPED] += (~usable & is_active).sum()
     keep = first_positions(indices, usable & is_active)
     keep = keep[interval(table.column(LAST)[indices[keep]], updates) > 0]
