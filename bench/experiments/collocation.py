@@ -57,17 +57,17 @@ class Fresh:
 class Resampled:
     """Draws from probabilities that are computed anew, from all residuals, ``every`` steps.
 
-    ``corrected=False``: RAD (Wu et al. 2023, arXiv 2207.10289, eq. 2)::
+    ``corrected=False``: RAD (Wu et al. 2023, arXiv 2207.10289)::
 
         p ~ |r|^k / mean(|r|^k) + c,   all weights 1
 
-    There a set of points is drawn, and trained on whole; here, where steps are minibatches, every
-    one is drawn from p itself. ``corrected=True``: Nabian et al. 2021 (arXiv 2104.12325) with k = 2::
+    There a set of points is drawn, and trained on whole; here, where steps are minibatches, each is
+    drawn from p itself. ``corrected=True``: Nabian et al. 2021 (arXiv 2104.12325) with k = 2::
 
         p ~ estimate of r^2,   weights 1/(N p)
 
-    They score ``seeds`` points, and every other one has the value of the nearest of these. c is ours
-    then: without it, points whose residual has grown since have coefficients without bound.
+    They score ``seeds`` points, and every other one has the value of the nearest of these. c is
+    ours then: without it, points whose residual has grown since have coefficients without bound.
     """
 
     def __init__(

@@ -26,7 +26,8 @@ from torch import Tensor
 
 
 class Tape(NamedTuple):
-    """What a backward pass needs of a layer: ``[4, B, I]`` and, with tanh, ``[4, B, O]``, ``[B, O]``."""
+    """What a backward pass needs of a layer: h ``[4, B, I]``; with tanh z ``[4, B, O]``, a and s
+    ``[B, O]``."""
 
     h: Tensor
     z: Tensor
@@ -40,7 +41,7 @@ class JetMLP:
     All parameters are one vector, ``theta``, which one fused step of Adam is enough for.
     """
 
-    def __init__(self, sizes: Sequence[int]) -> None:
+    def __init__(self, sizes: Sequence[int], scale: float = 1.0) -> None:
         shapes = list(zip(sizes[1:], sizes[:-1], strict=True))
         lengths = [length for out, into in shapes for length in (out * into, out)]
         self.theta = torch.nn.Parameter(torch.zeros(sum(lengths)))
@@ -49,19 +50,20 @@ class JetMLP:
         views = [
             [(p[2 * i].view(shape), p[2 * i + 1]) for i, shape in enumerate(shapes)] for p in parts
         ]
-        self._layers, self._grads = views
-        for weight, _ in self._layers:
+        self.layers, self._grads = views
+        for weight, _ in self.layers:
             torch.nn.init.xavier_normal_(weight)
+        self.layers[0][0].mul_(scale)
 
     @torch.no_grad()
     def forward(self, jets: Tensor) -> tuple[Tensor, list[Tape]]:
         """The output ``[4, B]``, and every layer's tape."""
         h, tapes = jets, []
-        for weight, bias in self._layers[:-1]:
+        for weight, bias in self.layers[:-1]:
             z = h @ weight.T
             h, tape = tanh_forward(h, z, bias)
             tapes.append(tape)
-        weight, bias = self._layers[-1]
+        weight, bias = self.layers[-1]
         z = (h @ weight.T)[..., 0]
         z[0] += bias
         return z, [*tapes, Tape(h, z)]
@@ -74,7 +76,7 @@ class JetMLP:
         """
         back, squares = delta[..., None], []
         for layer in reversed(range(len(tapes))):
-            tape, (weight, _) = tapes[layer], self._layers[layer]
+            tape, (weight, _) = tapes[layer], self.layers[layer]
             if tape.a is not None:
                 back = tanh_backward(tape, back)
             if norms:
@@ -112,7 +114,8 @@ def tanh_backward(tape: Tape, g: Tensor) -> Tensor:
 
 
 def squared_norms(h: Tensor, delta: Tensor) -> Tensor:
-    """``[B]``: of each point's gradient by a layer's weights and bias; ``[4, B, I]``, ``[4, B, O]``."""
+    """``[B]``: of each point's gradient by a layer's weights and bias, from ``[4, B, I]`` and
+    ``[4, B, O]``."""
     if delta.shape[-1] == 1:
         return (delta * h).sum(0).square().sum(1) + delta[0, :, 0].square()
     h, delta = h.transpose(0, 1), delta.transpose(0, 1)
