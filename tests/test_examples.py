@@ -15,6 +15,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SHORT = {
     "accumulation_amp.py": ["--samples", "512", "--epochs", "8"],
     "compiled.py": ["--steps", "100", "--backend", "aot_eager"],
+    "pinn.py": ["--points", "1000", "--steps", "250"],
     "plain_loop.py": ["--samples", "640", "--epochs", "4"],
     "dataloader.py": ["--samples", "320", "--epochs", "3"],
     "train_lightning.py": ["--samples", "320", "--epochs", "3"],
