@@ -139,14 +139,19 @@ def test_jets_gradient_and_scores_are_those_of_autograd(equation):
     assert torch.equal(cheap("loss", r, slopes, tapes), cheap("residual", r, slopes, tapes) ** 2)
 
 
-def test_the_example_has_the_residual_and_the_solution():
+def test_the_example_has_the_residual_its_score_and_the_solution():
     example = runpy.run_path(str(EXAMPLE))
     torch.manual_seed(0)
     model = example["JetNetwork"](6, 2)
     t, x = (part.float() for part in uniform_points(5, torch.Generator().manual_seed(1)))
-    _, residual = example["burgers"](t, x, model(t, x))
+    jet, h = model(t, x)
+    _, residual = example["burgers"](t, x, jet)
+    score = example["score"](t, x, jet, h)
+    for i in range(5):
+        (by_last,) = torch.autograd.grad(residual[i] ** 2, model.last.weight, retain_graph=True)
+        assert float(score[i]) == pytest.approx(float(by_last.norm()), rel=1e-5)
     t.requires_grad_(), x.requires_grad_()
-    u, _ = example["burgers"](t, x, model(t, x))
+    u, _ = example["burgers"](t, x, model(t, x)[0])
     u_t, u_x = torch.autograd.grad(u.sum(), (t, x), create_graph=True)
     (u_xx,) = torch.autograd.grad(u_x.sum(), x)
     torch.testing.assert_close(residual, u_t + u * u_x - NU * u_xx, rtol=1e-4, atol=1e-4)
