@@ -275,11 +275,13 @@ def key(config: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(sorted(config.items()))
 
 
-def wanted(budgets: Mapping[str, int], equation: str, seeds: int) -> Iterator[PinnConfig]:
-    """All runs of one length, seed by seed."""
+def wanted(
+    budgets: Mapping[str, int], equation: str, seeds: int, rates: Sequence[float] | None = None
+) -> Iterator[PinnConfig]:
+    """All runs of one length, seed by seed; ``rates``: those alone, of the grid."""
     for seed in range(seeds):
         for label, steps in budgets.items():
-            for rate in RATES[equation]:
+            for rate in rates or RATES[equation]:
                 yield PinnConfig(equation, label, rate, steps, seed)
 
 
@@ -302,7 +304,7 @@ def compare(report: Report, args: Any) -> None:
     report.lines = [("equation", "contender", "lr", "steps", "seed", "error")]
     for equation in args.equations:
         budgets = {label: steps_of(label, measured[-1], args.steps) for label in args.only}
-        for config in wanted(budgets, equation, args.seeds):
+        for config in wanted(budgets, equation, args.seeds, args.rates):
             if key(asdict(config)) in there:
                 continue
             row = {"base_steps": args.steps, **train(config)}
@@ -320,6 +322,7 @@ def main(argv: list[str] | None = None) -> int:
         add(f"--{name}", action="store_true")
     add("--equations", nargs="+", choices=EQUATIONS, default=list(EQUATIONS))
     add("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="CONTENDER")
+    add("--rates", type=float, nargs="+", help="learning rates (default: the whole grid)")
     add("--steps", type=int, default=STEPS, help="of fixed points; the others' time is the same")
     add("--seeds", type=int, default=3)
     add("--rounds", type=int, default=5, help="of --costs")
