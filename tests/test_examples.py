@@ -17,6 +17,7 @@ SHORT = {
     "compiled.py": ["--steps", "100", "--backend", "aot_eager"],
     "coordinate_network.py": ["--size", "32", "--steps", "50", "--batch-size", "128"],
     "label_errors.py": ["--samples", "2000", "--epochs", "5"],
+    "pinn.py": ["--points", "1000", "--steps", "250"],
     "plain_loop.py": ["--samples", "640", "--epochs", "4"],
     "dataloader.py": ["--samples", "320", "--epochs", "3"],
     "train_lightning.py": ["--samples", "320", "--epochs", "3"],
