@@ -155,7 +155,7 @@ class Sampler(Steerable):
             "group": group,
             "seed": check.integer("seed", seed, 0, 2**64 - 1),
         }
-        self.correction = correction
+        self._correct(correction)
         device = torch.get_default_device() if device is None else torch.device(device)
         with torch.inference_mode(False):  # else no update outside of it could write its tensors
             self._use(self._new_table(warmup_draws, torch.empty(0, device=device).device))

@@ -156,7 +156,7 @@ class ShardedSampler(ResumableShards, Sampler):
             "group": False,
             "seed": None if seed is None else check.integer("seed", seed, 0, 2**64 - 1),
         }
-        self.correction = correction
+        self._correct(correction)
         shown = {**self._settings(), "correction": self.correction, "rank": None}
         own_seed = seed_from(None, torch.device("cpu")) if seed is None else seed
         self._arguments["seed"] = agreed_seed(self._exchange, own_seed, shown)

@@ -215,6 +215,9 @@ class Steerable(Resumable):
 
     @correction.setter
     def correction(self, wanted: float) -> None:
+        self._correct(wanted)
+
+    def _correct(self, wanted: float) -> None:
         found = check.number("correction", wanted, 0.0, 1.0)
         if found != 1.0 and not self._method.has_coefficients:
             raise ValueError(
