@@ -207,10 +207,11 @@ FASTIS_HD inline bool without_replacement(const Table& t, int64_t draw) {
   return draw < t.warmup_draws || draw >= s.uniform_from || is_paused(s.pause, draw);
 }
 
+// Of epochs of the active samples.
 FASTIS_HD inline int64_t batches_per_epoch(const Table& t) {
   if (t.scalars->excluded == 0) return t.batches_per_epoch;
-  const auto whole = static_cast<int64_t>(t.batch.divide(static_cast<uint64_t>(active(t))));
-  return whole > 1 ? whole : 1;
+  const auto length = static_cast<int64_t>(t.batch.divide(static_cast<uint64_t>(active(t))));
+  return length > 1 ? length : 1;
 }
 
 // Such a minibatch's place: its epoch, which keys the permutation, and its first position there.

@@ -213,6 +213,11 @@ class Sampler(Steerable):
         """The next minibatch: new tensors on the sampler's device, ready to index with.
 
         May run ahead of :meth:`update` (prefetching): coefficients stay those of the draw.
+
+        Raises
+        ------
+        ValueError
+            where all samples are excluded (:meth:`exclude`); on a GPU see there.
         """
         watch = self._watch
         watch.draws += 1
@@ -302,7 +307,8 @@ class Sampler(Steerable):
         Raises
         ------
         TypeError, ValueError, IndexError
-            as :meth:`update`, before anything has changed: nothing was drawn then.
+            as :meth:`update`, before anything has changed: nothing was drawn then. ValueError as
+            :meth:`sample`, after the update.
         """
         observation = observe(self._table.device, self._observed_of, batch, out)
         if self._correction != 1.0:

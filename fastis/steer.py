@@ -1,7 +1,8 @@
-"""What can be done to a sampler between its steps: scores from outside of the draws, and settings.
+"""What can be done to a sampler between its steps: scores from outside of the draws, samples that
+come and go, and settings.
 
-A training step knows nothing of it. Whatever is done here holds from the next draw on, is saved
-with the state, and waits for no device.
+A training step knows nothing of it. Whatever is done here holds from the next draw on, and is saved
+with the state.
 """
 
 from __future__ import annotations
@@ -161,11 +162,13 @@ class Steerable(Resumable):
         told of these is left out, but for the variance traces.
 
         ``num_samples``, the length of a :class:`fastis.DataLoader` and the number of minibatches in
-        the warm-up stay as they are; an epoch of uniform draws begins anew. When fewer than B
-        samples are active a uniform minibatch holds some of them twice. When B/D or fewer are (with
-        ``flatten="mix"``: a few more), no other probabilities than uniform ones meet the cap. When
-        none is, :meth:`fastis.Sampler.sample` raises a ValueError; on a GPU, where nobody looks, it
-        draws any samples, with weights of 0.
+        the warm-up stay as they are. What is left of a uniform epoch goes on in another order, in
+        which some samples come again or not at all.
+
+        When fewer than B samples are active a uniform minibatch holds some of them twice. When B/D
+        or fewer are (with ``flatten="mix"``: a few more), no other probabilities than uniform ones
+        meet the cap. When none is, :meth:`fastis.Sampler.sample` raises a ValueError; on a GPU,
+        where nobody looks, it draws any samples, with weights of 0.
 
         As :meth:`reset` in all else.
 

@@ -223,6 +223,7 @@ def test_excluded_samples_have_no_priority(any_kernels):
     sampler = trained(60, method="prioritized")
     sampler.update(batch_of(0, 1), losses_of(1e9, 1e6))
     assert sampler.importance[SOME].tolist() == [0] * 20
+    assert sampler.mean[SOME].tolist() == [0] * 20
     sampler.reset(SOME[:1])
     assert sampler.importance[0] == sampler.importance[1], "not of the excluded sample's loss"
 

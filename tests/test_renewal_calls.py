@@ -270,3 +270,13 @@ def test_any_calls_in_any_order(flatten, scheme):
 def test_a_hundred_thousand_calls(flatten, scheme):
     for seed in range(100, 130):
         any_session(seed, flatten, scheme).run(230)
+
+
+@pytest.mark.parametrize("flatten", ["cap", "mix"])
+@pytest.mark.parametrize("warmup_epochs", [0, 9])
+def test_trees_of_several_levels(flatten, warmup_epochs):
+    method = EMAIS(warmup_epochs=warmup_epochs)
+    session = Session(1, 5003, 64, method=method, flatten=flatten)
+    session.refresh()
+    session.run(25)
+    assert session.excluded

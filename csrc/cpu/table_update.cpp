@@ -225,8 +225,16 @@ void check_indices(const Table& t, const int64_t* indices, int64_t n) {
   index_out_of_range(t.num_samples, *least, *most);
 }
 
+// The counts above an item, where they are many.
+void prefetch_counts(const Table& t, const uint32_t* prefix, int64_t index) {
+  for (int level = 0; level < 2 && level < t.levels.depth; ++level) {
+    const int64_t parent = Levels::above(index, level + 1);
+    __builtin_prefetch(prefix + t.levels.first[level] + parent * kRadix, 1);
+  }
+}
+
 // A seen item's weight out of the totals and the tree.
-void take_out(const Table& t, int64_t index) {
+void take_out(const Table& t, int64_t index, Spread& spread) {
   Scalars& s = *t.scalars;
   const uint32_t code = t.states[index].code;
   const uint64_t weight = weight_of(code & ~kCappedFlag, exponent_of_table(t));
@@ -235,7 +243,8 @@ void take_out(const Table& t, int64_t index) {
   if (!s.valid) return;
   if (code & kCappedFlag) return count_capped(t, index, false);
   s.uncapped -= static_cast<int64_t>(weight);
-  add_to_sums(t, index, ~weight + 1, t.levels.depth);
+  add_to_sums(t, index, ~weight + 1, spread.level());
+  if (spread.level() < t.levels.depth) spread.add(index, ~weight + 1);
 }
 
 // One item more (or less, modulo 2^32) that is unseen or excluded.
@@ -252,21 +261,25 @@ void clear_states(const Table& t, const int64_t* indices, int64_t n, int32_t las
   constexpr int64_t kAhead = 16;
   Scalars& s = *t.scalars;
   const int64_t seen = s.seen;
+  uint32_t* const counts = last == kExcluded ? t.excluded_prefix : t.unseen_prefix;
+  Spread spread(t, n);
   for (int64_t k = 0; k < n; ++k) {
     if (k + kAhead < n) {
       prefetch_state(t, indices[k + kAhead]);
-      if (s.valid) prefetch_nodes(t, indices[k + kAhead], t.levels.depth);
+      if (s.valid) prefetch_nodes(t, indices[k + kAhead], spread.level());
+      if (s.valid) prefetch_counts(t, counts, indices[k + kAhead]);
     }
     State& state = t.states[indices[k]];
     if (state.last == last) continue;
     if (state.last >= 0) {
-      take_out(t, indices[k]);
+      take_out(t, indices[k], spread);
     } else {
       count(t, indices[k], state.last, ~0u);
     }
     count(t, indices[k], last, 1);
     state = {0, 0, last, 0};
   }
+  if (s.valid) spread.finish();
   if (s.seen == 0 && seen > 0) {  // as in the beginning
     s.exponent = kNoExponent;
     s.total = s.valid = 0;
