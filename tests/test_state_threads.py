@@ -66,7 +66,7 @@ def test_a_state_saved_while_another_thread_trains_is_of_one_moment(
     with fastis.backend(backend) if backend else contextlib.nullcontext():
         for state in snapshots(sampler, lambda i: score[i], count):
             _, updates, _, e0, total, seen, *_ = state["scalars"].tolist()
-            assert check_states(sampler._table, state["states"], updates, e0) == (seen, total)
+            assert check_states(sampler._table, state["states"], updates, e0) == (seen, total, 0)
             if name == "rais":  # a step changes the sum by some per mille
                 total_first = float(state["memory.history"][:, 0].double().sum())
                 assert float(state["memory.first"][0]) == pytest.approx(total_first, rel=1e-5)
@@ -125,7 +125,7 @@ def test_a_load_while_another_thread_trains():
     sampler.load_state_dict(late)
     _, updates, _, e0, total, seen, *_ = sampler.state_dict()["scalars"].tolist()
     states = sampler.state_dict()["states"]
-    assert check_states(sampler._table, states, updates, e0) == (seen, total)
+    assert check_states(sampler._table, states, updates, e0) == (seen, total, 0)
 
 
 def test_the_tree_is_made_once():

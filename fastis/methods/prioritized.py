@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -94,18 +94,10 @@ class Prioritized(Weighted):
             assign(table, largest.expand(len(known)), which=~known)
 
     def draw(self, table: Table, batch: Batch) -> None:
-        draws = table.scalars[DRAWS]
-        beta = self._beta(draws.item() if may_read(table.device) else draws)
+        share = table.scalars[DRAWS] / (self.total_steps or float("inf"))
+        beta = self.beta + (1 - self.beta) * share.clamp(max=1)
         super().draw(table, batch)
         batch.weights.pow_(beta).div_(batch.weights.max())
-
-    def _beta(self, draws: Any) -> Any:
-        """In the minibatch of that number, on the host or a device."""
-        if self.total_steps is None:
-            return self.beta
-        share = draws / self.total_steps
-        most = min(share, 1.0) if isinstance(share, float) else share.clamp(max=1)
-        return self.beta + (1 - self.beta) * most
 
     def observed(self, out: Scored) -> Tensor:
         losses = out.losses
