@@ -380,3 +380,14 @@ def test_messages_keep_every_bit():
         assert bool(found.seen[0]) == (exponent is not None)
         assert exponent is None or int(found.exponent[0]) == exponent
         assert float(found.moment[0]) == -1.5
+
+
+@pytest.mark.parametrize("call", ["reset", "exclude"])
+def test_samples_of_shards_do_not_come_and_go(call):
+    sharded = ShardedSampler(500, 64, group=ALONE, seed=0)
+    with pytest.raises(TypeError, match=rf"keeps the samples that it has: there is no {call}\(\)"):
+        getattr(sharded, call)(torch.tensor([1]))
+    state = sharded.state_dict()
+    state["states"][3, 2] = -2
+    with pytest.raises(ValueError, match="must have no excluded samples for this sampler, got 1"):
+        sharded.load_state_dict(state)
