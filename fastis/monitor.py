@@ -21,6 +21,7 @@ from fastis.kernels.layout import (
     LAST_UNSEEN,
     LATEST,
     MEAN,
+    MEAN_SQUARED,
     SEEN,
     SKIPPED,
     UPDATES,
@@ -168,7 +169,9 @@ class Monitored(MinibatchSource):
         The gain is the speed-up to expect of a run whose learning rate is tuned: the size of the
         uniform minibatch that makes as much progress an iteration, over B
         (:meth:`lr_factor` with ``rule="gain"``). It is known some hundred updates after the
-        warm-up. Synchronises with a CUDA device.
+        warm-up. Where no ``mean_grad`` has been told (scores alone, several outputs) the mean
+        gradient counts as 0, and the gain is N_ems/B: the most that it can be. Synchronises with a
+        CUDA device.
         """
         stats, warmup = self.stats(), self._table.constants.warmup_draws
         phase, step = PHASES[int(stats["phase"])], int(stats["step"])
@@ -188,6 +191,8 @@ class Monitored(MinibatchSource):
         if gain < _NO_GAIN[1]:
             verdict = "as good" if gain >= _NO_GAIN[0] else "better"
             return f"gain {gain:.2f}: uniform sampling is {verdict}"
+        if float(self._table.variance[MEAN_SQUARED]) == 0.0:
+            return f"gain at most {gain:.2f}: no loss has told its mean gradient (mean_grad)"
         return f"gain {gain:.2f}: a minibatch is worth {gain:.2f} uniform ones"
 
     # Variance and learning rate ------------------------------------------------------------------

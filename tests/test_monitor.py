@@ -123,6 +123,10 @@ def test_the_prediction_comes_when_it_is_known():
     loop(sampler, score, None, 1)
     gain = float(sampler.lr_factor(rule="gain"))
     assert gain > 1.3
+    wanted = f"gain at most {gain:.2f}: no loss has told its mean gradient (mean_grad)"
+    assert sampler.prediction() == wanted
+    loop(sampler, score, torch.tensor([0.1]), 1)
+    gain = float(sampler.lr_factor(rule="gain"))
     assert sampler.prediction() == f"gain {gain:.2f}: a minibatch is worth {gain:.2f} uniform ones"
 
 
