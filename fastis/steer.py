@@ -112,7 +112,7 @@ class Steerable(Resumable):
 
     # Samples that come and go -------------------------------------------------------------------
 
-    def reset(self, indices: Tensor) -> None:
+    def reset(self, indices: Tensor | Sequence[int]) -> None:
         """These slots hold a new sample: unseen again, also where they were excluded.
 
         For pools that are regenerated, ring buffers, and the slots of a data set that grows. A new
@@ -124,7 +124,7 @@ class Steerable(Resumable):
 
         Parameters
         ----------
-        indices : Tensor
+        indices : Tensor or sequence of int
             int64 ``[n]``, on any device; duplicates count once.
 
         What is learnt of a slot from now on counts for its new sample. So call ``reset`` after the
@@ -142,7 +142,7 @@ class Steerable(Resumable):
         """
         self._clear("reset", indices, LAST_UNSEEN)
 
-    def exclude(self, indices: Tensor) -> None:
+    def exclude(self, indices: Tensor | Sequence[int]) -> None:
         """These samples are not drawn any more, until :meth:`reset`.
 
         N is then the number of the others, the active ones: in the coefficients 1/(N p), in
@@ -155,7 +155,7 @@ class Steerable(Resumable):
 
         Parameters
         ----------
-        indices : Tensor
+        indices : Tensor or sequence of int
             int64 ``[n]``, on any device; duplicates count once.
 
         Minibatches drawn before may hold such samples yet: what :meth:`fastis.Sampler.update` is
@@ -179,13 +179,16 @@ class Steerable(Resumable):
         """
         self._clear("exclude", indices, LAST_EXCLUDED)
 
-    def _clear(self, name: str, indices: Tensor, last: int) -> None:
+    def _clear(self, name: str, indices: Tensor | Sequence[int], last: int) -> None:
         method, table = self._method, self._table
         if not method.renews:
             raise TypeError(
                 f"method {method.name!r} remembers more of a sample than can be taken back, or "
                 f"nothing: {name}() is for emais, loss, distributed and prioritized"
             )
+        if isinstance(indices, Sequence) and not isinstance(indices, str):
+            listed = [check.integer("indices", index, -(2**63), 2**63 - 1) for index in indices]
+            indices = torch.tensor(listed, dtype=torch.int64, device="cpu")
         found = self._samples(indices)
         found = found.to(table.device, non_blocking=not may_read(table.device))
         with table.lock:

@@ -378,3 +378,21 @@ def test_nothing_waits_for_a_gpu(monkeypatch, method):
         sampler.reset(indices)
         assert launched.count("cuda_clear") == 2
         sampler.sample()
+
+
+def test_indices_may_be_a_list():
+    sampler = fastis.Sampler(6, 2, seed=0)
+    sampler.exclude([0, 2, 2])
+    sampler.exclude(range(3, 5))
+    assert sampler.last_seen.tolist() == [-2, -1, -2, -2, -2, -1]
+    sampler.reset((4,))
+    assert sampler.last_seen.tolist() == [-2, -1, -2, -2, -1, -1]
+    for wrong, error in (
+        ([1.5], TypeError),
+        ([6], IndexError),
+        ([1, -1], IndexError),
+        ("1", TypeError),
+    ):
+        with pytest.raises(error, match="indices"):
+            sampler.exclude(wrong)
+    assert sampler.last_seen.tolist() == [-2, -1, -2, -2, -1, -1]
