@@ -354,7 +354,7 @@ class ShardedSampler(ResumableShards, Sampler):
         """
         raise TypeError("a ShardedSampler learns by update(batch, out) alone, not by fold()")
 
-    def reset(self, indices: Tensor) -> None:
+    def reset(self, indices: Tensor | Sequence[int]) -> None:
         """Not for shards.
 
         Raises
@@ -364,7 +364,7 @@ class ShardedSampler(ResumableShards, Sampler):
         """
         raise TypeError("a ShardedSampler keeps the samples that it has: there is no reset()")
 
-    def exclude(self, indices: Tensor) -> None:
+    def exclude(self, indices: Tensor | Sequence[int]) -> None:
         """Not for shards.
 
         Raises

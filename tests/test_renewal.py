@@ -321,7 +321,8 @@ def test_memory_for_the_counts_is_not_touched_before_it_is_needed():
 @pytest.mark.parametrize(
     ("indices", "error", "message"),
     [
-        ([1, 2], TypeError, "indices must be a tensor, got list"),
+        ([1, 2.0], TypeError, "indices must be an int"),
+        (3, TypeError, "indices must be a tensor, got int"),
         (torch.ones(2), TypeError, "indices must have dtype torch.int64, got torch.float32"),
         (torch.ones(N, dtype=torch.bool), TypeError, "indices must have dtype torch.int64"),
         (torch.tensor(3), ValueError, r"indices must have shape \[n\], got \[\]"),
