@@ -89,7 +89,7 @@ T* address(const py::dict& tensors, const char* name) {
   return reinterpret_cast<T*>(tensors[name].cast<uintptr_t>());
 }
 
-// From the tensors' addresses and the constants of fastis/kernels/layout.py, both by name.
+// From the tensors' addresses and the constants of fastis/kernels/constants.py, both by name.
 void fill_table(fastis::Table& t, const py::dict& tensors, const py::dict& constants) {
   const auto integer = [&](const char* name) { return constants[name].cast<int64_t>(); };
   t.states = address<fastis::State>(tensors, "states");

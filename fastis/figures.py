@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastis import check
+from fastis.kernels.constants import FLATTEN
 from fastis.kernels.flatten import distribution
-from fastis.kernels.layout import FLATTEN, LAST_EXCLUDED, LAST_UNSEEN, LATEST
+from fastis.kernels.layout import LAST_EXCLUDED, LAST_UNSEEN, LATEST
 from fastis.methods.base import PHASES
 from fastis.sampler import Sampler
 

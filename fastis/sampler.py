@@ -16,7 +16,8 @@ from fastis import check
 from fastis.batch import Scored, observe, with_coefficients
 from fastis.categorical import seed_from
 from fastis.kernels import kernels_for
-from fastis.kernels.layout import FLATTEN, SCHEMES, Constants, Table, is_uniform
+from fastis.kernels.constants import FLATTEN, SCHEMES, Constants, is_uniform
+from fastis.kernels.layout import Table
 from fastis.kernels.table import Batch
 from fastis.methods import Method, from_name
 from fastis.methods.base import FOREVER

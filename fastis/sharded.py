@@ -19,14 +19,9 @@ from fastis import check
 from fastis.batch import Scored, observe, with_coefficients
 from fastis.categorical import seed_from
 from fastis.kernels import kernels_for
+from fastis.kernels.constants import FLATTEN, SCHEMES, Constants, cap_ratio
 from fastis.kernels.flatten import tell_of_others
-from fastis.kernels.layout import (
-    FLATTEN,
-    SCHEMES,
-    Constants,
-    cap_ratio,
-    without_replacement,
-)
+from fastis.kernels.layout import without_replacement
 from fastis.kernels.shards import (
     NO_CAP,
     Gathered,

@@ -17,7 +17,8 @@ from fastis import kernels
 PACKAGE = Path(fastis.__file__).parent
 # From the ground up: a module imports from the lines above its own, and from its own folder.
 ORDER = [
-    *("kernels.extension", "kernels", "kernels.memory", "kernels.layout", "kernels.formats"),
+    *("kernels.extension", "kernels", "kernels.memory", "kernels.constants", "kernels.layout"),
+    "kernels.formats",
     *("kernels.code", "kernels.flatten", "kernels.quantize", "kernels.alias"),
     *("kernels.state", "kernels.variance", "kernels.table", "kernels.loss", "kernels.shards"),
     "kernels.batch_norm",

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastis
+from fastis.kernels.constants import cap_ratio
 from fastis.kernels.flatten import distribution, water_level
-from fastis.kernels.layout import CODE, LAST, LAST_EXCLUDED, LAST_UNSEEN, VALID, cap_ratio
+from fastis.kernels.layout import CODE, LAST, LAST_EXCLUDED, LAST_UNSEEN, VALID
 from fastis.methods import EMAIS
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastis.kernels.code import weight_of
+from fastis.kernels.constants import FLATTEN, Constants
 from fastis.kernels.layout import (
     EXPONENT,
-    FLATTEN,
     LAST,
     LAST_UNSEEN,
     NO_EXPONENT,
@@ -20,7 +20,6 @@ from fastis.kernels.layout import (
     SEEN,
     TOTAL,
     UNIFORM_WEIGHT,
-    Constants,
     Table,
     active,
 )

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastis.kernels.constants import SUM_BITS
 from fastis.kernels.formats import FORMAT_CODES
-from fastis.kernels.layout import SUM_BITS
 
 
 class IntegerWeights(NamedTuple):

@@ -34,16 +34,9 @@ import torch
 from torch import Tensor
 
 from fastis.kernels.code import floors_of
+from fastis.kernels.constants import SCHEMES
 from fastis.kernels.flatten import others_of, unflattened
-from fastis.kernels.layout import (
-    EXPONENT,
-    LAST,
-    SCHEMES,
-    SEEN,
-    TOTAL,
-    UNIFORM_WEIGHT,
-    Table,
-)
+from fastis.kernels.layout import EXPONENT, LAST, SEEN, TOTAL, UNIFORM_WEIGHT, Table
 from fastis.kernels.table import ShardTotal, Share
 
 _LEAST_EXPONENT = -300  # below any e0

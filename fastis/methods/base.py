@@ -115,7 +115,7 @@ class Method:
         raise NotImplementedError
 
     def constants(self) -> dict[str, Any]:
-        """The method's own entries of :class:`fastis.kernels.layout.Constants`."""
+        """The method's own entries of :class:`fastis.kernels.constants.Constants`."""
         return {"smoothing": self.smoothing, "unbiased": self.estimator == "unbiased"}
 
     def memory(self, table: Table) -> dict[str, Tensor]:

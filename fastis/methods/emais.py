@@ -10,7 +10,8 @@ from torch import Tensor
 from fastis import check
 from fastis.batch import Scored
 from fastis.kernels import kernels_for
-from fastis.kernels.layout import IMPORTANCE, UPDATES, Table
+from fastis.kernels.constants import IMPORTANCE
+from fastis.kernels.layout import UPDATES, Table
 from fastis.kernels.state import observe_all
 from fastis.kernels.table import Observation
 from fastis.methods.base import Method, ScoreFn

@@ -18,8 +18,9 @@ from distributed.sharded_ranks import in_threads
 from fastis import ShardedSampler
 from fastis.kernels import shards as shards_module
 from fastis.kernels.code import exponent_of, mantissa_of
+from fastis.kernels.constants import SCHEMES
 from fastis.kernels.flatten import unflattened, water_level
-from fastis.kernels.layout import EXPONENT, SCHEMES, SEEN
+from fastis.kernels.layout import EXPONENT, SEEN
 from fastis.kernels.reference import table as reference_table
 from fastis.kernels.shards import NO_CAP, Message, Shards, Theta
 from fastis.kernels.table import ShardTotal

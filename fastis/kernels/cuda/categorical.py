@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor
 
+from fastis.kernels.constants import SUM_BITS
 from fastis.kernels.cuda.launch import failure, launch
 from fastis.kernels.extension import _C
-from fastis.kernels.layout import SUM_BITS
 from fastis.kernels.quantize import IntegerWeights, arguments
 from fastis.kernels.table import Batch, empty_batch
 

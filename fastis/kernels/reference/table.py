@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastis.kernels.code import code_of, exponent_of, floors_of, mantissa_of, weight_of
+from fastis.kernels.constants import SCHEMES
 from fastis.kernels.flatten import Distribution, distribution, others_of, unflattened
 from fastis.kernels.layout import (
     CODE,
@@ -19,7 +20,6 @@ from fastis.kernels.layout import (
     LAST_EXCLUDED,
     MEAN,
     NO_EXPONENT,
-    SCHEMES,
     SEEN,
     SKIPPED,
     TOTAL,
