@@ -218,7 +218,7 @@ class Sampler(Steerable):
         Raises
         ------
         ValueError
-            where all samples are excluded (:meth:`exclude`); on a GPU see there.
+            where all samples are excluded (:meth:`fastis.Sampler.exclude`); on a GPU see there.
         """
         watch = self._watch
         watch.draws += 1
@@ -247,7 +247,8 @@ class Sampler(Steerable):
         Parameters
         ----------
         batch : Batch
-            as drawn, or of any other length n; for an evaluation pass there is :meth:`refresh`.
+            as drawn, or of any other length n; for an evaluation pass there is
+            :meth:`fastis.Sampler.refresh`.
         out : ScoredLoss, a sequence of them, or a float tensor [B]
             of the whole minibatch, or its parts in order (gradient accumulation); or the scores
             themselves: a residual, a TD error. Without ``mean_grad`` the variance traces take

@@ -204,8 +204,8 @@ class Steerable(Resumable):
         less the nearer to 1; prioritized replay (Schaul et al. 2015) anneals it towards 1. At 0
         all weights are 1.
 
-        Probabilities stay as they are. :meth:`update` takes 1/(N p) back from the weights, by the
-        correction then in force, so that the variance traces, N_ems and S are those of the unbiased
+        Probabilities stay as they are. :meth:`fastis.Sampler.update` takes 1/(N p) back from the
+        weights, by the correction then in force, so that the variance traces, N_ems and S are those of the unbiased
         estimate (but for ``|G|^2``; at 0 nothing is left to take back, and they are those of
         uniform draws). ``lr_factor()`` is 1 below 1, and EMAIS does not pause where little gain is
         predicted, since variance is not all that is wanted then. Saved with the state. A CUDA graph
@@ -249,8 +249,8 @@ class Steerable(Resumable):
 
         True: from the next draw on (or the end of the warm-up) samples are drawn uniformly, without
         replacement, by whole epochs; coefficients and learning rate factor are 1, and
-        :meth:`update` goes on learning. False: as the method says. Saved with the state. Setting it
-        waits for nothing, and reaches CUDA graphs captured before.
+        :meth:`fastis.Sampler.update` goes on learning. False: as the method says. Saved with the
+        state. Setting it waits for nothing, and reaches CUDA graphs captured before.
 
         Raises
         ------
