@@ -205,11 +205,11 @@ class Steerable(Resumable):
         all weights are 1.
 
         Probabilities stay as they are. :meth:`fastis.Sampler.update` takes 1/(N p) back from the
-        weights, by the correction then in force, so that the variance traces, N_ems and S are those of the unbiased
-        estimate (but for ``|G|^2``; at 0 nothing is left to take back, and they are those of
-        uniform draws). ``lr_factor()`` is 1 below 1, and EMAIS does not pause where little gain is
-        predicted, since variance is not all that is wanted then. Saved with the state. A CUDA graph
-        keeps the correction that it was captured with.
+        weights, by the correction then in force, so that the variance traces, N_ems and S are those
+        of the unbiased estimate (but for ``|G|^2``; at 0 nothing is left to take back, and they are
+        those of uniform draws). ``lr_factor()`` is 1 below 1, and EMAIS does not pause where little
+        gain is predicted, since variance is not all that is wanted then. Saved with the state. A
+        CUDA graph keeps the correction that it was captured with.
 
         Raises
         ------
