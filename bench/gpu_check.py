@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CARRY = ROOT / "carry"
 MINUTES = {"check": 4.0, "bench": 6.0, "sanitize": 5.0, "full": 9.0}
 BIG, MIDDLE = "8192x128256xbfloat16", "32768x1000xbfloat16"
-TESTS = ("tests/test_cuda.py", "tests/test_cuda_loss.py")
+TABLE_TESTS = ("tests/test_cuda.py", "tests/test_cuda_renewal.py")
+TESTS = (*TABLE_TESTS, "tests/test_cuda_loss.py")
 # Counters that decide between launch geometries: bytes from memory, instructions issued, hits.
 NCU_METRICS = (
     "gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum,"
@@ -255,7 +256,7 @@ def tests(call: Call) -> None:
     else:
         for path in TESTS:
             rehearsal = python(*collect, path)
-            call.run(Step(f"GPU tests: {path}", python(*plain, path), 80, rehearsal))
+            call.run(Step(f"GPU tests: {path}", python(*plain, path), 160 // len(TESTS), rehearsal))
 
 
 SMALL_LOSSES = ("--shape", "64x1000xbfloat16", "128x10xfloat32")
@@ -295,7 +296,7 @@ def sanitize(call: Call) -> None:
     # Without torch's caching allocator every tensor has bounds of its own to overstep; frees
     # inside of a capture are then errors of that allocator's.
     chosen = ["-k", "not graph and not captured", "-m", "cuda", "-q", "-p", "no:cacheprovider"]
-    tests = ["-m", "pytest", *chosen, "tests/test_cuda.py"]
+    tests = ["-m", "pytest", *chosen, *TABLE_TESTS]
     command = [
         "compute-sanitizer", "--tool", "memcheck", "--kernel-regex", "kns=fastis",
         "--error-exitcode", "9", "--target-processes", "all", *python(*tests),
